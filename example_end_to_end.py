@@ -1,0 +1,174 @@
+"""Seven examples of Qwen-Image-Edit without and with Qwen3-VL's vision; without --example, a menu.
+
+1 basic comparison, 2 OCR capability, 3 spatial reasoning, 4 detail preservation, 5 full evaluation,
+6 attention visualization, 7 run all. Examples 2 to 5 edit synthetic pictures with known answers and measure
+them; with --image they edit your picture instead and measure what needs no known answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_vision_bridge.commands import check_inputs, choose_models, parser, run
+
+PROMPT = "Change the background to blue"
+GROUPS = {2: ("ocr", "ocr_tests"), 3: ("space", "spatial_tests"), 4: ("detail", "detail_tests")}
+MENU = """
+1. Basic comparison - baseline and enhanced side by side
+2. OCR capability - multi-lingual text editing
+3. Spatial reasoning - object repositioning
+4. Detail preservation - texture maintenance
+5. Full evaluation - all of 2, 3 and 4 in one report
+6. Attention visualization - which level the bridge draws on, and where
+7. Run all
+q. Quit
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one example, or ask which."""
+    made = parser(__doc__, PROMPT)
+    made.add_argument("--example", type=int, choices=range(1, 8), help="which example; without it, a menu")
+    made.add_argument(
+        "--bridge", help="folder or hub id of a bridge, `fresh` or `random`; default: the family's own"
+    )
+    made.add_argument(
+        "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
+    )
+    made.add_argument("--steps", type=int, help="denoising steps; default: the family's")
+    made.add_argument("--cases", type=int, default=4, help="synthetic cases a group in examples 2 to 5")
+    made.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
+    made.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
+    made.add_argument(
+        "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
+    )
+    arguments = made.parse_args(argv)
+    check_inputs(arguments)
+    session = Session(arguments)
+    if arguments.example is not None:
+        session.run(arguments.example)
+        return 0
+    while (choice := ask()) is not None:
+        session.run(choice)
+    return 0
+
+
+def ask() -> int | None:
+    """A number from the menu, or None to quit."""
+    print(MENU)
+    while True:
+        try:
+            answer = input("Select an example (1-7, q to quit): ").strip().lower()
+        except EOFError:
+            return None
+        if answer in ("q", "quit", "exit", "0"):
+            return None
+        if answer in "1234567" and len(answer) == 1:
+            return int(answer)
+        print(f"{answer!r} is not on the menu.")
+
+
+class Session:
+    """The arguments and the pipeline they ask for, loaded once for any number of examples."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from qwen_vision_bridge.bridge import check_strength
+        from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+
+        check_strength(arguments.strength)
+        self.arguments, self.output = arguments, Path(arguments.output)
+        self.options: dict[str, Any] = {"num_inference_steps": arguments.steps} if arguments.steps else {}
+        self.pipeline = EnhancedQwenImageEdit(
+            choose_models(arguments.models), bridge=arguments.bridge, load_in_8bit=arguments.load_in_8bit,
+            load_in_4bit=arguments.load_in_4bit, offload=arguments.offload,
+        )  # fmt: skip
+        self.prompt = arguments.prompt or PROMPT
+
+    def run(self, example: int) -> None:
+        """Run one example, or with 7 all of them."""
+        if example == 7:
+            for number in range(1, 7):
+                self.run(number)
+        elif example == 1:
+            self.basic_comparison()
+        elif example == 5:
+            self.evaluate([group for group, _ in GROUPS.values()], "full_evaluation")
+        elif example == 6:
+            self.attention()
+        else:
+            group, folder = GROUPS[example]
+            self.evaluate([group], folder)
+
+    def basic_comparison(self) -> None:
+        """Example 1: the same edit without and with the bridge."""
+        print("\n=== Basic comparison ===")
+        path = self.output / "comparison_basic.png"
+        result = self.pipeline.compare(self.image(), self.prompt, path, **self.common())
+        print(f"Prompt: {self.prompt}\nBridge: {self.pipeline.bridge_name}")
+        print(f"Mean difference of the two edits: {mean_difference(result):.3f} of 255\nSaved: {path}")
+
+    def attention(self) -> None:
+        """Example 6: the level weights over the picture."""
+        from qwen_vision_bridge.images import load_images
+        from qwen_vision_bridge.plots import attention_figure
+        from qwen_vision_bridge.records import write_picture
+
+        print("\n=== Attention visualization ===")
+        image = load_images(self.image())[0]
+        attention = self.pipeline.attend(image, self.prompt)
+        figure = attention_figure(image, attention.maps()[0], attention.levels, self.pipeline.describe())
+        path = write_picture(self.output / "attention_visualization.png", figure)
+        for name, weight in zip(attention.levels, attention.weights.mean(0).tolist(), strict=True):
+            print(f"  {name:6} {weight:.3f}")
+        print(f"Saved: {path}")
+
+    def evaluate(self, groups: Sequence[str], folder: str) -> None:
+        """Examples 2 to 5: cases with known answers, or the user's picture with prompts of the group."""
+        from qwen_vision_bridge.evaluation import PHOTO_PROMPTS, TITLES, as_table, evaluate
+        from qwen_vision_bridge.world import make_cases
+
+        print(f"\n=== {' · '.join(TITLES[group] for group in groups)} ===")
+        path, arguments = self.output / folder, self.arguments
+        if arguments.image is not None:
+            prompts = (
+                [arguments.prompt]
+                if arguments.prompt
+                else [p for group in groups for p in PHOTO_PROMPTS[group]]
+            )
+            for row in self.pipeline.benchmark([arguments.image], prompts, path, **self.common()):
+                print(f"  {row['mean_abs_difference']:8.3f} of 255 between the two edits  {row['prompt']}")
+        else:
+            size = self.pipeline.family.picture_size
+            cases = [
+                case for group in groups for case in make_cases(group, arguments.cases, arguments.seed, size)
+            ]
+            print(as_table(evaluate(self.pipeline, cases, path, **self.common())))
+        print(f"Saved: {path}/")
+
+    def common(self) -> dict[str, Any]:
+        """Strength, seed and options of every edit."""
+        return {"strength": self.arguments.strength, "seed": self.arguments.seed, **self.options}
+
+    def image(self) -> Path:
+        """The user's picture, or the synthetic one, which is written out first."""
+        if self.arguments.image is not None:
+            return self.arguments.image
+        from qwen_vision_bridge.records import write_picture
+        from qwen_vision_bridge.world import sample_picture
+
+        picture = sample_picture(self.pipeline.family.picture_size, self.arguments.seed)
+        return write_picture(self.output / "test_input.png", picture)
+
+
+def mean_difference(result: Any) -> float:
+    """Mean absolute difference of a comparison's two pictures, 0 to 255."""
+    from qwen_vision_bridge.metrics import mean_abs_difference
+
+    return mean_abs_difference(result.baseline, result.enhanced)
+
+
+if __name__ == "__main__":
+    run(main)

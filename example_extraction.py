@@ -1,0 +1,80 @@
+"""Extract the vision features of one picture from Qwen3-VL and Qwen2.5-VL, compare them, size the bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qwen_vision_bridge.commands import check_inputs, choose_models, parser, run
+
+PROMPT = "Describe the picture."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Extract, compare, print."""
+    arguments = parser(__doc__, PROMPT).parse_args(argv)
+    check_inputs(arguments)
+    from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
+    from qwen_vision_bridge.extractor import VisionCacheExtractor
+    from qwen_vision_bridge.records import write_picture
+    from qwen_vision_bridge.specs import FAMILIES
+    from qwen_vision_bridge.world import sample_picture
+
+    family = FAMILIES[choose_models(arguments.models)]
+    image, prompt = arguments.image, arguments.prompt or PROMPT
+    if image is None:
+        image = write_picture(
+            arguments.output / "test_input.png", sample_picture(family.picture_size, arguments.seed)
+        )
+    print(f"Picture: {image}\n")
+    extractor = VisionCacheExtractor(family)
+
+    print("Loading Qwen3-VL model...")
+    qwen3_cache = extractor.extract_qwen3_vision(image, prompt)
+    print("Qwen3-VL cache extracted successfully" + from_disk(qwen3_cache))
+    print(f"  Early features: {qwen3_cache.early_features.shape}")
+    print(f"  Mid features: {qwen3_cache.mid_features.shape}")
+    print(f"  Late features: {qwen3_cache.late_features.shape}\n")
+
+    print("Loading Qwen2.5-VL model...")
+    qwen25_cache = extractor.extract_qwen25_vision(image, prompt)
+    print("Qwen2.5-VL cache extracted successfully" + from_disk(qwen25_cache))
+    print(f"  Vision features: {qwen25_cache.vision_features.shape}\n")
+
+    comparison = extractor.compare_caches(qwen3_cache, qwen25_cache)
+    print("Cache Comparison:")
+    print(f"  Vision token count match: {comparison.token_match}")
+    print(f"  Dimension mismatch: {comparison.dimension_mismatch}")
+    print(f"  Dimension ratio: {comparison.dimension_ratio:.2f}\n")
+
+    count = count_parameters(VisionBridge(BridgeConfig.for_family(family)))
+    print(f"Total bridge parameters: {in_millions(count)}" + released_size(family.name))
+    print("\nLevel        mean   spread  CKA with baseline (shuffled)  outlier channels")
+    for name, level in comparison.levels.items():
+        cka = f"{level.cka:.3f} ({level.cka_shuffled:.3f})"
+        print(f"{name:9} {level.mean:7.3f} {level.spread:8.3f}  {cka:28}  {level.outlier_share:.2%}")
+    return 0
+
+
+def from_disk(cache: object) -> str:
+    """Say so where features came from the feature cache and no model was loaded."""
+    return " (from the feature cache, no model was loaded)" if cache.loaded_from else ""
+
+
+def in_millions(count: int) -> str:
+    """A count of parameters as `~5.2M`."""
+    return f"~{count / 1e6:.1f}M" if count >= 100_000 else f"~{count / 1e6:.2f}M"
+
+
+def released_size(family: str) -> str:
+    """For the miniature, the bridge's size at the released shapes too."""
+    if family != "miniature":
+        return ""
+    from qwen_vision_bridge.bridge import VisionBridge, count_parameters
+
+    return (
+        f" (miniature; {in_millions(count_parameters(VisionBridge()))} at the released shapes, 4096 to 3584)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

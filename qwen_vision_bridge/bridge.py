@@ -1,0 +1,348 @@
+"""`VisionBridge`: source levels and target features in, enhanced features of the target's shape out.
+
+For token n and level l:  z_l = Down_l(Norm_l(x_l)),  a_l = softmax over l of <Query(Norm(b)), Key_l(z_l)>,
+u = Σ_l Up_l(a_l · z_l),  out = b + strength · gate · rms(b) · clamp(u).
+
+The attention runs over the levels of one token, not over tokens, so its cost is linear in N. Each head weighs
+its own slice of z. `Up` starts at zero, which makes an untrained bridge exactly the identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+
+from .hub import hub_errors
+from .specs import LEVEL_NAMES, Family
+
+logger = logging.getLogger(__name__)
+
+SHIPPED_BRIDGES = {"miniature": Path(__file__).parent / "weights" / "bridge-miniature"}
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """Shapes and settings of a bridge; the defaults take Qwen3-VL-8B to Qwen2.5-VL-7B in 5.2 M weights."""
+
+    source_dim: int = 4096
+    """Width of a source level."""
+    target_dim: int = 3584
+    """Width of the target's features."""
+    levels: tuple[str, ...] = LEVEL_NAMES
+    """Names of the source levels, in order."""
+    rank: int | None = 192
+    """Width of z; None projects each level directly, source_dim to target_dim."""
+    heads: int = 4
+    """Attention heads over the levels."""
+    query_dim: int = 192
+    """Width of queries and keys, all heads together."""
+    clamp: float = 4.0
+    """Largest size of one channel's update before the gate, in RMS of the baseline token."""
+    init: Literal["zero", "random"] = "zero"
+    """`zero`: an untrained bridge changes nothing; `random`: its update has about the baseline's RMS."""
+    seed: int = 0
+    """Seed of the starting weights."""
+    source_model: str | None = None
+    """Name of the source the bridge was made for; None fits any of the right shape."""
+    target_model: str | None = None
+    """Name of the target the bridge was made for; None fits any of the right shape."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))  # a list in config.json
+        for name in ("source_dim", "target_dim", "heads", "query_dim", "rank"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is a whole number from 1, not {value!r}")
+        width = self.source_dim if self.rank is None else self.rank
+        for name, value in (("query_dim", self.query_dim), ("rank or source_dim", width)):
+            if value % self.heads:
+                raise ValueError(f"{name} {value} does not divide into {self.heads} heads")
+        if not self.levels or len(set(self.levels)) != len(self.levels):
+            raise ValueError(f"levels are at least one name, each once, not {self.levels}")
+        if self.init not in ("zero", "random"):
+            raise ValueError(f'init is "zero" or "random", not {self.init!r}')
+        if not (math.isfinite(self.clamp) and self.clamp > 0):
+            raise ValueError(f"clamp is a positive number, not {self.clamp!r}")
+
+    @classmethod
+    def for_family(cls, family: Family, **changes: Any) -> BridgeConfig:
+        """The family's default bridge: its widths, its rank, and the names of its models."""
+        settings = {
+            "source_dim": family.source.out_dim, "target_dim": family.target.out_dim,
+            "rank": family.bridge_rank, "query_dim": family.bridge_rank,
+            "source_model": family.source.name, "target_model": family.target.name,
+        }  # fmt: skip
+        return cls(**(settings | changes))
+
+
+class BridgeOutput(NamedTuple):
+    """What a bridge makes of one batch of tokens."""
+
+    features: torch.Tensor
+    """(B, N, target_dim), in the baseline's dtype."""
+    level_weights: torch.Tensor
+    """(B, N, L): the attention over the levels, heads averaged; sums to 1 over L."""
+
+
+class VisionBridge(nn.Module, PyTorchModelHubMixin, library_name="qwen-vision-bridge", license="apache-2.0"):
+    """Adds what the source's levels say to the target's features; see the module's formula.
+
+    Method: attention over levels after DeepStack (Meng et al. 2024, arXiv 2406.04334) with low-rank
+    projections and a zero-initialised output as in ControlNet (Zhang et al. 2023, arXiv 2302.05543).
+    """
+
+    def __init__(self, config: BridgeConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or BridgeConfig()
+        width = config.source_dim if config.rank is None else config.rank
+        levels = range(len(config.levels))
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False)
+
+        self.source_norms = nn.ModuleList(nn.RMSNorm(config.source_dim, eps=1e-6) for _ in levels)
+        self.target_norm = nn.RMSNorm(config.target_dim, eps=1e-6)
+        self.downs = nn.ModuleList(
+            nn.Identity() if config.rank is None else linear(config.source_dim, width) for _ in levels
+        )
+        self.query = linear(config.target_dim, config.query_dim)
+        self.keys = nn.ModuleList(linear(width, config.query_dim) for _ in levels)
+        self.ups = nn.ModuleList(linear(width, config.target_dim) for _ in levels)
+        self.gate = nn.Parameter(torch.ones(()))
+        self._initialise()
+
+    def forward(
+        self, levels: Sequence[torch.Tensor], baseline: torch.Tensor, strength: float = 1.0
+    ) -> BridgeOutput:
+        """Bridge one batch of tokens.
+
+        Args:
+            levels: one (B, N, source_dim) tensor a level, in the config's order.
+            baseline: (B, N, target_dim), the target's features of the same tokens in the same order.
+            strength: scales the update; 0 returns the baseline itself.
+
+        Raises:
+            ValueError: shapes that do not fit the config, or a strength that is not finite.
+        """
+        check_strength(strength)
+        parts, weights = self.contributions(levels, baseline)
+        if strength == 0:
+            return BridgeOutput(baseline, weights)  # no arithmetic: the bits stay as they are
+        out = baseline.to(parts[0].dtype) + strength * torch.stack(parts).sum(0)
+        return BridgeOutput(out.to(baseline.dtype), weights)
+
+    def contributions(
+        self, levels: Sequence[torch.Tensor], baseline: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The update at strength 1, level by level.
+
+        Returns:
+            One (B, N, target_dim) tensor a level, whose sum is the update, in the bridge's dtype; and the
+            level weights (B, N, L), heads averaged.
+
+        Raises:
+            ValueError: shapes that do not fit the config.
+        """
+        self._check_shapes(levels, baseline)
+        dtype, heads = self.gate.dtype, self.config.heads
+        baseline = baseline.to(dtype)
+        latents = [
+            down(norm(level.to(dtype)))
+            for down, norm, level in zip(self.downs, self.source_norms, levels, strict=True)
+        ]  # L × (B, N, R)
+        query = self.query(self.target_norm(baseline)).unflatten(-1, (heads, -1))  # (B, N, H, K)
+        keys = torch.stack(
+            [key(z).unflatten(-1, (heads, -1)) for key, z in zip(self.keys, latents, strict=True)]
+        )
+        scores = (query * keys).sum(-1) / math.sqrt(query.shape[-1])  # (L, B, N, H)
+        attention = scores.softmax(0)
+        updates = [
+            up((weight[..., None] * z.unflatten(-1, (heads, -1))).flatten(-2))
+            for up, weight, z in zip(self.ups, attention, latents, strict=True)
+        ]  # L × (B, N, Dt), in RMS of the baseline
+        scale = self.gate * baseline.square().mean(-1, keepdim=True).sqrt()
+        limited = self._clamp(updates)
+        return [scale * part for part in limited], attention.mean(-1).permute(1, 2, 0)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write `config.json` and `model.safetensors`; options such as `push_to_hub=True` as in the mixin."""
+        options.setdefault("config", asdict(self.config))
+        return super().save_pretrained(save_directory, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> VisionBridge:
+        """Load a bridge from a folder or the hub, strictly, and never from a pickle.
+
+        (The mixin's own version loads with missing weights, and falls back to a pickle.)
+
+        Raises:
+            FileNotFoundError, OSError: no such bridge, no connection, or damaged weights.
+            ValueError: a config of another kind, or pickled weights.
+        """
+        where = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download,
+                 "local_files_only": local_files_only, "token": token}  # fmt: skip
+        location = str(pretrained_model_name_or_path)
+        config = _read_config(_bridge_file(location, CONFIG_FILE, where))
+        weights = _bridge_file(location, WEIGHTS_FILE, where)
+        bridge = cls(config)
+        try:
+            load_model(bridge, str(weights), strict=True, device=map_location)
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise OSError(f"{weights} does not load as this bridge's weights: {reason}") from error
+        return bridge.eval()
+
+    def _initialise(self) -> None:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        zero = self.config.init == "zero"
+        for name, parameter in self.named_parameters():
+            if parameter.ndim != 2:
+                continue
+            with torch.no_grad():
+                noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+                parameter.copy_(torch.zeros_like(noise) if zero and name.startswith("ups.") else noise)
+
+    def _clamp(self, updates: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Limit the summed update channel by channel, taking the same share from every level."""
+        total = torch.stack(updates).sum(0)
+        limit = self.config.clamp
+        share = limit / total.abs().clamp_min(limit)  # 1 where the sum is within the limit
+        return [share * update for update in updates]
+
+    def _check_shapes(self, levels: Sequence[torch.Tensor], baseline: torch.Tensor) -> None:
+        config = self.config
+        if len(levels) != len(config.levels):
+            raise ValueError(
+                f"this bridge takes {len(config.levels)} levels {config.levels}, got {len(levels)}"
+            )
+        wanted = (*baseline.shape[:-1], config.source_dim)
+        if baseline.ndim != 3 or baseline.shape[-1] != config.target_dim:
+            raise ValueError(f"the baseline is (B, N, {config.target_dim}), got {tuple(baseline.shape)}")
+        for name, level in zip(config.levels, levels, strict=True):
+            if tuple(level.shape) != wanted:
+                raise ValueError(f"level {name!r} is {wanted}, got {tuple(level.shape)}")
+
+
+def check_strength(strength: Any) -> float:
+    """A finite number, as a float.
+
+    Raises:
+        TypeError: not a number. ValueError: NaN or infinite.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise TypeError(f"strength is a number such as 1.0, not {strength!r}")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength is a finite number such as 1.0, not {strength}")
+    return float(strength)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def bridge_digest(bridge: VisionBridge) -> str:
+    """Short digest of a bridge's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in bridge.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def resolve_bridge(given: Any, family: Family) -> tuple[VisionBridge, str]:
+    """A bridge and its name from what a user may give; see `EnhancedQwenImageEdit`.
+
+    Raises:
+        ValueError: a bridge made for other models; both sides are named.
+        FileNotFoundError, OSError, ValueError: what loading it raises.
+    """
+    shipped = SHIPPED_BRIDGES.get(family.name)
+    if given is None and shipped is not None and shipped.is_dir():
+        given = shipped
+    if isinstance(given, VisionBridge):
+        bridge, name = given, "given"
+    elif given in (None, "fresh", "random"):
+        if given is None:
+            logger.warning(
+                "no trained bridge for %s: a fresh one is used, which changes nothing", family.name
+            )
+        init = "random" if given == "random" else "zero"
+        bridge, name = VisionBridge(BridgeConfig.for_family(family, init=init)), given or "fresh"
+    else:
+        bridge, name = VisionBridge.from_pretrained(str(given)), str(given)
+    _check_bridge(bridge.config, name, family)
+    return bridge.eval().requires_grad_(False), name
+
+
+def _check_bridge(config: BridgeConfig, name: str, family: Family) -> None:
+    made_from = f"{config.source_model or 'any source'} ({config.source_dim})"
+    made_for = f"{config.target_model or 'any target'} ({config.target_dim})"
+    beside = (
+        f"{family.source.name} ({family.source.out_dim}) and {family.target.name} ({family.target.out_dim})"
+    )
+    fits = (
+        config.source_dim == family.source.out_dim
+        and config.target_dim == family.target.out_dim
+        and config.source_model in (None, family.source.name)
+        and config.target_model in (None, family.target.name)
+    )
+    if not fits:
+        raise ValueError(
+            f"the bridge {name!r} was made from {made_from} to {made_for}; it cannot stand between {beside}"
+        )
+
+
+def _read_config(path: Path) -> BridgeConfig:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name for item in fields(BridgeConfig)}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"unknown fields {unknown}")
+        return BridgeConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no bridge config: {error}") from error
+
+
+def _bridge_file(location: str, name: str, where: dict[str, Any]) -> Path:
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        if (folder / name).is_file():
+            return folder / name
+        pickled = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+        )
+        if pickled:
+            raise ValueError(
+                f"{folder} offers pickled weights ({pickled[0]}), which are never loaded: save as safetensors"
+            )
+        raise FileNotFoundError(f"{folder} has no {name}: give a folder that `save_pretrained` wrote")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"bridge {location}: {name}"):
+        return Path(hf_hub_download(location, name, **where))

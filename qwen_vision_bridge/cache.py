@@ -1,0 +1,246 @@
+"""Vision features with their grid and provenance, kept as safetensors, and how two of them compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .checkpoints import atomic_save
+from .specs import LEVEL_NAMES, cache_home
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "qwen-vision-bridge/vision-cache/1"
+OUTLIER_FACTOR = 6.0  # a channel counts as an outlier when its RMS is this many times the median channel's
+
+
+@dataclass(frozen=True)
+class VisionCache:
+    """The features of one picture, or of several packed one after the other, from one encoder.
+
+    Every tensor is (1, N, D) in picture order (row by row), N the sum of gh·gw over the pictures.
+    """
+
+    features: Mapping[str, torch.Tensor]
+    """`early`, `mid`, `late` and `merged` of a source; `vision` of a target."""
+    grids: tuple[tuple[int, int], ...]
+    """(gh, gw) of each picture."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """Model, revision, scope, dtype, pictures: what the features were made from."""
+    loaded_from: Path | None = None
+    """The cache file they were read from; None where a model made them just now."""
+
+    def __post_init__(self) -> None:
+        tokens = sum(rows * columns for rows, columns in self.grids)
+        for name, tensor in self.features.items():
+            if tensor.ndim != 3 or tensor.shape[:2] != (1, tokens):
+                raise ValueError(
+                    f"features {name!r} are {tuple(tensor.shape)}, {self.grids} need (1, {tokens}, D)"
+                )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(gh, gw) of the only picture; a ValueError where there are several."""
+        if len(self.grids) != 1:
+            raise ValueError(f"this cache holds {len(self.grids)} pictures: use `.grids`, or `.split()` it")
+        return self.grids[0]
+
+    @property
+    def early_features(self) -> torch.Tensor:
+        """DeepStack's first tap, (1, N, D)."""
+        return self._named("early")
+
+    @property
+    def mid_features(self) -> torch.Tensor:
+        """DeepStack's second tap, (1, N, D)."""
+        return self._named("mid")
+
+    @property
+    def late_features(self) -> torch.Tensor:
+        """DeepStack's third tap, (1, N, D)."""
+        return self._named("late")
+
+    @property
+    def merged_features(self) -> torch.Tensor:
+        """The source tower's merged output, (1, N, D)."""
+        return self._named("merged")
+
+    @property
+    def vision_features(self) -> torch.Tensor:
+        """The target tower's merged output, the baseline, (1, N, D)."""
+        return self._named("vision")
+
+    @property
+    def levels(self) -> list[torch.Tensor]:
+        """The three DeepStack levels, early first, each (1, N, D)."""
+        return [self._named(name) for name in LEVEL_NAMES]
+
+    def split(self) -> list[VisionCache]:
+        """One cache a picture."""
+        sizes = [rows * columns for rows, columns in self.grids]
+        parts = {name: tensor.split(sizes, dim=1) for name, tensor in self.features.items()}
+        return [
+            replace(self, features={name: tensors[i] for name, tensors in parts.items()}, grids=(grid,))
+            for i, grid in enumerate(self.grids)
+        ]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VisionCache:
+        """The same cache on another device or in another dtype."""
+        return replace(self, features={k: v.to(device=device, dtype=dtype) for k, v in self.features.items()})
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, whole or not at all; the path is returned."""
+        header = {
+            "format": FORMAT,
+            "grids": json.dumps(self.grids),
+            "provenance": json.dumps(dict(self.provenance)),
+            "checksum": _checksum(self.features),
+        }
+        atomic_save(dict(self.features), Path(path), header)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> VisionCache:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            OSError: cut short, or its content differs from its checksum.
+            ValueError: a safetensors file of another kind.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no such vision cache: {path}")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                header = opened.metadata() or {}
+                features = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise OSError(f"{path} is damaged ({error}): delete it and extract again") from error
+        if header.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is no vision cache: its format is {header.get('format')!r}, needed is {FORMAT!r}"
+            )
+        if header.get("checksum") != _checksum(features):
+            raise OSError(
+                f"{path} is damaged (its content differs from its checksum): delete it and extract again"
+            )
+        grids = tuple((rows, columns) for rows, columns in json.loads(header["grids"]))
+        return cls(features, grids, json.loads(header["provenance"]), path)
+
+    def _named(self, name: str) -> torch.Tensor:
+        if name not in self.features:
+            held = ", ".join(f"{key}_features" for key in self.features)
+            raise AttributeError(
+                f"this cache of {self.provenance.get('model', 'a model')} has {held}, not {name}_features"
+            )
+        return self.features[name]
+
+
+class FeatureCache:
+    """A folder of vision caches by what they were made from; any number of processes may share it."""
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = Path(folder).expanduser() if folder is not None else cache_home() / "features"
+
+    def path(self, provenance: Mapping[str, str], grids: Any) -> Path:
+        """Where the features of this provenance and these grids lie, whether they are there or not."""
+        made_from = json.dumps([FORMAT, dict(provenance), grids], sort_keys=True)
+        key = hashlib.sha256(made_from.encode()).hexdigest()
+        return self.folder / key[:2] / f"{key[2:34]}.safetensors"
+
+    def get(self, provenance: Mapping[str, str], grids: Any) -> VisionCache | None:
+        """The stored features, or None; a damaged entry is reported, deleted and counts as absent."""
+        path = self.path(provenance, grids)
+        try:
+            return VisionCache.load(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("feature cache: %s (rebuilding it now)", error)
+            path.unlink(missing_ok=True)
+            return None
+
+    def put(self, cache: VisionCache) -> Path:
+        """Store features under their own provenance and grids."""
+        return cache.save(self.path(cache.provenance, cache.grids))
+
+
+class LevelStatistics(NamedTuple):
+    """One level beside the baseline."""
+
+    mean: float
+    spread: float
+    """Standard deviation over all tokens and channels."""
+    cka: float
+    """Linear CKA with the baseline, 0 to 1."""
+    cka_shuffled: float
+    """The same with the tokens of one side shuffled: what chance gives with this few tokens."""
+    outlier_share: float
+    """Share of channels whose RMS is more than `OUTLIER_FACTOR` times the median channel's."""
+
+
+class CacheComparison(NamedTuple):
+    """A source cache beside a target cache."""
+
+    token_match: bool
+    dimension_mismatch: bool
+    dimension_ratio: float
+    levels: dict[str, LevelStatistics]
+    """By level name, and `baseline` for the target itself."""
+
+
+def compare(source: VisionCache, target: VisionCache) -> CacheComparison:
+    """Compare a source's levels with a target's features; CKA is nan where the token counts differ."""
+    baseline = target.vision_features[0].float()  # (N, Dt)
+    match = source.grids == target.grids
+    names = [name for name in (*LEVEL_NAMES, "merged") if name in source.features]
+    levels = {name: _statistics(source.features[name][0].float(), baseline, match) for name in names}
+    levels["baseline"] = _statistics(baseline, baseline, True)
+    width = source.late_features.shape[-1]
+    return CacheComparison(match, width != baseline.shape[-1], width / baseline.shape[-1], levels)
+
+
+def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Linear centred kernel alignment of two (N, D) feature sets of the same N tokens, 0 to 1.
+
+    Source: Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", section 3. With N
+        far
+    below D even unrelated features score well above 0: compare with a shuffled pair.
+
+    Raises:
+        ValueError: different token counts.
+    """
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"linear CKA needs the same tokens on both sides, got {x.shape[0]} and {y.shape[0]}")
+    x, y = (features.double() - features.double().mean(0) for features in (x, y))
+    gram_x, gram_y = x @ x.T, y @ y.T  # (N, N): the tokens are fewer than the channels
+    norm = gram_x.norm() * gram_y.norm()
+    return float((gram_x * gram_y).sum() / norm) if norm > 0 else float("nan")
+
+
+def _statistics(features: torch.Tensor, baseline: torch.Tensor, match: bool) -> LevelStatistics:
+    rms = features.square().mean(0).sqrt()  # (D,)
+    outliers = (rms > OUTLIER_FACTOR * rms.median()).float().mean()
+    cka = shuffled = float("nan")
+    if match:
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        cka, shuffled = linear_cka(features, baseline), linear_cka(features[order], baseline)
+    return LevelStatistics(float(features.mean()), float(features.std()), cka, shuffled, float(outliers))
+
+
+def _checksum(features: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(features):
+        tensor = features[name].contiguous().cpu()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()

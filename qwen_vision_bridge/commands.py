@@ -1,0 +1,83 @@
+"""What the scripts share: common arguments, errors in one line, quiet libraries."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .images import load_images
+from .specs import FAMILIES
+
+OUTPUT = Path("examples_output")
+MINIATURE_NOTE = (
+    "Note: the miniature's weights are random in this version, so its pictures are noise; every step is real."
+)
+
+
+def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that every example takes."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--models", default="auto", choices=["auto", *sorted(FAMILIES)], help="which family to use"
+    )
+    made.add_argument("--image", type=Path, help="your own picture; default: a synthetic test picture")
+    made.add_argument("--prompt", default=None, help=f'what to do with it; default: "{prompt}"')
+    made.add_argument("--seed", type=int, default=0, help="seed of noise and synthetic pictures")
+    made.add_argument("--output", type=Path, default=OUTPUT, help="folder for what is written")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Run a script's `main` and exit: 2 with one line for bad input, 130 after Ctrl-C."""
+    quieten_libraries()
+    try:
+        code = main(None)
+    except KeyboardInterrupt:
+        print("\nStopped. Files that were finished are kept.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+def check_inputs(arguments: argparse.Namespace) -> None:
+    """Refuse a bad picture or prompt before anything heavy is imported.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: what is wrong with it.
+    """
+    if arguments.image is not None:
+        smallest = min(family.target.token_px for family in FAMILIES.values())
+        load_images(arguments.image, smallest)
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise ValueError("the prompt is empty: say what to change")
+
+
+def choose_models(wanted: str) -> str:
+    """Print which family is used, why, and how to get the other; return its name."""
+    from .environment import choose_family
+    from .miniature import is_shipped
+
+    name, line = choose_family(wanted)
+    print(line)
+    if name == "miniature" and not is_shipped():
+        print(MINIATURE_NOTE)
+    return name
+
+
+def quieten_libraries() -> None:
+    """Leave the screen to the script: warnings in one line, no bars for files of a few MB, no telemetry."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

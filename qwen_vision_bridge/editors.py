@@ -1,0 +1,188 @@
+"""Load a stock Qwen-Image-Edit pipeline of diffusers in the memory mode that a machine allows.
+
+The needs are estimates from parameter counts at 1024² with one reference picture; of the released models only
+`plain` has been measured (60 GB peak with the source tower and both encoders, one H100, bf16, random
+weights).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .miniature import locate
+from .specs import EditorSpec, Family
+
+logger = logging.getLogger(__name__)
+
+Offload = Literal["model", "group", "sequential"]
+OFFLOADS = ("model", "group", "sequential")
+WORKING_GB = 6.0  # activations, VAE decoding and the CUDA context at 1024²
+BYTES = {None: 2.0, 8: 1.05, 4: 0.58}  # a parameter's bytes by bits, with the scales that quantisation adds
+UNQUANTISED_ENCODER_B = 1.77  # of the text encoder: tower and embeddings, which stay in 16 bits
+
+
+class GpuMemoryError(OSError):
+    """The GPU cannot hold what was asked for."""
+
+
+@dataclass(frozen=True)
+class MemoryMode:
+    """One way to fit the editor into a GPU."""
+
+    name: str
+    bits: Literal[4, 8] | None = None
+    """bitsandbytes quantisation of DiT and text encoder; None is bf16."""
+    offload: Offload | None = None
+    """What waits in CPU memory: whole models, groups of layers, or single layers."""
+
+    @property
+    def arguments(self) -> str:
+        """The arguments of `EnhancedQwenImageEdit` that choose this mode."""
+        given = [f"load_in_{self.bits}bit=True"] if self.bits else []
+        given += [f'offload="{self.offload}"'] if self.offload else []
+        return ", ".join(given) or "none"
+
+    def _sizes(self, editor: EditorSpec) -> tuple[float, float]:
+        """GB of the DiT's weights and of the text encoder's."""
+        kept = min(UNQUANTISED_ENCODER_B, editor.encoder_params)
+        encoder = (editor.encoder_params - kept) * BYTES[self.bits] + kept * 2.0
+        return editor.transformer_params * BYTES[self.bits], encoder
+
+    def weights_gb(self, editor: EditorSpec) -> float:
+        """GB of all weights, 10⁹ bytes: what an offloading mode keeps in CPU memory."""
+        return sum(self._sizes(editor))
+
+    def gpu_gb(self, editor: EditorSpec) -> float:
+        """Estimated peak GB on the GPU, 10⁹ bytes; see the module's text."""
+        transformer, encoder = self._sizes(editor)
+        if self.offload is None:
+            return transformer + encoder + WORKING_GB
+        if self.offload == "model":
+            return max(transformer, encoder) + WORKING_GB
+        return WORKING_GB + (2.0 if self.offload == "group" else 0.5)
+
+
+MEMORY_MODES = (
+    MemoryMode("plain"),
+    MemoryMode("model offload", offload="model"),
+    MemoryMode("8-bit", bits=8),
+    MemoryMode("8-bit + model offload", bits=8, offload="model"),
+    MemoryMode("4-bit", bits=4),
+    MemoryMode("4-bit + model offload", bits=4, offload="model"),
+    MemoryMode("group offload", offload="group"),
+    MemoryMode("sequential offload", offload="sequential"),
+)
+
+
+def find_mode(load_in_8bit: bool, load_in_4bit: bool, offload: str | None) -> MemoryMode:
+    """The mode of these arguments.
+
+    Raises:
+        ValueError: both quantisations, an unknown offload, or a pair that the libraries do not support.
+    """
+    if load_in_8bit and load_in_4bit:
+        raise ValueError("load_in_8bit and load_in_4bit exclude each other: choose one")
+    if offload is not None and offload not in OFFLOADS:
+        raise ValueError(f"offload is one of {', '.join(OFFLOADS)} or None, not {offload!r}")
+    bits = 8 if load_in_8bit else 4 if load_in_4bit else None
+    for mode in MEMORY_MODES:
+        if (mode.bits, mode.offload) == (bits, offload):
+            return mode
+    raise ValueError(f"{bits}-bit weights go with model offload or none, not with {offload!r} offload")
+
+
+def check_device(mode: MemoryMode, device: Any, family: Family, free_gb: float | None) -> None:
+    """Refuse a mode before anything is loaded where the device cannot run it.
+
+    Args:
+        free_gb: free memory of the GPU, 10⁹ bytes; None on a CPU.
+
+    Raises:
+        ValueError: quantisation or offload without CUDA.
+        GpuMemoryError: too little memory; the modes that would fit are named with their needs.
+    """
+    if free_gb is None:
+        if mode.bits or mode.offload:
+            raise ValueError(
+                f"{mode.name} ({mode.arguments}) needs a CUDA device, the pipeline would run on {device}: "
+                "leave these arguments out, or use a machine with an NVIDIA GPU"
+            )
+        return
+    need = mode.gpu_gb(family.editor)
+    if family.editor.transformer_params and need > free_gb:
+        fitting = [other for other in MEMORY_MODES if other.gpu_gb(family.editor) <= free_gb]
+        table = "; ".join(
+            f"{other.name} ≈ {other.gpu_gb(family.editor):.0f} GB ({other.arguments})" for other in fitting
+        )
+        raise GpuMemoryError(
+            f"{mode.name} needs about {need:.0f} GB of GPU memory, {free_gb:.1f} GB are free; "
+            + (
+                f"these would fit: {table}"
+                if fitting
+                else "no mode fits: use --models miniature or a larger GPU"
+            )
+        )
+
+
+def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any) -> Any:
+    """Load the stock pipeline, quantised and placed as the mode says.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: what is missing, damaged or out of reach, in one line.
+    """
+    import diffusers
+
+    options: dict[str, Any] = {"dtype": dtype, "revision": editor.revision}
+    if mode.bits:
+        options["quantization_config"] = _quantisation(mode.bits, dtype)
+    location = locate(editor.repo)
+    logger.info("loading %s (%s) from %s", editor.name, mode.name, location)
+    try:
+        pipe = getattr(diffusers, editor.pipeline_class).from_pretrained(location, **options)
+    except Exception as error:
+        raise OSError(f"{editor.name} could not be loaded from {location}: {_first_line(error)}") from error
+    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    if mode.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif mode.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif mode.offload == "group":
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def editor_revision(editor: EditorSpec) -> str:
+    """The commit of a hub editor that is in the local cache, or `local` for a folder."""
+    location = locate(editor.repo)
+    if Path(location).is_dir():
+        return "local"
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(editor.repo, "model_index.json", revision=editor.revision)
+    return Path(found).parent.name if isinstance(found, str) else "not cached"
+
+
+def _quantisation(bits: int, dtype: Any) -> Any:
+    from diffusers import BitsAndBytesConfig as DiffusersConfig
+    from diffusers import PipelineQuantizationConfig
+    from transformers import BitsAndBytesConfig as TransformersConfig
+
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if bits == 4:
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    # The tower's output is what the bridge adds to, so it is left in 16 bits; "visual" alone would not match
+    # it.
+    encoder = TransformersConfig(**settings, llm_int8_skip_modules=["model.visual", "lm_head"])
+    return PipelineQuantizationConfig(
+        quant_mapping={"transformer": DiffusersConfig(**settings), "text_encoder": encoder}
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,333 @@
+"""`VisionCacheExtractor`: pictures in, vision caches out, one model in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from .cache import CacheComparison, FeatureCache, VisionCache, compare
+from .checkpoints import open_checkpoint
+from .images import ImageLike, image_digest, load_images
+from .miniature import locate
+from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
+from .towers import load_tower, load_whole, require_cuda_for_8bit
+
+logger = logging.getLogger(__name__)
+
+Grid = tuple[int, int]
+Scope = Literal["vision", "language"]
+
+
+class VisionCacheExtractor:
+    """Extract the vision features of Qwen3-VL (source) and Qwen2.5-VL (target) on one and the same grid.
+
+    Nothing is loaded until the first extraction, and features found in the feature cache load no model at
+    all. Loading one model frees the other unless `keep_models` is set.
+
+    Args:
+        family: `"qwen"`, `"miniature"`, or a `Family`.
+        load_in_8bit: quantise with bitsandbytes (needs CUDA): the blocks of a tower, or for
+            `scope="language"` the language model. None does it where it is worth it, which is a whole
+            language model on CUDA: a tower of 0.6 B parameters stays in 16 bits.
+        device_map: `"auto"` places a model through accelerate over GPUs and CPU memory.
+        device: where models and pictures go; None is CUDA where there is one, else the CPU.
+        dtype: None is bfloat16 on CUDA and float32 on a CPU.
+        source, target: another registered model, hub id or local folder for that role.
+        scope: `"vision"` runs the towers alone, and the prompt does not change their features; `"language"`
+            runs the whole models and returns the hidden states of the language model at the image tokens,
+            prompt included.
+        language_layers: for `scope="language"`, after how many layers of the source the early, mid and late
+            levels are taken; None is a quarter, a half and three quarters of them.
+        feature_cache: keep features on disk: True for the default folder, a path for another, False for none.
+        keep_models: let both models stay in memory.
+
+    Raises:
+        ValueError: an unknown family, model, scope or layer; 8-bit without CUDA.
+    """
+
+    def __init__(
+        self,
+        family: str | Family = "qwen",
+        load_in_8bit: bool | None = None,
+        device_map: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        source: str | Path | None = None,
+        target: str | Path | None = None,
+        scope: Scope = "vision",
+        language_layers: Sequence[int] | None = None,
+        feature_cache: bool | str | Path = True,
+        keep_models: bool = False,
+    ) -> None:
+        self.family = resolve_family(family, source=source, target=target)
+        if scope not in ("vision", "language"):
+            raise ValueError(f'scope is "vision" or "language", not {scope!r}')
+        self.scope = scope
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        if load_in_8bit:
+            require_cuda_for_8bit(self.device)
+        self.load_in_8bit = (
+            self.device.type == "cuda" and scope == "language" if load_in_8bit is None else load_in_8bit
+        )
+        self.device_map = device_map
+        self.language_layers = _checked_layers(language_layers, self.family.source.language_layers)
+        folder = None if isinstance(feature_cache, bool) else feature_cache
+        self.feature_cache = FeatureCache(folder) if feature_cache is not False else None
+        self.keep_models = keep_models
+        self._models: dict[str, Any] = {}
+        self._processors: dict[str, Any] = {}
+        self._revisions: dict[str, str] = {}
+
+    def extract_qwen3_vision(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str = "",
+        grids: Sequence[Grid] | None = None,
+    ) -> VisionCache:
+        """The source's levels, on the target's grid.
+
+        Each picture is resized to (gh·px, gw·px), px the side of one source token, so that token i of source
+        and target is the same place (grid lock).
+
+        Args:
+            image: one picture or several; several are packed on one axis, in order.
+            prompt: changes the features with `scope="language"` only; the towers never see it.
+            grids: (gh, gw) of each picture; None asks the target's own processor.
+
+        Returns:
+            A cache with `early`, `mid`, `late` and `merged` features, each (1, N, D): with `scope="vision"`
+            DeepStack's three outputs and the tower's merged output, with `scope="language"` hidden states of
+            three layers (after the DeepStack adds) and of the last one (after the final norm).
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and what loading the model
+                raises.
+        """
+        pictures = load_images(image, self.family.target.token_px)
+        grids = (
+            tuple(grids) if grids is not None else tuple(self.target_grid(picture) for picture in pictures)
+        )
+        if len(grids) != len(pictures):
+            raise ValueError(f"{len(pictures)} pictures need as many grids, got {len(grids)}")
+        return self._cached("qwen3", pictures, prompt, grids, self._run_source)
+
+    def extract_qwen25_vision(self, image: ImageLike | Sequence[ImageLike], prompt: str = "") -> VisionCache:
+        """The target's features, as its own processor and tower make them: the baseline.
+
+        Args:
+            image: one picture or several; several are packed on one axis, in order.
+            prompt: changes the features with `scope="language"` only; the tower never sees it.
+
+        Returns:
+            A cache with `vision` features (1, N, D), in picture order: the merged output of the tower, or
+            with `scope="language"` the last hidden state (after the final norm) at the image tokens.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and what loading the model
+                raises.
+        """
+        pictures = load_images(image, self.family.target.token_px)
+        grids = tuple(self.target_grid(picture) for picture in pictures)
+        return self._cached("qwen25", pictures, prompt, grids, self._run_target)
+
+    def compare_caches(self, qwen3_cache: VisionCache, qwen25_cache: VisionCache) -> CacheComparison:
+        """Token match, dimensions and their ratio, and each level's mean, spread, CKA and outliers."""
+        return compare(qwen3_cache, qwen25_cache)
+
+    def target_grid(self, image: Image.Image) -> Grid:
+        """(gh, gw) that the target's own processor gives a picture; needs no weights."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        spec, processor = self.family.target, self._image_processor("qwen25")
+        size = processor.size
+        height, width = smart_resize(
+            image.height, image.width, spec.token_px, size["shortest_edge"], size["longest_edge"]
+        )
+        return height // spec.token_px, width // spec.token_px
+
+    def unload(self, model: Literal["qwen3", "qwen25"] | None = None) -> None:
+        """Free a model's memory, or both; the next extraction loads it again."""
+        freed = [self._models.pop(name, None) for name in ((model,) if model else tuple(self._models))]
+        if self.device.type == "cuda" and any(freed_model is not None for freed_model in freed):
+            freed.clear()
+            gc.collect()  # models that accelerate placed hold cycles; on a CPU counting references is enough
+            torch.cuda.empty_cache()
+
+    def revision(self, role: Literal["qwen3", "qwen25"]) -> str:
+        """The commit of a hub model, or a digest of a local folder."""
+        if role not in self._revisions:
+            self._revisions[role] = open_checkpoint(self._spec(role)).revision
+        return self._revisions[role]
+
+    @property
+    def _qwen3_model(self) -> Any:
+        return self._models.get("qwen3")
+
+    @_qwen3_model.deleter
+    def _qwen3_model(self) -> None:
+        self.unload("qwen3")
+
+    @property
+    def _qwen25_model(self) -> Any:
+        return self._models.get("qwen25")
+
+    @_qwen25_model.deleter
+    def _qwen25_model(self) -> None:
+        self.unload("qwen25")
+
+    def _cached(
+        self, role: str, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...], run: Any
+    ) -> VisionCache:
+        """Features from the feature cache, or from the model and into it."""
+        provenance = self._provenance(role, pictures, prompt)
+        if self.feature_cache and (found := self.feature_cache.get(provenance, grids)):
+            return found.to(self.device)
+        features = run(pictures, prompt, grids)
+        cache = VisionCache({name: value[None] for name, value in features.items()}, grids, provenance)
+        if self.feature_cache:
+            self.feature_cache.put(cache)
+        return cache
+
+    def _provenance(self, role: str, pictures: list[Image.Image], prompt: str) -> dict[str, str]:
+        spec = self._spec(role)
+        provenance = {
+            "model": spec.name,
+            "repo": spec.repo,
+            "revision": self.revision(role),
+            "scope": self.scope,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantisation": "int8" if self.load_in_8bit else "none",
+            "device": self.device.type,
+            "pictures": " ".join(image_digest(picture) for picture in pictures),
+        }
+        if self.scope == "language":
+            provenance |= {"prompt": prompt, "language_layers": str(self.language_layers)}
+        return provenance
+
+    @torch.inference_mode()
+    def _run_source(
+        self, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...]
+    ) -> dict[str, torch.Tensor]:
+        px = self.family.source.token_px
+        locked = [
+            picture.resize((columns * px, rows * px), Image.Resampling.BICUBIC)
+            for picture, (rows, columns) in zip(pictures, grids, strict=True)
+        ]
+        model = self._model("qwen3")
+        if self.scope == "language":
+            return self._source_hidden_states(model, locked, prompt)
+        inputs = self._image_processor("qwen3")(images=locked, do_resize=False, return_tensors="pt")
+        output = model(
+            inputs["pixel_values"].to(self.device, self.dtype), inputs["image_grid_thw"].to(self.device)
+        )
+        levels = dict(zip(LEVEL_NAMES, output.deepstack_features, strict=True))  # each (N, D), picture order
+        return {**levels, "merged": output.pooler_output}
+
+    @torch.inference_mode()
+    def _run_target(
+        self, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...]
+    ) -> dict[str, torch.Tensor]:
+        model = self._model("qwen25")
+        if self.scope == "language":
+            inputs = self._language_inputs("qwen25", pictures, prompt)
+            hidden = model.model(**inputs).last_hidden_state  # (1, T, D), after the final norm
+            features = hidden[inputs["input_ids"] == model.config.image_token_id]
+        else:
+            inputs = self._image_processor("qwen25")(images=pictures, return_tensors="pt")
+            pixels, shapes = inputs["pixel_values"].to(self.device, self.dtype), inputs["image_grid_thw"]
+            # pooler_output is in picture order; last_hidden_state would be in window order
+            features = model(pixels, shapes.to(self.device)).pooler_output  # (N, D)
+        if len(features) != sum(rows * columns for rows, columns in grids):
+            raise RuntimeError(f"{self.family.target.name} made {len(features)} tokens for the grids {grids}")
+        return {"vision": features}
+
+    def _source_hidden_states(
+        self, model: Any, locked: list[Image.Image], prompt: str
+    ) -> dict[str, torch.Tensor]:
+        inputs = self._language_inputs("qwen3", locked, prompt, do_resize=False)
+        at_image = inputs["input_ids"] == model.config.image_token_id  # (1, T)
+        tower = model.model.visual(inputs["pixel_values"].to(self.dtype), inputs["image_grid_thw"])
+        states = model.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+        features = {}
+        for name, layer in zip(LEVEL_NAMES, self.language_layers, strict=True):
+            features[name] = states[layer][at_image]  # (N, D), as the layer left it
+            # The first layers' outputs are recorded before DeepStack adds its level to them.
+            if layer <= len(tower.deepstack_features) and layer < len(states) - 1:
+                features[name] = features[name] + tower.deepstack_features[layer - 1].to(features[name].dtype)
+        return {**features, "merged": states[-1][at_image]}
+
+    def _language_inputs(self, role: str, pictures: list[Image.Image], prompt: str, **options: Any) -> Any:
+        processor = self._processor(role)
+        # The prompt goes first: attention is causal, and behind the pictures it could not change their
+        # states.
+        content = [{"type": "text", "text": prompt}, *({"type": "image"} for _ in pictures)]
+        chat = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=[text], images=pictures, return_tensors="pt", **options).to(self.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        return inputs
+
+    def _spec(self, role: str) -> ModelSpec:
+        return self.family.source if role == "qwen3" else self.family.target
+
+    def _model(self, role: str) -> Any:
+        if role not in self._models:
+            if not self.keep_models:
+                self.unload()
+            options = (self.device, self.dtype, self.load_in_8bit, self.device_map)
+            if self.scope == "language":
+                self._models[role] = load_whole(self._spec(role), *options)
+            else:
+                self._models[role] = load_tower(self._spec(role), *options).model
+        return self._models[role]
+
+    def _image_processor(self, role: str) -> Any:
+        return self._processor(role, images_only=True)
+
+    def _processor(self, role: str, images_only: bool = False) -> Any:
+        key = f"{role}:{images_only}"
+        if key not in self._processors:
+            spec = self._spec(role)
+            self._processors[key] = load_processor(
+                spec.repo, spec.processor_subfolder, spec.revision, images_only
+            )
+        return self._processors[key]
+
+
+def load_processor(
+    repo: str, subfolder: str = "", revision: str | None = None, images_only: bool = True
+) -> Any:
+    """A checkpoint's image processor, or its whole processor with tokenizer and chat template.
+
+    Raises:
+        OSError: the folder has none, or the hub cannot be reached.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    loader = AutoImageProcessor if images_only else AutoProcessor
+    try:
+        return loader.from_pretrained(locate(repo), subfolder=subfolder, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"no processor could be loaded from {repo}/{subfolder} ({reason})") from error
+
+
+def _checked_layers(given: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    if given is None:
+        return tuple(-(-depth * quarter // 4) for quarter in (1, 2, 3))
+    layers = tuple(given)
+    if (
+        len(layers) != len(LEVEL_NAMES)
+        or sorted(set(layers)) != list(layers)
+        or not 1 <= layers[0] <= layers[-1] <= depth
+    ):
+        raise ValueError(f"language_layers are three rising numbers from 1 to {depth}, not {layers}")
+    return layers

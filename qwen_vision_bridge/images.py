@@ -1,0 +1,121 @@
+"""Pictures as the toolkit takes them: a PIL image, a path, or a list of either, checked and made RGB.
+
+Imports Pillow and numpy alone, so that a wrong path is answered before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
+
+ImageLike = Image.Image | str | Path
+MAX_ASPECT_RATIO = 200  # the Qwen processors refuse anything longer
+
+
+def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) -> list[Image.Image]:
+    """Open, check and convert one picture or several to 8-bit RGB, upright by their EXIF orientation.
+
+    Greyscale, palette, CMYK and 16-bit pictures are converted, transparency is laid over white, and of an
+    animation the first frame is taken (with a log line).
+
+    Args:
+        image: a PIL image, a path, or a list of either.
+        smallest_side: px of one vision token; a picture with a shorter side is refused.
+
+    Raises:
+        TypeError: something that is no picture and no path.
+        FileNotFoundError: no such file.
+        OSError: a file that is empty, truncated or not a picture.
+        ValueError: an empty list, a picture below one token, longer than 200:1, or too large to open safely.
+    """
+    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    if not pictures:
+        raise ValueError("no picture given: pass a PIL image, a path, or a list of at least one")
+    return [_load_one(picture, smallest_side) for picture in pictures]
+
+
+def image_digest(image: Image.Image) -> str:
+    """SHA-256 of an RGB picture's size and pixels: equal pictures have equal digests, whatever their file."""
+    digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _load_one(image: ImageLike, smallest_side: int) -> Image.Image:
+    if isinstance(image, Image.Image):
+        name = "the picture"
+        _check_size(image, name, smallest_side)
+        return _to_rgb(image, name)
+    if not isinstance(image, str | Path):
+        raise TypeError(f"a picture is a PIL image or a path, not {type(image).__name__}")
+    path = Path(image).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no such picture: {path}")
+    if not path.is_file():
+        raise OSError(f"{path} is not a file: give the path of one picture")
+    if path.stat().st_size == 0:
+        raise OSError(f"{path} is empty (0 bytes): give a picture file")
+    return _decode(path, smallest_side)
+
+
+def _decode(path: Path, smallest_side: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                _check_size(opened, str(path), smallest_side)
+                return _to_rgb(opened, str(path))
+    except UnidentifiedImageError as error:
+        raise OSError(
+            f"{path} is not a picture that Pillow can read (PNG, JPEG, WebP, TIFF, GIF, …)"
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = Image.MAX_IMAGE_PIXELS
+        raise ValueError(
+            f"{path} has more than {limit:,} pixels, so Pillow fears a decompression bomb: scale it down"
+        ) from error
+    except (SyntaxError, EOFError, OSError) as error:  # Pillow raises SyntaxError for broken PNG chunks
+        raise OSError(f"{path} is damaged or cut short: {error}") from error
+
+
+def _check_size(image: Image.Image, name: str, smallest_side: int) -> None:
+    width, height = image.size
+    if min(width, height) < smallest_side:
+        raise ValueError(
+            f"{name} is {width}×{height} px, smaller than one vision token "
+            f"({smallest_side}×{smallest_side} px): give a larger picture"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"{name} is {width}×{height} px, longer than the models' {MAX_ASPECT_RATIO}:1: crop it"
+        )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if getattr(image, "n_frames", 1) > 1:
+        logger.warning("%s is animated (%d frames): the first frame is used", name, image.n_frames)
+        image.seek(0)
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
+        upright = _to_eight_bit(upright)
+    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
+        layer = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return upright.convert("RGB")
+
+
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    """Scale a deep greyscale picture to 8 bits; Pillow's own conversion would clip it to white."""
+    values = np.asarray(image, dtype=np.float64)
+    top = float(values.max(initial=0.0))
+    full_scale = 1.0 if top <= 1.0 and image.mode == "F" else 255.0 if top <= 255.0 else 65535.0
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / full_scale)), 0, 255).astype(np.uint8))

@@ -1,0 +1,238 @@
+"""Arrays and strings in, floats out: one function a metric, its source cited.
+
+A picture is a PIL image or a uint8 array (H, W, 3); a mask is a bool array (H, W) with at least one True.
+Anything else raises ValueError (TypeError where it is no picture at all), naming what was given and what is
+needed. Positions are pixels, (x, y) from the top left corner: the centre of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from qwen_vision_bridge.world import COLOURS, RGB, SceneObject
+
+if TYPE_CHECKING:
+    from rapidocr import RapidOCR
+
+Picture = Image.Image | np.ndarray
+
+
+def _pixels(picture: Picture, name: str = "picture") -> np.ndarray:
+    """The picture as uint8 (H, W, 3)."""
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    if not isinstance(picture, np.ndarray):
+        raise TypeError(f"{name} is a {type(picture).__name__}; needed: a PIL image or uint8 (H, W, 3)")
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"{name} is {picture.dtype} {picture.shape}; needed: a PIL image or uint8 (H, W, 3)")
+    return picture
+
+
+def _pair(a: Picture, b: Picture) -> tuple[np.ndarray, np.ndarray]:
+    first, second = _pixels(a, "the first picture"), _pixels(b, "the second picture")
+    if first.shape != second.shape:
+        sizes = (f"{pixels.shape[1]} × {pixels.shape[0]} px" for pixels in (first, second))
+        raise ValueError("the pictures differ in size: {} and {}; needed: the same size".format(*sizes))
+    return first, second
+
+
+def _checked(mask: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    if mask.dtype != bool or mask.shape != pixels.shape[:2]:
+        raise ValueError(
+            f"mask is {mask.dtype} {mask.shape}; needed: bool {pixels.shape[:2]}, as the picture"
+        )
+    if not mask.any():
+        raise ValueError("mask is False everywhere; needed: at least one pixel to measure")
+    return mask
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _ocr_engine() -> RapidOCR:
+    from rapidocr import RapidOCR
+
+    return RapidOCR(params={"Global.log_level": "critical"})
+
+
+def read_text(picture: Picture, min_letters: int = 2) -> str:
+    """The text in a picture, its boxes in reading order and joined with spaces; "" where there is none.
+
+    PP-OCRv6 through rapidocr 3.10, detection and recognition, with the models inside its wheel (offline); the
+    first call builds the engine, about 1 s. Boxes with fewer than `min_letters` letters or digits are left
+    out: a lone sign is what it makes of a star, a cross or a wave. Small pictures are passed as they are,
+    since the detector enlarges them itself.
+    """
+    reading = _ocr_engine()(np.ascontiguousarray(_pixels(picture)[..., ::-1]), use_cls=False)  # takes BGR
+    if not reading.txts:
+        return ""
+    boxes = zip(reading.txts, reading.boxes, strict=True)  # corners (4, 2), px
+    words = [(text, corners) for text, corners in boxes if sum(map(str.isalnum, text)) >= min_letters]
+    lines: list[list[tuple[str, np.ndarray]]] = []
+    for text, corners in sorted(words, key=lambda word: word[1][:, 1].mean()):
+        # A box stays on the line while its middle is above the lower edge of the line's first one.
+        if lines and corners[:, 1].mean() < lines[-1][0][1][:, 1].max():
+            lines[-1].append((text, corners))
+        else:
+            lines.append([(text, corners)])
+    ordered = (sorted(line, key=lambda word: word[1][:, 0].min()) for line in lines)
+    return " ".join(text for line in ordered for text, _ in line)
+
+
+def normalise_text(text: str) -> str:
+    """Text as it is compared: without spaces, case-folded, in Unicode form NFKC (full-width as plain)."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def exact_text(read: str, expected: str) -> float:
+    """1.0 where both are equal after `normalise_text`, else 0.0: word accuracy, ICDAR 2015 task 4.3."""
+    return float(normalise_text(read) == normalise_text(expected))
+
+
+def edit_similarity(a: str, b: str) -> float:
+    """1 - Levenshtein(a, b) / max(len(a), len(b)) after `normalise_text`, in [0, 1]; 1.0 if both are empty.
+
+    Levenshtein, "Binary codes capable of correcting deletions, insertions, and reversals", 1966; normalised
+    as in ICDAR 2019's 1-NED. Computed by rapidfuzz.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    return float(Levenshtein.normalized_similarity(normalise_text(a), normalise_text(b)))
+
+
+# --- space -----------------------------------------------------------------------------------------------
+
+
+class FoundObject(NamedTuple):
+    """A flat patch of one colour: the colour's name, centre of area (x, y) in pixels, area in pixels."""
+
+    colour: str
+    centroid: tuple[float, float]
+    area: float
+
+
+def find_objects(
+    picture: Picture,
+    colours: Mapping[str, RGB] = COLOURS,
+    tolerance: float = 25.0,
+    min_area: float | None = None,
+) -> list[FoundObject]:
+    """The patches of the given colours, largest first.
+
+    A pixel belongs to its nearest colour in CIELAB (CIE76) when that is within `tolerance`. An opening with
+    a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 % of the picture)
+    are dropped too.
+    """
+    from scipy import ndimage
+    from skimage.color import rgb2lab
+
+    pixels = _pixels(picture)
+    least = 0.003 * pixels[..., 0].size if min_area is None else min_area
+    palette = rgb2lab(np.array(list(colours.values()), dtype=np.uint8)[None])[0]  # (C, 3)
+    distances = np.linalg.norm(rgb2lab(pixels)[..., None, :] - palette, axis=-1)  # (H, W, C)
+    nearest = np.where(distances.min(-1) <= tolerance, distances.argmin(-1), -1)
+    found = []
+    for index, colour in enumerate(colours):
+        patches, count = ndimage.label(ndimage.binary_opening(nearest == index, np.ones((3, 3))))
+        areas = np.bincount(patches.ravel(), minlength=count + 1)
+        for patch in np.flatnonzero(areas[1:] >= max(least, 1)) + 1:
+            y, x = np.nonzero(patches == patch)
+            found.append(
+                FoundObject(colour, (float(x.mean()) + 0.5, float(y.mean()) + 0.5), float(areas[patch]))
+            )
+    return sorted(found, key=lambda item: -item.area)
+
+
+def _distances(picture: Picture, expected: Sequence[SceneObject]) -> list[float | None]:
+    """How far each expected object is from the patch assigned to it, px; None where it is lost."""
+    from scipy.optimize import linear_sum_assignment
+
+    distances: list[float | None] = [None] * len(expected)
+    # A tenth of the surrounding disc is about a quarter of the slimmest shape: less is a scrap.
+    least = min((0.1 * np.pi * item.radius**2 for item in expected), default=None)
+    patches = find_objects(picture, min_area=least)
+    for colour in {item.colour for item in expected}:
+        wanted = [index for index, item in enumerate(expected) if item.colour == colour]
+        centres = np.array([expected[index].centre for index in wanted])  # (wanted, 2)
+        places = np.array([patch.centroid for patch in patches if patch.colour == colour]).reshape(-1, 2)
+        lengths = np.linalg.norm(centres[:, None] - places, axis=-1)  # (wanted, found)
+        for row, column in zip(*linear_sum_assignment(lengths), strict=True):
+            distances[wanted[row]] = float(lengths[row, column])
+    return distances
+
+
+def centroid_error(picture: Picture, expected_objects: Sequence[SceneObject]) -> float:
+    """Mean distance in pixels between where objects should be and where patches of their colours are.
+
+    Objects and patches of a colour are paired for the least total distance (Kuhn, "The Hungarian method",
+    1955). A lost object counts as the picture's diagonal, the largest distance there is: losing an object
+    never improves the score, and means and intervals stay finite; `objects_lost` tells such cases apart.
+    The picture must have the size of the scene that the objects are from.
+    """
+    if not expected_objects:
+        raise ValueError("expected_objects is empty; needed: at least one object to look for")
+    diagonal = float(np.hypot(*_pixels(picture).shape[:2]))
+    distances = _distances(picture, expected_objects)
+    return float(np.mean([diagonal if distance is None else distance for distance in distances]))
+
+
+def objects_lost(picture: Picture, expected_objects: Sequence[SceneObject]) -> float:
+    """How many of the expected objects have no patch of their colour in the picture."""
+    return float(sum(distance is None for distance in _distances(picture, expected_objects)))
+
+
+# --- detail ----------------------------------------------------------------------------------------------
+
+
+def masked_ssim(a: Picture, b: Picture, mask: np.ndarray) -> float:
+    """Mean over the mask of the structural similarity map, all channels, in [-1, 1]; 1.0 for equal pictures.
+
+    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment", 2004: Gaussian window, sigma 1.5,
+    population statistics, by scikit-image. Each value sees an 11 × 11 window, so changes up to 5 px outside
+    the mask are felt inside it. Raises ValueError below 11 pixels a side.
+    """
+    from skimage.metrics import structural_similarity
+
+    first, second = _pair(a, b)
+    if min(first.shape[:2]) < 11:
+        raise ValueError(f"the pictures are {first.shape[1]} × {first.shape[0]} px; needed: at least 11 × 11")
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    _, similarity = structural_similarity(
+        first, second, channel_axis=-1, data_range=255, full=True, **options
+    )
+    return float(similarity[_checked(mask, first)].mean())
+
+
+def masked_psnr(a: Picture, b: Picture, mask: np.ndarray) -> float:
+    """Peak signal-to-noise ratio over the mask in dB: 10·log10(255² / mean squared error); inf if equal."""
+    first, second = _pair(a, b)
+    inside = _checked(mask, first)
+    error = np.mean((first[inside].astype(float) - second[inside]) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def mean_abs_difference(a: Picture, b: Picture, mask: np.ndarray | None = None) -> float:
+    """Mean absolute difference in 8-bit grey levels (0 to 255), over the mask where there is one."""
+    first, second = _pair(a, b)
+    inside = np.s_[:] if mask is None else _checked(mask, first)
+    return float(np.abs(first[inside].astype(float) - second[inside]).mean())
+
+
+def colour_error(picture: Picture, mask: np.ndarray, rgb: RGB) -> float:
+    """Mean colour difference to `rgb` over the mask in CIEDE2000 units: about 1 is just noticeable.
+
+    Sharma, Wu and Dalal, "The CIEDE2000 color-difference formula", 2005, by scikit-image; sRGB under D65.
+    """
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    pixels = _pixels(picture)
+    inside = pixels[_checked(mask, pixels)]  # (P, 3)
+    wanted = np.broadcast_to(np.array(rgb, dtype=np.uint8), inside.shape)
+    return float(deltaE_ciede2000(rgb2lab(inside), rgb2lab(wanted)).mean())

@@ -1,0 +1,404 @@
+"""`EnhancedQwenImageEdit`: a stock Qwen-Image-Edit pipeline that sees through a bridge on request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
+from .cache import VisionCache
+from .editors import MEMORY_MODES, GpuMemoryError, check_device, editor_revision, find_mode, load_pipeline
+from .extractor import VisionCacheExtractor, load_processor
+from .images import ImageLike, image_digest, load_images
+from .injection import Injection, Site, inject, mrope_positions
+from .records import provenance, write_json, write_picture
+from .sizes import condition_grids, picture_sizes, takes_several
+from .specs import Family, read_json, resolve_family
+
+logger = logging.getLogger(__name__)
+
+RESERVED = (
+    "generator",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "latents",
+    "image",
+    "num_images_per_prompt",
+)
+
+
+class LevelAttention(NamedTuple):
+    """Which level the bridge drew on, token by token."""
+
+    weights: torch.Tensor
+    """(N, L) on the CPU, summing to 1 over L; the pictures' tokens one after the other, each row by row."""
+    grids: tuple[tuple[int, int], ...]
+    """(gh, gw) of each picture."""
+    levels: tuple[str, ...]
+
+    def maps(self) -> list[np.ndarray]:
+        """One (gh, gw, L) array a picture."""
+        parts = self.weights.split([rows * columns for rows, columns in self.grids])
+        return [part.reshape(*grid, -1).numpy() for part, grid in zip(parts, self.grids, strict=True)]
+
+
+class Comparison(NamedTuple):
+    """The same edit without and with the bridge."""
+
+    baseline: Image.Image
+    enhanced: Image.Image
+    attention: LevelAttention
+
+
+class EnhancedQwenImageEdit:
+    """Edit pictures with Qwen-Image-Edit, with or without Qwen3-VL's features through a bridge.
+
+    The stock pipeline is in `.pipe`, loaded on first use and untouched outside a call: LoRAs and schedulers
+    are set on it as ever. The target's own features are taken where the pipeline computes them; the source
+    tower is loaded for the extraction and freed before the DiT runs unless `keep_source` is set.
+
+    Args:
+        family: `"qwen"`, `"miniature"`, or a `Family`.
+        bridge: a `VisionBridge`, a folder, a hub id, `"fresh"` (the identity) or `"random"` (seeded noise).
+            None is the family's shipped bridge, or a fresh one, said in a warning.
+        load_in_8bit, load_in_4bit: bitsandbytes quantisation of the DiT and the language model; needs CUDA.
+        offload: `"model"`, `"group"` or `"sequential"` offload to CPU memory; needs CUDA.
+        source, editor: another registered model, hub id or local folder for that role.
+        device: None is CUDA where there is one, else the CPU.
+        dtype: None is bfloat16 on CUDA and float32 on a CPU.
+        mrope: `"fixed"` gives the text encoder three-axis positions, `"stock"` leaves diffusers' behaviour.
+        site: where the bridge goes in, see `injection.inject`.
+        keep_source: keep the source tower in memory between calls.
+        feature_cache: as `VisionCacheExtractor`.
+        pipe: a stock pipeline that is loaded already, used as it is.
+
+    Raises:
+        ValueError: unknown names, quantisation or offload without CUDA, a bridge made for other models.
+        GpuMemoryError: too little GPU memory, naming the modes that would fit.
+        FileNotFoundError, OSError: a bridge or model that is not there.
+    """
+
+    def __init__(
+        self,
+        family: str | Family = "qwen",
+        bridge: VisionBridge | str | Path | None = None,
+        load_in_8bit: bool = False,
+        *,
+        load_in_4bit: bool = False,
+        offload: str | None = None,
+        source: str | Path | None = None,
+        editor: str | Path | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        mrope: str = "fixed",
+        site: Site = "tower",
+        keep_source: bool = False,
+        feature_cache: bool | str | Path = True,
+        pipe: Any = None,
+    ) -> None:
+        self.family = resolve_family(family, source=source, editor=editor)
+        self.mode = find_mode(load_in_8bit, load_in_4bit, offload)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        if pipe is None:
+            check_device(self.mode, self.device, self.family, _free_gpu_gb(self.device))
+        if mrope not in ("fixed", "stock"):
+            raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
+        self.mrope, self.site, self.keep_source = mrope, site, keep_source
+        self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
+        self.extractor = VisionCacheExtractor(
+            self.family, load_in_8bit=False, device=self.device, dtype=self.dtype, feature_cache=feature_cache
+        )
+        self._pipe = pipe
+        self._processor: Any = None
+
+    @property
+    def pipe(self) -> Any:
+        """The stock diffusers pipeline, loaded on first use."""
+        if self._pipe is None:
+            self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
+            made = self._pipe.text_encoder.config.vision_config.out_hidden_size
+            if made != self.family.target.out_dim:
+                raise ValueError(
+                    f"{self.family.editor.repo} has a text encoder of width {made}, "
+                    f"{self.family.target.name} has {self.family.target.out_dim}"
+                )
+        return self._pipe
+
+    def generate(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str,
+        use_qwen3_vision: bool = True,
+        strength: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Image.Image:
+        """Edit a picture, or several as references of one edit.
+
+        Args:
+            image: one picture or several; the first edit pipeline takes one only.
+            prompt: what to change.
+            use_qwen3_vision: see through the bridge; False is the baseline.
+            strength: scales the bridge's update; 0 gives the stock picture bit for bit.
+            seed: of the noise, drawn on the CPU so that every device gets the same.
+            options: passed to the pipeline: `num_inference_steps`, `true_cfg_scale`, `negative_prompt`,
+                `height`, `width`, `callback_on_step_end` …; defaults are the family's.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError, OSError: a bad picture, prompt, strength or option.
+            FeaturesNotReadError: the pipeline never read the features.
+            GpuMemoryError: the GPU ran out of memory.
+        """
+        pictures, options = self._checked(image, prompt, strength, seed, options)
+        if not use_qwen3_vision:
+            return self._run(pictures, prompt, seed, options)
+        return self._enhanced(pictures, prompt, strength, seed, options)[0]
+
+    def compare(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str,
+        save_comparison: str | Path | None = None,
+        strength: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Comparison:
+        """The same edit without and with the bridge: same seed, steps, guidance and prompt.
+
+        Args:
+            save_comparison: where to write a sheet of input, baseline, enhanced and their amplified
+                difference.
+            image, prompt, strength, seed, options: as `generate`.
+
+        Returns:
+            The two pictures and the level weights of the enhanced one.
+        """
+        pictures, options = self._checked(image, prompt, strength, seed, options)
+        baseline = self._run(pictures, prompt, seed, options)
+        enhanced, record = self._enhanced(pictures, prompt, strength, seed, options)
+        attention = LevelAttention(record.level_weights, record.grids, self.bridge.config.levels)
+        if save_comparison is not None:
+            from .plots import comparison_sheet  # draws with matplotlib, which nothing else here needs
+
+            sheet = comparison_sheet(pictures, baseline, enhanced, prompt, seed, strength, self.describe())
+            write_picture(save_comparison, sheet)
+        return Comparison(baseline, enhanced, attention)
+
+    def attend(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str, strength: float = 1.0
+    ) -> LevelAttention:
+        """The level weights alone, for the price of two steps without guidance; no picture is decoded."""
+        shortest = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
+        pictures, options = self._checked(image, prompt, strength, 0, shortest)
+        options["negative_prompt"] = None
+        _, record = self._enhanced(pictures, prompt, strength, 0, options)
+        return LevelAttention(record.level_weights, record.grids, self.bridge.config.levels)
+
+    def benchmark(
+        self,
+        images: Sequence[ImageLike],
+        prompts: Sequence[str],
+        output_dir: str | Path = "examples_output/benchmark",
+        strength: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Compare every picture with every prompt and keep pictures, times and differences in a folder.
+
+        Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
+
+        Returns:
+            The records of `results.json`: files, seconds, and the mean absolute difference of the two edits.
+        """
+        from tqdm import tqdm
+
+        pairs = [(picture, prompt) for picture in images for prompt in prompts]
+        checked = [self._checked(picture, prompt, strength, seed, options)[0] for picture, prompt in pairs]
+        folder = Path(output_dir)
+        records = _read_records(folder / "results.json")
+        for number, (pictures, (_, prompt)) in enumerate(
+            zip(tqdm(checked, desc="benchmark"), pairs, strict=True)
+        ):
+            key = self._key(pictures, prompt, strength, seed, options)
+            if key not in records:
+                records[key] = self._measure(
+                    folder, f"{number:03d}", pictures, prompt, strength, seed, options
+                )
+                report = {"provenance": self.provenance([seed]), "records": records}
+                write_json(folder / "results.json", report)
+        return list(records.values())
+
+    def condition_grids(self, pictures: Sequence[Image.Image]) -> tuple[tuple[int, int], ...]:
+        """(gh, gw) of each picture as the editor's target tower sees it, worked out as the pipeline does."""
+        return condition_grids(
+            self._pipeline_class(), self.family.editor, self._image_processor(), list(pictures)
+        )
+
+    def extract_source(self, pictures: Sequence[Image.Image]) -> VisionCache:
+        """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
+        cache = self.extractor.extract_qwen3_vision(list(pictures), grids=self.condition_grids(pictures))
+        if not self.keep_source:
+            self.extractor.unload("qwen3")
+        return cache
+
+    def describe(self) -> str:
+        """Editor and bridge in a few words."""
+        return f"{self.family.editor.name}, bridge: {self.bridge_name}"
+
+    def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """What a results file says about how it was made."""
+        cuda = self.device.type == "cuda"
+        family = self.family
+        return provenance(
+            seeds,
+            torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+            family=family.name,
+            source={"repo": family.source.repo, "revision": self.extractor.revision("qwen3")},
+            editor={"repo": family.editor.repo, "revision": editor_revision(family.editor)},
+            bridge={"name": self.bridge_name, "site": self.site, "digest": bridge_digest(self.bridge)},
+            mrope=self.mrope,
+            memory_mode=self.mode.name,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    def _enhanced(
+        self, pictures: list[Image.Image], prompt: str, strength: float, seed: int, options: dict[str, Any]
+    ) -> tuple[Image.Image, Injection]:
+        cache = self.extract_source(pictures)
+        with inject(self.pipe, self.bridge, cache, strength, self.site) as record:
+            picture = self._run(pictures, prompt, seed, options)
+        return picture, record
+
+    def _run(
+        self, pictures: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
+    ) -> Image.Image:
+        """One call of the stock pipeline, with right positions and the family's picture sizes."""
+        pipe = self.pipe
+        generator = torch.Generator("cpu").manual_seed(seed)
+        images = pictures if takes_several(type(pipe).__name__) else pictures[0]
+        sizes = picture_sizes(type(pipe), self.family.editor)
+        with _out_of_memory_named(self), mrope_positions(pipe, self.mrope), sizes:
+            return pipe(image=images, prompt=prompt, generator=generator, **options).images[0]
+
+    def _checked(
+        self, image: Any, prompt: Any, strength: Any, seed: Any, options: dict[str, Any]
+    ) -> tuple[list[Image.Image], dict[str, Any]]:
+        """Open the pictures and complete the options; every cheap refusal happens here."""
+        check_prompt(prompt)
+        check_strength(strength)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed is a whole number, not {seed!r}")
+        if taken := sorted(set(options) & set(RESERVED)):
+            raise ValueError(
+                f"{', '.join(taken)} cannot be given: the pairing of baseline and enhanced sets them"
+            )
+        pictures = load_images(image, self.family.target.token_px)
+        if len(pictures) > 1 and not takes_several(self._pipeline_name()):
+            raise ValueError(
+                f"{self._pipeline_name()} takes one picture, got {len(pictures)}: use Qwen-Image-Edit-2509"
+            )
+        defaults = {
+            "num_inference_steps": self.family.steps,
+            "true_cfg_scale": self.family.true_cfg_scale,
+            "negative_prompt": self.family.negative_prompt,
+        }
+        return pictures, {**defaults, **options}
+
+    def _measure(
+        self, folder: Path, stem: str, pictures: list[Image.Image], prompt: str, strength: float, seed: int,
+        options: dict[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        sheet = folder / f"{stem}_comparison.png"
+        started = time.perf_counter()
+        result = self.compare(pictures, prompt, sheet, strength, seed, **options)
+        seconds = time.perf_counter() - started
+        files = {"baseline": folder / f"{stem}_baseline.png", "enhanced": folder / f"{stem}_enhanced.png"}
+        for name, path in files.items():
+            write_picture(path, getattr(result, name))
+        difference = np.abs(np.asarray(result.baseline, float) - np.asarray(result.enhanced, float)).mean()
+        return {
+            "prompt": prompt,
+            "pictures": [image_digest(picture) for picture in pictures],
+            "files": {**{name: path.name for name, path in files.items()}, "comparison": sheet.name},
+            "seconds_both": round(seconds, 3),
+            "mean_abs_difference": float(difference),
+            "level_weights": dict(
+                zip(result.attention.levels, result.attention.weights.mean(0).tolist(), strict=True)
+            ),
+        }
+
+    def _key(
+        self, pictures: list[Image.Image], prompt: str, strength: float, seed: int, options: dict[str, Any]
+    ) -> str:
+        made_from = [
+            self.family.name, self.family.source.repo, self.family.editor.repo, self.site, self.mrope,
+            self.mode.name, bridge_digest(self.bridge), [image_digest(picture) for picture in pictures],
+            prompt, strength, seed, sorted(options.items()),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16]
+
+    def _pipeline_name(self) -> str:
+        return type(self._pipe).__name__ if self._pipe is not None else self.family.editor.pipeline_class
+
+    def _pipeline_class(self) -> type:
+        if self._pipe is not None:
+            return type(self._pipe)
+        import diffusers
+
+        return getattr(diffusers, self.family.editor.pipeline_class)
+
+    def _image_processor(self) -> Any:
+        if self._pipe is not None:
+            return self._pipe.processor.image_processor
+        if (
+            self._processor is None
+        ):  # known before the pipeline is loaded, so that the source tower can go first
+            self._processor = load_processor(
+                self.family.editor.repo, "processor", self.family.editor.revision
+            )
+        return self._processor
+
+
+def check_prompt(prompt: Any) -> str:
+    """A prompt with something in it.
+
+    Raises:
+        TypeError: no string. ValueError: empty or blank.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"a prompt is a string, not {type(prompt).__name__}")
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: say what to change")
+    return prompt
+
+
+@contextmanager
+def _out_of_memory_named(pipeline: EnhancedQwenImageEdit) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        needs = "; ".join(f"{mode.name} ≈ {mode.gpu_gb(pipeline.family.editor):.0f} GB ({mode.arguments})"
+                          for mode in MEMORY_MODES)  # fmt: skip
+        raise GpuMemoryError(
+            f"the GPU ran out of memory in mode {pipeline.mode.name}; estimated needs: {needs}"
+        ) from error
+
+
+def _free_gpu_gb(device: torch.device) -> float | None:
+    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
+
+
+def _read_records(path: Path) -> dict[str, dict[str, Any]]:
+    return read_json(path).get("records", {}) if path.is_file() else {}

@@ -1,0 +1,61 @@
+"""Results on disk: what made them, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes")
+
+
+def provenance(seeds: Sequence[int], device: str, **models: Any) -> dict[str, Any]:
+    """What every results file says about how it was made: command, seeds, models, versions, device, date."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seeds": list(seeds),
+        **models,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "device": device,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a file beside `path` and rename it in, making the folder if need be.
+
+    Raises:
+        OSError: the folder cannot be written to; it says which.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)  # mkstemp's own mode hides the file from everyone else
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, data: Any) -> Path:
+    """Write indented JSON; NaN and infinity are refused, since no other reader takes them."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_picture(path: str | Path, picture: Image.Image) -> Path:
+    """Write a picture in the format of the path's ending."""
+    return write_whole(path, lambda file: picture.save(file))

@@ -1,0 +1,67 @@
+"""How large the edit pipelines of diffusers make their pictures: the one place that knows and sets it.
+
+The Plus pipeline has module constants, read at call time, for the picture that the vision tower sees (384²
+px) and for the one that the VAE encodes (1024²). The first pipeline has an inline 1024·1024 and feeds one
+picture to both. Every side is rounded to 32 px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from PIL import Image
+
+from .specs import EditorSpec
+
+STOCK_AREA = 1024 * 1024  # px², the default of both pipelines' outputs
+
+
+@contextmanager
+def picture_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
+    """Set an edit pipeline's px² to the editor's own; None there leaves diffusers' value."""
+    module = import_module(pipeline_class.__module__)
+    changes: dict[str, Any] = {}
+    if hasattr(module, "CONDITION_IMAGE_SIZE"):
+        changes = {"CONDITION_IMAGE_SIZE": editor.condition_area, "VAE_IMAGE_SIZE": editor.vae_area}
+    if editor.vae_area is not None:
+        stock, area_of = module.calculate_dimensions, {STOCK_AREA: editor.vae_area}
+        changes["calculate_dimensions"] = lambda area, ratio: stock(area_of.get(area, area), ratio)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    before = {name: getattr(module, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def condition_grids(
+    pipeline_class: type, editor: EditorSpec, image_processor: Any, pictures: Sequence[Image.Image]
+) -> tuple[tuple[int, int], ...]:
+    """(gh, gw) of each picture as the editor's target tower sees it, worked out as the pipeline does.
+
+    Args:
+        image_processor: that of the pipeline's processor, which resizes once more to whole tokens.
+    """
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    module = import_module(pipeline_class.__module__)
+    px, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
+    grids = []
+    with picture_sizes(pipeline_class, editor):
+        area = getattr(module, "CONDITION_IMAGE_SIZE", STOCK_AREA)
+        for picture in pictures:
+            width, height = module.calculate_dimensions(area, picture.width / picture.height)[:2]
+            height, width = smart_resize(height, width, px, size["shortest_edge"], size["longest_edge"])
+            grids.append((height // px, width // px))
+    return tuple(grids)
+
+
+def takes_several(pipeline_class_name: str) -> bool:
+    """Whether the pipeline takes several reference pictures in one edit."""
+    return pipeline_class_name != "QwenImageEditPipeline"

@@ -1,0 +1,323 @@
+"""What each model is and which belong together: data and its checks; no weights are loaded here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .hub import hub_file
+
+BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniature.py
+LEVEL_NAMES = ("early", "mid", "late")
+SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
+TARGET_TYPES = ("qwen2_5_vl",)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One vision-language model and the shapes that its checkpoint's config must state."""
+
+    name: str
+    """Short name, as users write it."""
+    repo: str
+    """Hub id, local folder, or `builtin:` location."""
+    model_type: str
+    """transformers' `model_type` of the whole model."""
+    depth: int
+    """Blocks of the vision tower."""
+    hidden_size: int
+    """Width of the vision tower."""
+    patch_size: int
+    """px of one patch side."""
+    out_dim: int
+    """Width of a merged vision token, equal to the language model's."""
+    language_layers: int
+    """Layers of the language model."""
+    levels: tuple[int, ...] = ()
+    """Blocks after which DeepStack taps the tower; empty for a target."""
+    merge_size: int = 2
+    """Patches merged into one token, per side."""
+    subfolder: str = ""
+    """Folder of config and weights inside the repository."""
+    processor_subfolder: str = ""
+    """Folder of the processor inside the repository."""
+    revision: str | None = None
+    """Branch, tag or commit; None is the default branch."""
+
+    def __post_init__(self) -> None:
+        if self.model_type not in SOURCE_TYPES + TARGET_TYPES:
+            raise ValueError(
+                f"{self.name}: model type {self.model_type!r} is not supported, "
+                f"only {', '.join(SOURCE_TYPES + TARGET_TYPES)}"
+            )
+        if self.model_type in SOURCE_TYPES and len(self.levels) != len(LEVEL_NAMES):
+            raise ValueError(
+                f"{self.name}: needs {len(LEVEL_NAMES)} DeepStack taps, its config has {self.levels}"
+            )
+
+    @property
+    def token_px(self) -> int:
+        """px of one merged token's side: 32 for Qwen3-VL, 28 for Qwen2.5-VL."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """Every size that a checkpoint's config must state."""
+        keys = (
+            "model_type",
+            "depth",
+            "hidden_size",
+            "patch_size",
+            "merge_size",
+            "out_dim",
+            "levels",
+            "language_layers",
+        )
+        return {key: getattr(self, key) for key in keys}
+
+    @property
+    def role(self) -> str:
+        """`source` or `target`."""
+        return "source" if self.model_type in SOURCE_TYPES else "target"
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **where: Any) -> ModelSpec:
+        """Read the shapes from a checkpoint's `config.json`; `where` gives name, repo and the folders.
+
+        Raises:
+            ValueError: the config is not that of a supported vision-language model.
+        """
+        vision = config.get("vision_config")
+        if not isinstance(vision, dict) or config.get("model_type") not in SOURCE_TYPES + TARGET_TYPES:
+            raise ValueError(
+                f"{where.get('repo')}: its config is of type {config.get('model_type')!r}; "
+                f"needed is one of {', '.join(SOURCE_TYPES + TARGET_TYPES)}"
+            )
+        text = config.get("text_config") or config  # Qwen2.5-VL's hub config is flat
+        return cls(
+            model_type=config["model_type"],
+            depth=vision["depth"],
+            hidden_size=vision["hidden_size"],
+            patch_size=vision["patch_size"],
+            merge_size=vision["spatial_merge_size"],
+            out_dim=vision["out_hidden_size"],
+            language_layers=text["num_hidden_layers"],
+            levels=tuple(vision.get("deepstack_visual_indexes", ())),
+            **where,
+        )
+
+    def check(self, found: ModelSpec) -> None:
+        """Compare with the spec read from a checkpoint.
+
+        Raises:
+            ValueError: a size differs; both are named.
+        """
+        wrong = [f"{key} {size} instead of {self.shapes[key]}" for key, size in found.shapes.items()
+                 if size != self.shapes[key]]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{found.repo} is not {self.name}: its config says {', '.join(wrong)}")
+
+
+@dataclass(frozen=True)
+class EditorSpec:
+    """One Qwen-Image-Edit checkpoint."""
+
+    name: str
+    """Short name, as users write it."""
+    repo: str
+    """Hub id, local folder, or `builtin:` location."""
+    pipeline_class: str
+    """Name of the diffusers pipeline class."""
+    condition_area: int | None = None
+    """px² of the picture that the target tower sees; None leaves diffusers' own constant."""
+    vae_area: int | None = None
+    """px² of the picture that the VAE encodes and of the output; None leaves diffusers' own constant."""
+    transformer_params: float = 20.43
+    """10⁹ parameters of the DiT; 0 where it is too small to plan for."""
+    encoder_params: float = 8.29
+    """10⁹ parameters of the text encoder."""
+    revision: str | None = None
+    """Branch, tag or commit; None is the default branch."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that belong together, with the settings that suit them."""
+
+    name: str
+    source: ModelSpec
+    target: ModelSpec
+    editor: EditorSpec
+    bridge_rank: int
+    """Default rank of a bridge between the two."""
+    steps: int
+    """Default denoising steps."""
+    true_cfg_scale: float = 4.0
+    """Default guidance scale; guidance needs a negative prompt too."""
+    negative_prompt: str = " "
+    picture_size: int = 448
+    """px of the synthetic test picture's side."""
+
+
+def _qwen3(
+    size: str, depth: int, width: int, levels: tuple[int, ...], out: int, layers: int, kind: str
+) -> ModelSpec:
+    name = f"Qwen3-VL-{size}"
+    return ModelSpec(name, f"Qwen/{name}-Instruct", kind, depth, width, 16, out, layers, levels)
+
+
+def _qwen25(size: str, out: int, layers: int) -> ModelSpec:
+    name = f"Qwen2.5-VL-{size}"
+    return ModelSpec(name, f"Qwen/{name}-Instruct", "qwen2_5_vl", 32, 1280, 14, out, layers)
+
+
+_DEEP, _SHALLOW = (8, 16, 24), (5, 11, 17)
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        _qwen3("2B", 24, 1024, _SHALLOW, 2048, 28, "qwen3_vl"),
+        _qwen3("4B", 24, 1024, _SHALLOW, 2560, 36, "qwen3_vl"),
+        _qwen3("8B", 27, 1152, _DEEP, 4096, 36, "qwen3_vl"),
+        _qwen3("32B", 27, 1152, _DEEP, 5120, 64, "qwen3_vl"),
+        _qwen3("30B-A3B", 27, 1152, _DEEP, 2048, 48, "qwen3_vl_moe"),
+        _qwen25("3B", 2048, 36),
+        _qwen25("7B", 3584, 28),
+        _qwen25("32B", 5120, 64),
+        _qwen25("72B", 8192, 80),
+        ModelSpec("miniature-source", f"{BUILTIN}source", "qwen3_vl", 6, 128, 8, 256, 3, (1, 3, 5)),
+        ModelSpec("miniature-target", f"{BUILTIN}target", "qwen2_5_vl", 4, 128, 7, 224, 4,
+                  subfolder="text_encoder", processor_subfolder="processor"),
+    )
+}  # fmt: skip
+
+EDITORS: dict[str, EditorSpec] = {
+    spec.name: spec
+    for spec in (
+        EditorSpec("Qwen-Image-Edit", "Qwen/Qwen-Image-Edit", "QwenImageEditPipeline"),
+        EditorSpec("Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline"),
+        EditorSpec("Qwen-Image-Edit-2511", "Qwen/Qwen-Image-Edit-2511", "QwenImageEditPlusPipeline"),
+        EditorSpec(
+            "miniature-editor",
+            f"{BUILTIN}editor",
+            "QwenImageEditPlusPipeline",
+            128 * 128,
+            128 * 128,
+            0.0,
+            0.0,
+        ),
+    )
+}
+
+FAMILIES: dict[str, Family] = {
+    "miniature": Family(
+        "miniature", MODELS["miniature-source"], MODELS["miniature-target"], EDITORS["miniature-editor"],
+        bridge_rank=48, steps=20, picture_size=128,
+    ),
+    "qwen": Family(
+        "qwen", MODELS["Qwen3-VL-8B"], MODELS["Qwen2.5-VL-7B"], EDITORS["Qwen-Image-Edit-2509"],
+        bridge_rank=192, steps=40,
+    ),
+}  # fmt: skip
+
+
+def resolve_family(
+    family: str | Family,
+    source: str | Path | None = None,
+    target: str | Path | None = None,
+    editor: str | Path | None = None,
+) -> Family:
+    """The named family, with any role taken by another registered name, hub id or local folder.
+
+    Raises:
+        ValueError: an unknown family or model name, or a folder whose config is of another kind.
+        FileNotFoundError: a folder without a config.
+    """
+    if isinstance(family, str):
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}: choose one of {', '.join(sorted(FAMILIES))}")
+        family = FAMILIES[family]
+    if source is not None:
+        family = replace(family, source=_resolve_model("source", source))
+    if target is not None:
+        family = replace(family, target=_resolve_model("target", target))
+    if editor is not None:
+        family = replace(family, editor=_resolve_editor(editor, family.editor))
+    return family
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a broken file is a ValueError that names it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, needed is a JSON object")
+    return data
+
+
+def cache_home() -> Path:
+    """Folder for everything the toolkit keeps between runs; `QWEN_VISION_BRIDGE_HOME` moves it."""
+    if given := os.environ.get("QWEN_VISION_BRIDGE_HOME"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qwen-vision-bridge"
+
+
+def _resolve_model(role: str, given: str | Path) -> ModelSpec:
+    known = {spec.name: spec for spec in MODELS.values() if spec.role == role}
+    known |= {spec.repo: spec for spec in known.values()}
+    if str(given) in known:
+        return known[str(given)]
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} has no config.json: give the folder of a whole {role} checkpoint"
+            )
+        config = read_json(folder / "config.json")
+        where: dict[str, Any] = {"name": folder.name, "repo": str(folder)}
+    elif _HUB_ID.fullmatch(str(given)):
+        config = read_json(hub_file(str(given), "config.json"))
+        where = {"name": str(given), "repo": str(given)}
+    else:
+        names = ", ".join(spec.name for spec in MODELS.values() if spec.role == role)
+        raise ValueError(f"unknown {role} model {str(given)!r}: give a folder, a hub id, or one of {names}")
+    spec = ModelSpec.from_config(config, **where)
+    # A copy of a released model goes by the released name, so that bridges made for it fit.
+    for known_spec in MODELS.values():
+        if spec.shapes == known_spec.shapes:
+            spec = replace(spec, name=known_spec.name)
+    if spec.role != role:
+        raise ValueError(f"{given} is a {spec.model_type} model and cannot be the {role}")
+    return spec
+
+
+def _resolve_editor(given: str | Path, base: EditorSpec) -> EditorSpec:
+    known = EDITORS | {spec.repo: spec for spec in EDITORS.values()}
+    if str(given) in known:
+        return known[str(given)]
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline"
+            )
+        pipeline_class = read_json(folder / "model_index.json").get("_class_name", "")
+        known_classes = {spec.pipeline_class for spec in EDITORS.values()}
+        if pipeline_class not in known_classes:
+            raise ValueError(
+                f"{folder} is a {pipeline_class or 'nameless'} pipeline, "
+                f"needed is {' or '.join(sorted(known_classes))}"
+            )
+        # The picture sizes are no part of a checkpoint: a folder keeps those of the family it is used in.
+        return replace(base, name=folder.name, repo=str(folder), pipeline_class=pipeline_class, revision=None)
+    if _HUB_ID.fullmatch(str(given)):
+        return replace(base, name=str(given), repo=str(given), revision=None)
+    raise ValueError(
+        f"unknown editor {str(given)!r}: give a folder, a hub id, or one of {', '.join(EDITORS)}"
+    )

@@ -1,0 +1,89 @@
+"""What the machine can run, and what to do where it cannot."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+
+from qwen_vision_bridge import environment
+from qwen_vision_bridge.environment import best_mode, choose_family, inspect_machine
+from qwen_vision_bridge.specs import FAMILIES
+
+QWEN = FAMILIES["qwen"]
+
+
+def gpu(total: float) -> list[tuple[str, float, float]]:
+    return [("Some GPU", total, total)] if total else []
+
+
+def test_this_machine_can_run_the_miniature() -> None:
+    report = inspect_machine()
+    assert report.ok
+    assert report.as_dict()["families"][0]["family"] == "miniature"
+    assert {"Python", "torch", "diffusers", "memory"} <= {check.name for check in report.checks}
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "mode"),
+    [
+        (80, "plain"),
+        (48, "8-bit"),
+        (32, "8-bit + model offload"),
+        (26, "4-bit"),
+        (24, "4-bit + model offload"),
+        (12, "group offload"),
+        (7, "sequential offload"),
+        (4, None),
+    ],
+)
+def test_the_fastest_mode_that_fits_is_recommended(gpu_gb: float, mode: str | None) -> None:
+    found = best_mode(QWEN, gpu_gb, ram_gb=128)
+    assert (found.name if found else None) == mode
+
+
+def test_offload_needs_the_weights_to_fit_in_cpu_memory() -> None:
+    assert best_mode(QWEN, 12, ram_gb=32) is None
+    assert best_mode(QWEN, 24, ram_gb=24).name == "4-bit + model offload"
+
+
+@pytest.mark.parametrize(("gpu_gb", "family"), [(80, "qwen"), (4, "miniature"), (0, "miniature")])
+def test_auto_takes_the_released_models_where_they_fit_and_says_how_to_get_the_other(
+    gpu_gb: float, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "gpu_memory_gb", lambda: gpu(gpu_gb))
+    monkeypatch.setattr(environment, "_ram_gb", lambda: 128.0)
+    name, line = choose_family("auto")
+    other = {"qwen": "miniature", "miniature": "qwen"}[family]
+    assert name == family
+    assert f"--models {other}" in line
+    assert "\n" not in line
+
+
+def test_a_family_that_was_asked_for_is_taken() -> None:
+    assert choose_family("qwen")[0] == "qwen"
+    with pytest.raises(ValueError, match="auto or one of miniature, qwen"):
+        choose_family("huge")
+
+
+def test_a_missing_package_fails_the_report_and_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "diffusers":
+            raise metadata.PackageNotFoundError(name)
+        return "0.1" if name == "torch" else real(name)
+
+    monkeypatch.setattr(environment.metadata, "version", version)
+    report = inspect_machine()
+    failed = {check.name: check.remedy for check in report.checks if not check.ok}
+    assert not report.ok
+    assert set(failed) == {"diffusers", "torch"}
+    assert "uv sync" in failed["torch"]
+
+
+def test_too_little_memory_fails_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_ram_gb", lambda: 0.5)
+    report = inspect_machine()
+    assert not report.ok
+    assert any("close other programs" in check.remedy for check in report.checks if not check.ok)

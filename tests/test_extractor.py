@@ -1,0 +1,209 @@
+"""Extraction: the right features of the right places, one model at a time, none where the cache has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vision_bridge import extractor as extractor_module
+from qwen_vision_bridge.extractor import VisionCacheExtractor
+from qwen_vision_bridge.miniature import locate
+from qwen_vision_bridge.specs import FAMILIES
+
+FAMILY = FAMILIES["miniature"]
+
+
+@pytest.fixture
+def extractor() -> VisionCacheExtractor:
+    return VisionCacheExtractor("miniature", feature_cache=False, device="cpu", keep_models=True)
+
+
+def test_the_seeds_calls_give_the_seeds_shapes(extractor: VisionCacheExtractor) -> None:
+    image = Image.new("RGB", (128, 128), "red")
+    qwen3, qwen25 = extractor.extract_qwen3_vision(image, "x"), extractor.extract_qwen25_vision(image, "x")
+    for features in (qwen3.early_features, qwen3.mid_features, qwen3.late_features, qwen3.merged_features):
+        assert features.shape == torch.Size([1, 81, 256])
+    assert qwen25.vision_features.shape == torch.Size([1, 81, 224])
+    assert qwen3.grid == qwen25.grid == (9, 9)
+
+
+def test_a_448_px_picture_gives_256_tokens_at_the_released_shapes() -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    px = FAMILIES["qwen"].target.token_px
+    assert smart_resize(448, 448, px, 56 * 56, 28 * 28 * 16384) == (16 * px, 16 * px)
+
+
+def test_the_levels_are_deepstacks_own_and_merged_is_the_towers_output(
+    extractor: VisionCacheExtractor, photo: Image.Image
+) -> None:
+    """Against the whole model called with the source's own processor."""
+    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+    cache = extractor.extract_qwen3_vision(photo)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(locate("builtin:source"), dtype=torch.float32)
+    rows, columns = cache.grid
+    inputs = AutoProcessor.from_pretrained(locate("builtin:source")).image_processor(
+        images=[photo.resize((columns * 16, rows * 16), Image.Resampling.BICUBIC)],
+        do_resize=False,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        output = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    for got, expected in zip(cache.levels, output.deepstack_features, strict=True):
+        assert torch.equal(got[0], expected[0])
+    assert torch.equal(cache.merged_features[0], output.pooler_output[0])
+
+
+def test_the_baseline_is_what_the_pipelines_own_tower_makes(
+    extractor: VisionCacheExtractor, pipe: Any, photo: Image.Image
+) -> None:
+    from qwen_vision_bridge.injection import capture_vision
+
+    with torch.no_grad(), capture_vision(pipe) as seen:
+        pipe.encode_prompt("x", image=[photo])
+    cache = extractor.extract_qwen25_vision(photo)
+    assert seen.grids == cache.grids
+    torch.testing.assert_close(seen.baselines[0].cpu(), cache.vision_features[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (210, 96), (98, 240)], ids=["square", "wide", "tall"])
+def test_token_i_of_source_and_target_is_the_same_place(
+    extractor: VisionCacheExtractor, size: tuple[int, int]
+) -> None:
+    """A bright spot moves the same tokens in both, and they are where a naive row-by-row count puts it."""
+    plain = Image.new("RGB", size, (90, 90, 90))
+    rows, columns = extractor.target_grid(plain)
+    for row, column in ((0, 0), (rows - 1, columns // 2), (rows // 2, columns - 1)):
+        spot = plain.copy()
+        width, height = size[0] / columns, size[1] / rows
+        box = [round(v) for v in (column * width, row * height, (column + 1) * width, (row + 1) * height)]
+        spot.paste((255, 255, 0), tuple(box))
+        for extract, name in (
+            (extractor.extract_qwen3_vision, "early"),
+            (extractor.extract_qwen25_vision, "vision"),
+        ):
+            change = (extract(spot).features[name] - extract(plain).features[name])[0].norm(dim=-1)
+            assert change.argmax() == row * columns + column, (name, row, column)
+
+
+def test_the_patch_order_equals_a_naive_reference() -> None:
+    """Pixels of the processor, block by block of merge × merge patches, row by row."""
+    processor = VisionCacheExtractor("miniature")._image_processor("qwen3")
+    rows, columns, px = 3, 5, FAMILY.source.token_px
+    picture = Image.new("RGB", (columns * px, rows * px))
+    picture.putdata(
+        [(x * 3 % 256, y * 5 % 256, (x + y) % 256) for y in range(rows * px) for x in range(columns * px)]
+    )
+    got = processor(images=[picture], do_resize=False, return_tensors="pt")["pixel_values"]
+    pixels = torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.float32).reshape(
+        rows * px, columns * px, 3
+    )
+    pixels, expected, side = (pixels / 255 - 0.5) / 0.5, [], px // 2
+    for row in range(rows):
+        for column in range(columns):
+            for dy in range(2):
+                for dx in range(2):
+                    y, x = row * px + dy * side, column * px + dx * side
+                    patch = pixels[y : y + side, x : x + side].permute(2, 0, 1)  # (3, side, side)
+                    expected.append(patch[:, None].expand(-1, 2, -1, -1).flatten())  # both frames alike
+    torch.testing.assert_close(got, torch.stack(expected))
+
+
+def test_several_pictures_are_packed_in_order(extractor: VisionCacheExtractor, photo: Image.Image) -> None:
+    other = photo.rotate(90, expand=True)
+    both = extractor.extract_qwen3_vision([photo, other])
+    assert both.grids == (extractor.target_grid(photo), extractor.target_grid(other))
+    for part, picture in zip(both.split(), (photo, other), strict=True):
+        alone = extractor.extract_qwen3_vision(picture)
+        torch.testing.assert_close(part.late_features, alone.late_features, atol=1e-4, rtol=1e-4)
+
+
+def test_the_prompt_changes_language_features_and_not_the_towers(photo: Image.Image) -> None:
+    options = {"feature_cache": False, "device": "cpu"}
+    towers = VisionCacheExtractor("miniature", **options)
+    first, second = (towers.extract_qwen3_vision(photo, prompt) for prompt in ("a word", "another"))
+    assert torch.equal(first.late_features, second.late_features)
+    whole = VisionCacheExtractor("miniature", scope="language", **options)
+    for extract, name in ((whole.extract_qwen3_vision, "late"), (whole.extract_qwen25_vision, "vision")):
+        first, second = (extract(photo, prompt) for prompt in ("a word", "another"))
+        assert first.features[name].shape[1] == 7 * 11 or first.grid
+        assert not torch.equal(first.features[name], second.features[name])
+
+
+def test_language_features_are_the_states_after_the_deepstack_adds(photo: Image.Image) -> None:
+    """Against the inputs of the next layer, which are what DeepStack left."""
+    whole = VisionCacheExtractor(
+        "miniature", scope="language", feature_cache=False, device="cpu", keep_models=True
+    )
+    whole.extract_qwen3_vision(photo, "x")
+    model, seen = whole._qwen3_model, {}
+    layers = model.model.language_model.layers
+    handles = [
+        layer.register_forward_pre_hook(lambda _m, args, i=i: seen.__setitem__(i, args[0]))
+        for i, layer in enumerate(layers)
+    ]
+    cache = whole.extract_qwen3_vision(photo, "x")
+    for handle in handles:
+        handle.remove()
+    assert whole.language_layers == (1, 2, 3)
+    tokens = cache.early_features.shape[1]
+    start = next(i for i in range(seen[1].shape[1]) if torch.equal(seen[1][0, i], cache.early_features[0, 0]))
+    assert torch.equal(seen[1][:, start : start + tokens], cache.early_features)
+    assert torch.equal(seen[2][:, start : start + tokens], cache.mid_features)
+
+
+def test_a_second_extraction_loads_no_model(
+    tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = VisionCacheExtractor("miniature", feature_cache=tmp_path).extract_qwen3_vision(photo)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(extractor_module, "load_tower", fail)
+    again = VisionCacheExtractor("miniature", feature_cache=tmp_path)
+    second = again.extract_qwen3_vision(photo.copy())
+    assert torch.equal(first.late_features, second.late_features)
+    assert second.loaded_from is not None
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        again.extract_qwen3_vision(photo.rotate(180))
+
+
+def test_one_model_is_in_memory_at_a_time_unless_asked_otherwise(photo: Image.Image) -> None:
+    for keep in (False, True):
+        extractor = VisionCacheExtractor("miniature", feature_cache=False, keep_models=keep)
+        assert extractor._qwen3_model is None
+        extractor.extract_qwen3_vision(photo)
+        assert extractor._qwen3_model is not None
+        extractor.extract_qwen25_vision(photo)
+        assert (extractor._qwen3_model is not None) == keep
+        extractor.unload()
+        assert extractor._qwen25_model is None
+
+
+def test_del_of_the_model_keeps_working_and_the_next_call_loads_it_again(photo: Image.Image) -> None:
+    extractor = VisionCacheExtractor("miniature", feature_cache=False)
+    first = extractor.extract_qwen3_vision(photo)
+    del extractor._qwen3_model
+    assert extractor._qwen3_model is None
+    del extractor._qwen3_model  # as after a cache hit, when there is nothing to delete
+    assert torch.equal(extractor.extract_qwen3_vision(photo).late_features, first.late_features)
+
+
+def test_bad_arguments_are_refused_before_anything_is_loaded(photo: Image.Image) -> None:
+    with pytest.raises(ValueError, match="scope"):
+        VisionCacheExtractor("miniature", scope="all")
+    with pytest.raises(ValueError, match="three rising numbers from 1 to 3"):
+        VisionCacheExtractor("miniature", language_layers=(2, 1, 3))
+    with pytest.raises(ValueError, match="one vision token"):
+        VisionCacheExtractor("miniature").extract_qwen3_vision(Image.new("RGB", (9, 90)))
+    with pytest.raises(ValueError, match="as many grids"):
+        VisionCacheExtractor("miniature").extract_qwen3_vision(photo, grids=[(3, 3), (3, 3)])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            VisionCacheExtractor("miniature", load_in_8bit=True)

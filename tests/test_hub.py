@@ -1,0 +1,164 @@
+"""From the hub only the tower's bytes are fetched, once; every failure of the network is one line.
+
+The client runs in one process of its own, since huggingface_hub reads its address when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import shard_checkpoint
+from loopback_hub import LoopbackHub
+
+from qwen_vision_bridge.towers import TOWER_PREFIX
+
+CLIENT = """
+import hashlib, json, logging, os, sys, time
+from dataclasses import replace
+from pathlib import Path
+from qwen_vision_bridge.checkpoints import HubCheckpoint, open_checkpoint
+from qwen_vision_bridge.specs import MODELS, resolve_family
+from qwen_vision_bridge.towers import load_tower
+
+home = Path(os.environ["QWEN_VISION_BRIDGE_HOME"])
+
+def load(repo, **changes):
+    report = load_tower(replace(MODELS["miniature-source"], repo=repo, **changes))
+    digest = hashlib.sha256()
+    for name, tensor in sorted(report.model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return {"digest": digest.hexdigest(), "read": report.bytes_read, "total": report.total_bytes,
+            "revision": report.revision}
+
+def caught(call):
+    started = time.perf_counter()
+    try:
+        call()
+    except (OSError, ValueError) as error:
+        return {"kind": type(error).__name__, "says": str(error), "seconds": time.perf_counter() - started}
+
+seen = {"sharded": load("Org/Sharded"), "again": load("Org/Sharded"), "single": load("Org/Single")}
+kept = next(home.glob("towers/Org--Sharded/*/*.safetensors"))
+kept.write_bytes(kept.read_bytes()[:1000])
+seen["damaged"] = load("Org/Sharded")
+seen["left"] = sorted(path.name for path in kept.parent.iterdir() if path.suffix == ".safetensors" or "tmp" in
+path.name) seen["cut"] = caught(lambda: load("Org/Cut"))
+seen["whole"] = caught(lambda: load("Org/Whole"))
+seen["missing"] = caught(lambda: load("Org/Absent"))
+seen["unregistered"] = resolve_family("miniature", source="Org/Single").source.name
+seen["unregistered_missing"] = caught(lambda: resolve_family("miniature", source="Org/Absent"))
+print(json.dumps(seen))
+sys.stdout.flush()
+sys.stdin.readline()  # the hub goes away
+print(json.dumps({"offline": load("Org/Sharded"), "lost": caught(lambda: load("Org/Faulty"))}))
+"""
+
+
+class Visit(NamedTuple):
+    """What the client saw, with the hub there and then gone, and the hub's own count."""
+
+    seen: dict[str, Any]
+    gone: dict[str, Any]
+    hub: LoopbackHub
+    folders: dict[str, Path]
+    weight_map: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    root = tmp_path_factory.mktemp("hub")
+    folders = {f"Org/{name}": root / name for name in ("Sharded", "Single", "Cut", "Whole", "Faulty")}
+    weight_map = shard_checkpoint(source_folder, folders["Org/Sharded"], 4)
+    shutil.copytree(source_folder, folders["Org/Single"])
+    for name in ("Cut", "Whole", "Faulty"):
+        shutil.copytree(source_folder, folders[f"Org/{name}"])
+        (folders[f"Org/{name}"] / "model.safetensors").rename(folders[f"Org/{name}"] / f"{name}.safetensors")
+        index = {"weight_map": dict.fromkeys(weight_map, f"{name}.safetensors")}
+        (folders[f"Org/{name}"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    with LoopbackHub(folders) as hub:
+        hub.truncate["Cut.safetensors"] = 5000
+        hub.ignore_ranges.add("Whole.safetensors")
+        environment = hub.environ(root / "home") | {"QWEN_VISION_BRIDGE_HOME": str(root / "kept")}
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        first = client.stdout.readline()
+    last, errors = client.communicate("\n", timeout=120)
+    assert client.returncode == 0, errors
+    return Visit(json.loads(first), json.loads(last.strip()), hub, folders, weight_map)
+
+
+def test_only_the_towers_bytes_and_the_headers_cross_the_wire(visit: Visit) -> None:
+    shards = {shard for name, shard in visit.weight_map.items() if TOWER_PREFIX.match(name)}
+    served = sum(visit.hub.bytes_served[shard] for shard in set(visit.weight_map.values()))
+    tower = visit.seen["sharded"]["read"]
+    whole = sum((visit.folders["Org/Sharded"] / shard).stat().st_size for shard in shards)
+    assert served == tower + visit.seen["damaged"]["read"]  # fetched once, and once more after the damage
+    assert tower < 0.75 * visit.seen["sharded"]["total"]
+    assert tower < whole
+    for shard in set(visit.weight_map.values()) - shards:
+        assert visit.hub.bytes_served[shard] == 0
+
+
+def test_the_fetched_tower_is_the_local_one_bit_for_bit(visit: Visit, source_folder: Path) -> None:
+    import hashlib
+
+    from qwen_vision_bridge.specs import MODELS
+    from qwen_vision_bridge.towers import load_tower
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_tower(MODELS["miniature-source"]).model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    for key in ("sharded", "again", "single", "damaged"):
+        assert visit.seen[key]["digest"] == digest.hexdigest(), key
+    assert visit.gone["offline"]["digest"] == digest.hexdigest()
+
+
+def test_a_second_load_reads_the_tower_cache_and_asks_for_no_weights(visit: Visit) -> None:
+    assert visit.seen["again"]["read"] == 0
+    assert visit.seen["sharded"]["revision"] == visit.hub.commit("Org/Sharded")
+
+
+def test_a_damaged_tower_cache_is_fetched_again(visit: Visit) -> None:
+    assert visit.seen["damaged"]["read"] == visit.seen["sharded"]["read"]
+    assert len(visit.seen["left"]) == 1
+
+
+def test_a_cached_tower_loads_without_the_hub(visit: Visit) -> None:
+    assert visit.gone["offline"]["read"] == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("cut", "Org/Cut: Cut.safetensors: the hub did not deliver"),
+        ("whole", "answered 200 to a byte range"),
+        ("missing", "Org/Absent: config.json: the hub has no such model"),
+        ("unregistered_missing", "Org/Absent: config.json: the hub has no such model"),
+    ],
+)
+def test_failures_of_the_hub_are_one_line_that_names_the_file(visit: Visit, case: str, says: str) -> None:
+    assert says in visit.seen[case]["says"]
+    assert "\n" not in visit.seen[case]["says"]
+
+
+def test_a_server_without_ranges_is_not_asked_for_the_whole_checkpoint(visit: Visit) -> None:
+    """The answer's status is looked at before its body is read; what was in flight stays in flight."""
+    assert visit.hub.bytes_served["Whole.safetensors"] < 3e6
+
+
+def test_without_network_and_cache_the_error_is_quick_and_says_what_to_do(visit: Visit) -> None:
+    lost = visit.gone["lost"]
+    assert "not in the local cache" in lost["says"]
+    assert lost["seconds"] < 10  # huggingface_hub's own retries would take 23 s
+
+
+def test_an_unregistered_hub_model_is_known_by_its_config(visit: Visit) -> None:
+    assert visit.seen["unregistered"] == "miniature-source"

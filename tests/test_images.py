@@ -1,0 +1,132 @@
+"""Pictures: what must work works, and everything else ends in one clear line."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vision_bridge.images import image_digest, load_images
+
+GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "I", "F"])
+def test_every_mode_becomes_eight_bit_rgb_of_the_same_size(mode: str) -> None:
+    grey = Image.fromarray(GRADIENT)
+    if mode == "I;16":
+        picture = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
+    elif mode == "I":
+        picture = Image.fromarray(GRADIENT.astype(np.int32) * 257)
+    elif mode == "F":
+        picture = Image.fromarray(GRADIENT.astype(np.float32) / 255)
+    else:
+        picture = grey.convert(mode)
+    (loaded,) = load_images(picture)
+    assert (loaded.mode, loaded.size) == ("RGB", (64, 48))
+
+
+def test_sixteen_bit_greyscale_keeps_its_gradient_instead_of_clipping_to_white(tmp_path: Path) -> None:
+    deep = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
+    (loaded,) = load_images(saved(tmp_path / "deep.png", deep))
+    assert np.abs(np.asarray(loaded)[..., 0].astype(int) - GRADIENT).max() <= 1
+
+
+def test_transparency_is_laid_over_white() -> None:
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    assert load_images(clear)[0].getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_exif_orientation_turns_the_picture_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90°
+    path = saved(tmp_path / "phone.jpg", Image.fromarray(GRADIENT).convert("RGB"), exif=exif)
+    assert load_images(path)[0].size == (48, 64)
+
+
+def test_an_animation_gives_its_first_frame_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path / "moving.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert load_images(path)[0].getpixel((1, 1)) == (255, 0, 0)
+    assert "animated (2 frames)" in caplog.text
+
+
+def test_equal_pixels_have_equal_digests_whatever_the_file(tmp_path: Path) -> None:
+    picture = Image.fromarray(GRADIENT).convert("RGB")
+    from_png = load_images(saved(tmp_path / "a.png", picture))[0]
+    from_bmp = load_images(saved(tmp_path / "b.bmp", picture))[0]
+    assert image_digest(from_png) == image_digest(from_bmp) != image_digest(picture.rotate(180))
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    good = saved(folder / "good.png", Image.fromarray(GRADIENT))
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("not a picture")
+    (folder / "cut.png").write_bytes(good.read_bytes()[:120])
+    jpeg = saved(folder / "good.jpg", Image.fromarray(GRADIENT))
+    (folder / "cut.jpg").write_bytes(jpeg.read_bytes()[: jpeg.stat().st_size // 2])
+    return {name: folder / name for name in ("empty.png", "text.png", "cut.png", "cut.jpg")}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("empty.png", "is empty"),
+        ("text.png", "not a picture"),
+        ("cut.png", "cut short"),
+        ("cut.jpg", "cut short"),
+    ],
+)
+def test_broken_files_are_os_errors_that_name_the_file(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(OSError, match=says) as caught:
+        load_images(bad_files(tmp_path)[name])
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such picture"):
+        load_images(tmp_path / "absent.png")
+    with pytest.raises(OSError, match="is not a file"):
+        load_images(tmp_path)
+
+
+def test_pictures_below_one_token_or_beyond_200_to_1_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"5×40 px, smaller than one vision token \(28×28 px\)"):
+        load_images(Image.new("RGB", (5, 40)), 28)
+    with pytest.raises(ValueError, match="200:1"):
+        load_images(Image.new("RGB", (28 * 201, 28)), 28)
+    assert load_images(Image.new("RGB", (28 * 200, 28)), 28)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = saved(tmp_path / "bomb.png", Image.new("1", (64, 64)))
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 100_000, 100_000)  # the header claims 10 gigapixels
+    import zlib
+
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="decompression bomb"):
+        load_images(path)
+
+
+@pytest.mark.parametrize("given", [None, 3, b"bytes", [None]])
+def test_other_types_are_type_errors(given: object) -> None:
+    with pytest.raises(TypeError, match="PIL image or a path"):
+        load_images(given)
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="no picture given"):
+        load_images([])

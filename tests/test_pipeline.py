@@ -1,0 +1,287 @@
+"""The main job: baseline and enhanced edits of one picture, paired, the stock pipeline left as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vision_bridge.bridge import VisionBridge
+from qwen_vision_bridge.editors import MEMORY_MODES, GpuMemoryError, MemoryMode, check_device, find_mode
+from qwen_vision_bridge.injection import mrope_positions
+from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+from qwen_vision_bridge.sizes import picture_sizes
+from qwen_vision_bridge.specs import FAMILIES
+
+PROMPT = "make the suit blue"
+SHORT = {"num_inference_steps": 3}
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def stock_edit(pipe: Any, image: Any, positions: str = "fixed") -> Image.Image:
+    """The untouched pipeline, called by hand."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    options = {"negative_prompt": " ", "true_cfg_scale": 4.0, "generator": generator, **SHORT}
+    with picture_sizes(type(pipe), FAMILIES["miniature"].editor), mrope_positions(pipe, positions):
+        return pipe(image=image, prompt=PROMPT, **options).images[0]
+
+
+def test_strength_zero_is_bit_identical_to_the_stock_pipeline(editor: Any, photo: Image.Image) -> None:
+    assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), stock_edit(editor.pipe, [photo]))
+
+
+def test_a_fresh_bridge_gives_the_stock_picture_bit_for_bit(pipe: Any, photo: Image.Image) -> None:
+    fresh = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe)
+    assert same(fresh.generate(photo, PROMPT, **SHORT), stock_edit(pipe, [photo]))
+
+
+def test_without_qwen3_vision_the_edit_is_the_stock_one(editor: Any, photo: Image.Image) -> None:
+    assert same(
+        editor.generate(photo, PROMPT, use_qwen3_vision=False, **SHORT), stock_edit(editor.pipe, [photo])
+    )
+
+
+def test_mrope_stock_leaves_the_installed_behaviour(pipe: Any, photo: Image.Image) -> None:
+    stock = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, mrope="stock")
+    edited = stock.generate(photo, PROMPT, **SHORT)
+    assert same(edited, stock_edit(pipe, [photo], "stock"))
+    assert not same(edited, stock_edit(pipe, [photo], "fixed"))
+
+
+@pytest.mark.parametrize("site", ["tower", "deepstack", "prompt_embeds"])
+def test_a_random_bridge_changes_the_picture(site: str, pipe: Any, photo: Image.Image) -> None:
+    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, site=site)
+    baseline, enhanced, attention = editor.compare(photo, PROMPT, **SHORT)
+    assert not same(baseline, enhanced)
+    assert same(baseline, stock_edit(pipe, [photo]))
+    assert attention.weights.shape == (77, 3)
+
+
+def test_the_source_picture_and_not_only_the_bridge_decides_the_edit(editor: Any, photo: Image.Image) -> None:
+    """With another picture's source features the same edit comes out differently."""
+    from qwen_vision_bridge.injection import inject
+
+    own = editor.generate(photo, PROMPT, **SHORT)
+    foreign = editor.extractor.extract_qwen3_vision(photo.rotate(180), grids=editor.condition_grids([photo]))
+    with inject(editor.pipe, editor.bridge, foreign):
+        other = editor.generate(photo, PROMPT, use_qwen3_vision=False, **SHORT)
+    assert not same(own, other)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(editor: Any, photo: Image.Image) -> None:
+    one, again, other = (editor.generate(photo, PROMPT, seed=seed, **SHORT) for seed in (4, 4, 5))
+    assert same(one, again)
+    assert not same(one, other)
+
+
+def test_several_reference_pictures_are_one_edit(editor: Any, photo: Image.Image) -> None:
+    pictures = [photo, photo.resize((128, 128)), photo.rotate(90, expand=True)]
+    result = editor.compare(pictures, PROMPT, **SHORT)
+    assert result.attention.grids == editor.condition_grids(pictures) == ((7, 11), (9, 9), (11, 7))
+    assert [weights.shape for weights in result.attention.maps()] == [(7, 11, 3), (9, 9, 3), (11, 7, 3)]
+    assert same(result.baseline, stock_edit(editor.pipe, pictures))
+    assert not same(result.baseline, result.enhanced)
+
+
+def test_the_source_tower_is_freed_before_the_dit_runs_unless_kept(pipe: Any, photo: Image.Image) -> None:
+    for keep in (False, True):
+        editor = EnhancedQwenImageEdit(
+            "miniature", "random", pipe=pipe, keep_source=keep, feature_cache=False
+        )
+        alive: list[bool] = []
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda *_, e=editor, a=alive: a.append(e.extractor._qwen3_model is not None)
+        )
+        editor.generate(photo, PROMPT, **SHORT)
+        handle.remove()
+        assert set(alive) == {keep}
+
+
+def test_the_first_edit_pipeline_works_and_takes_one_picture(pipe: Any, photo: Image.Image) -> None:
+    import diffusers
+
+    first = diffusers.QwenImageEditPipeline(**pipe.components)
+    first.set_progress_bar_config(disable=True)
+    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=first)
+    result = editor.compare(photo, PROMPT, **SHORT)
+    assert result.baseline.size == (160, 96)
+    assert not same(result.baseline, result.enhanced)
+    assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), result.baseline)
+    with pytest.raises(ValueError, match="takes one picture, got 2"):
+        editor.generate([photo, photo], PROMPT)
+
+
+def test_a_lora_loads_the_stock_way_and_leaves_the_bridge_alone(
+    pipe: Any, photo: Image.Image, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    from qwen_vision_bridge.bridge import bridge_digest
+
+    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe)
+    before, digest = editor.compare(photo, PROMPT, **SHORT), bridge_digest(editor.bridge)
+    width, name = 192, "transformer.transformer_blocks.0.attn.to_q"
+    generator = torch.Generator().manual_seed(0)
+    lora = {f"{name}.lora_{part}.weight": torch.randn(shape, generator=generator)
+            for part, shape in (("A", (4, width)), ("B", (width, 4)))}  # fmt: skip
+    save_file(lora, tmp_path / "lora.safetensors")
+    editor.pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="test")
+    try:
+        assert editor.pipe.get_list_adapters() == {"transformer": ["test"]}
+        with_lora = editor.compare(photo, PROMPT, **SHORT)
+        assert not same(with_lora.baseline, before.baseline)
+        assert torch.equal(with_lora.attention.weights, before.attention.weights)
+        assert bridge_digest(editor.bridge) == digest
+        editor.pipe.disable_lora()
+        assert same(editor.compare(photo, PROMPT, **SHORT).enhanced, before.enhanced)
+    finally:
+        editor.pipe.unload_lora_weights()
+
+
+def test_compare_saves_a_labelled_sheet(editor: Any, photo: Image.Image, tmp_path: Path) -> None:
+    editor.compare(photo, PROMPT, tmp_path / "new" / "sheet.png", **SHORT)
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.width > 3 * sheet.height
+
+
+def test_benchmark_writes_pictures_and_records_and_resumes(
+    editor: Any, photo: Image.Image, tmp_path: Path
+) -> None:
+    first = editor.benchmark([photo], ["a", "b"], tmp_path, **SHORT)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert {"command", "seeds", "family", "source", "editor", "versions", "device", "date"} <= written[
+        "provenance"
+    ].keys()
+    assert [row["prompt"] for row in first] == ["a", "b"]
+    for row in first:
+        assert all((tmp_path / name).is_file() for name in row["files"].values())
+        assert row["mean_abs_difference"] > 0
+    stamp = (tmp_path / "000_baseline.png").stat().st_mtime_ns
+    again = editor.benchmark([photo], ["a", "b"], tmp_path, **SHORT)
+    assert again == first
+    assert (tmp_path / "000_baseline.png").stat().st_mtime_ns == stamp
+
+
+def test_ctrl_c_keeps_the_finished_pairs_and_leaves_the_pipeline_clean(
+    editor: Any, photo: Image.Image, tmp_path: Path
+) -> None:
+    def interrupt(_pipe: Any, step: int, _time: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if (tmp_path / "results.json").exists():
+            raise KeyboardInterrupt
+        return kwargs
+
+    stock = stock_edit(editor.pipe, [photo])
+    with pytest.raises(KeyboardInterrupt):
+        editor.benchmark([photo], ["a", "b"], tmp_path, callback_on_step_end=interrupt, **SHORT)
+    assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert same(stock_edit(editor.pipe, [photo]), stock)
+
+
+def test_a_text_encoder_in_8_bit_works_through_the_bridge(editor_folder: Path, photo: Image.Image) -> None:
+    """bitsandbytes runs on CPUs; the tower stays in full precision, strength 0 is still stock."""
+    from diffusers import QwenImageEditPlusPipeline
+    from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        editor_folder / "text_encoder", quantization_config=config, dtype=torch.float32
+    )
+    assert encoder.model.language_model.layers[0].mlp.up_proj.weight.dtype is torch.int8
+    assert encoder.model.visual.blocks[0].mlp.up_proj.weight.dtype is torch.float32
+    pipe = QwenImageEditPlusPipeline.from_pretrained(editor_folder, text_encoder=encoder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, device="cpu")
+    baseline, enhanced, _ = editor.compare(photo, PROMPT, **SHORT)
+    assert not same(baseline, enhanced)
+    assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), baseline)
+
+
+def test_group_offload_works_through_the_bridge(editor_folder: Path, pipe: Any, photo: Image.Image) -> None:
+    """Offloading to and from the same CPU proves that the hooks live together, bit for bit."""
+    from diffusers import QwenImageEditPlusPipeline
+
+    offloaded = QwenImageEditPlusPipeline.from_pretrained(editor_folder, dtype=torch.float32)
+    offloaded.set_progress_bar_config(disable=True)
+    offloaded.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    plain = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, device="cpu").compare(
+        photo, PROMPT, **SHORT
+    )
+    grouped = EnhancedQwenImageEdit("miniature", bridge="random", pipe=offloaded, device="cpu")
+    result = grouped.compare(photo, PROMPT, **SHORT)
+    assert same(result.baseline, plain.baseline)
+    assert same(result.enhanced, plain.enhanced)
+
+
+def test_memory_modes_are_found_by_their_arguments() -> None:
+    assert find_mode(False, False, None).name == "plain"
+    assert find_mode(False, True, "model").arguments == 'load_in_4bit=True, offload="model"'
+    with pytest.raises(ValueError, match="exclude each other"):
+        find_mode(True, True, None)
+    with pytest.raises(ValueError, match="offload is one of"):
+        find_mode(False, False, "disk")
+    with pytest.raises(ValueError, match="8-bit weights go with"):
+        find_mode(True, False, "group")
+
+
+def test_too_little_gpu_memory_names_the_modes_that_would_fit() -> None:
+    with pytest.raises(
+        GpuMemoryError, match=r"plain needs about 63 GB.*20\.0 GB are free.*load_in_4bit=True"
+    ):
+        check_device(MEMORY_MODES[0], "cuda", FAMILIES["qwen"], 20.0)
+    with pytest.raises(GpuMemoryError, match="no mode fits"):
+        check_device(MEMORY_MODES[0], "cuda", FAMILIES["qwen"], 3.0)
+    check_device(MEMORY_MODES[0], "cuda", FAMILIES["qwen"], 80.0)
+    check_device(MEMORY_MODES[0], "cuda", FAMILIES["miniature"], 0.5)
+
+
+@pytest.mark.parametrize("mode", [MemoryMode("8-bit", bits=8), MemoryMode("model offload", offload="model")])
+def test_quantisation_and_offload_without_cuda_are_refused(mode: MemoryMode) -> None:
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        check_device(mode, "cpu", FAMILIES["qwen"], None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"prompt": "  "}, ValueError, "prompt is empty"),
+        ({"prompt": 3}, TypeError, "prompt is a string"),
+        ({"strength": float("nan")}, ValueError, "finite"),
+        ({"strength": "much"}, TypeError, "strength is a number"),
+        ({"seed": 1.5}, TypeError, "seed is a whole number"),
+        ({"latents": None}, ValueError, "latents cannot be given"),
+        ({"image": "absent.png"}, FileNotFoundError, "no such picture"),
+        ({"image": Image.new("RGB", (3, 30))}, ValueError, "one vision token"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    arguments: dict[str, Any], error: type[Exception], says: str, photo: Image.Image
+) -> None:
+    editor = EnhancedQwenImageEdit("miniature", bridge="fresh")
+    with pytest.raises(error, match=says):
+        editor.compare(**{"image": photo, "prompt": PROMPT, **arguments})
+    assert editor._pipe is None
+
+
+def test_an_editor_beside_another_target_is_refused(editor_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"width 224.*has 3584"):
+        _ = EnhancedQwenImageEdit("qwen", VisionBridge(), editor=editor_folder, device="cpu").pipe
+
+
+def test_a_damaged_editor_is_one_line(editor_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(editor_folder, tmp_path / "editor")
+    weights = next((broken / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match="could not be loaded") as caught:
+        _ = EnhancedQwenImageEdit("miniature", "fresh", editor=broken, device="cpu").pipe
+    assert "\n" not in str(caught.value)

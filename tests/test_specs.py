@@ -1,0 +1,90 @@
+"""The registry and what may stand in for its models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen_vision_bridge.specs import EDITORS, FAMILIES, MODELS, ModelSpec, resolve_family
+
+
+def test_the_registry_holds_every_released_size() -> None:
+    sources = {spec.name for spec in MODELS.values() if spec.role == "source"}
+    targets = {spec.name for spec in MODELS.values() if spec.role == "target"}
+    assert sources >= {f"Qwen3-VL-{size}" for size in ("2B", "4B", "8B", "32B", "30B-A3B")}
+    assert targets >= {f"Qwen2.5-VL-{size}" for size in ("3B", "7B", "32B", "72B")}
+    assert set(EDITORS) >= {"Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"}
+    assert EDITORS["Qwen-Image-Edit"].pipeline_class == "QwenImageEditPipeline"
+
+
+def test_the_qwen_family_has_the_released_shapes() -> None:
+    family = FAMILIES["qwen"]
+    assert (family.source.token_px, family.source.out_dim, family.source.levels) == (32, 4096, (8, 16, 24))
+    assert (family.target.token_px, family.target.out_dim) == (28, 3584)
+
+
+def test_a_role_is_taken_by_name_hub_id_or_folder(source_folder: Path) -> None:
+    assert resolve_family("qwen", source="Qwen3-VL-4B").source.out_dim == 2560
+    assert resolve_family("qwen", source="Qwen/Qwen3-VL-2B-Instruct").source.name == "Qwen3-VL-2B"
+    taken = resolve_family("qwen", source=source_folder).source
+    assert (taken.repo, taken.out_dim) == (str(source_folder), 256)
+
+
+def test_a_folder_with_a_released_models_shapes_goes_by_its_name(source_folder: Path) -> None:
+    assert resolve_family("qwen", source=source_folder).source.name == "miniature-source"
+
+
+def test_an_editor_folder_keeps_the_familys_picture_sizes(editor_folder: Path) -> None:
+    editor = resolve_family("miniature", editor=editor_folder).editor
+    assert (editor.repo, editor.vae_area) == (str(editor_folder), 128 * 128)
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown family 'big': choose one of miniature, qwen"):
+        resolve_family("big")
+    with pytest.raises(ValueError, match=r"unknown source model 'Qwen9'.*Qwen3-VL-8B"):
+        resolve_family("qwen", source="Qwen9")
+    with pytest.raises(ValueError, match=r"unknown editor 'nothing'.*Qwen-Image-Edit-2509"):
+        resolve_family("qwen", editor="nothing")
+
+
+def test_folders_without_a_config_or_of_another_kind_are_refused(tmp_path: Path, editor_folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        resolve_family("qwen", source=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
+        resolve_family("qwen", editor=tmp_path)
+    with pytest.raises(ValueError, match="cannot be the source"):
+        resolve_family("qwen", source=editor_folder / "text_encoder")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="'bert'"):
+        resolve_family("qwen", source=tmp_path)
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        resolve_family("qwen", source=tmp_path)
+
+
+def test_an_unregistered_hub_model_is_an_os_error_when_offline() -> None:
+    with pytest.raises(OSError, match=r"someone/else: config\.json: not in the local cache"):
+        resolve_family("qwen", source="someone/else")
+
+
+def test_qwen25_vl_configs_of_the_hub_are_flat_and_read_all_the_same() -> None:
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+    }
+    flat = {"model_type": "qwen2_5_vl", "hidden_size": 3584, "num_hidden_layers": 28, "vision_config": vision}
+    spec = ModelSpec.from_config(flat, name="x", repo="x")
+    assert spec.shapes == MODELS["Qwen2.5-VL-7B"].shapes
+
+
+def test_a_checkpoint_of_other_sizes_is_named_with_both() -> None:
+    expected = MODELS["Qwen3-VL-8B"]
+    with pytest.raises(ValueError, match="out_dim 2048 instead of 4096"):
+        expected.check(replace(expected, out_dim=2048))
