@@ -47,8 +47,8 @@ seen = {"sharded": load("Org/Sharded"), "again": load("Org/Sharded"), "single": 
 kept = next(home.glob("towers/Org--Sharded/*/*.safetensors"))
 kept.write_bytes(kept.read_bytes()[:1000])
 seen["damaged"] = load("Org/Sharded")
-seen["left"] = sorted(path.name for path in kept.parent.iterdir() if path.suffix == ".safetensors" or "tmp" in
-path.name) seen["cut"] = caught(lambda: load("Org/Cut"))
+seen["left"] = sorted(path.name for path in kept.parent.iterdir() if not path.name.endswith(".lock"))
+seen["cut"] = caught(lambda: load("Org/Cut"))
 seen["whole"] = caught(lambda: load("Org/Whole"))
 seen["missing"] = caught(lambda: load("Org/Absent"))
 seen["unregistered"] = resolve_family("miniature", source="Org/Single").source.name
