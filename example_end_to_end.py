@@ -82,7 +82,7 @@ class Session:
         self.arguments, self.output = arguments, Path(arguments.output)
         self.options: dict[str, Any] = {"num_inference_steps": arguments.steps} if arguments.steps else {}
         self.pipeline = EnhancedQwenImageEdit(
-            choose_models(arguments.models), bridge=arguments.bridge, load_in_8bit=arguments.load_in_8bit,
+            choose_models(arguments), bridge=arguments.bridge, load_in_8bit=arguments.load_in_8bit,
             load_in_4bit=arguments.load_in_4bit, offload=arguments.offload,
         )  # fmt: skip
         self.prompt = arguments.prompt or PROMPT

@@ -11,15 +11,16 @@ PROMPT = "Describe the picture."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Extract, compare, print."""
-    arguments = parser(__doc__, PROMPT).parse_args(argv)
+    made = parser(__doc__, PROMPT)
+    made.add_argument("--target", help="another Qwen2.5-VL: registered name, hub id or local folder")
+    arguments = made.parse_args(argv)
     check_inputs(arguments)
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
     from qwen_vision_bridge.extractor import VisionCacheExtractor
     from qwen_vision_bridge.records import write_picture
-    from qwen_vision_bridge.specs import FAMILIES
     from qwen_vision_bridge.world import sample_picture
 
-    family = FAMILIES[choose_models(arguments.models)]
+    family = choose_models(arguments)
     image, prompt = arguments.image, arguments.prompt or PROMPT
     if image is None:
         image = write_picture(

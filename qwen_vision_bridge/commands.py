@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .images import load_images
-from .specs import FAMILIES
+from .specs import FAMILIES, Family, resolve_family
 
 OUTPUT = Path("examples_output")
 MINIATURE_NOTE = (
@@ -26,6 +26,7 @@ def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--models", default="auto", choices=["auto", *sorted(FAMILIES)], help="which family to use"
     )
+    made.add_argument("--source", help="another Qwen3-VL: registered name, hub id or local folder")
     made.add_argument("--image", type=Path, help="your own picture; default: a synthetic test picture")
     made.add_argument("--prompt", default=None, help=f'what to do with it; default: "{prompt}"')
     made.add_argument("--seed", type=int, default=0, help="seed of noise and synthetic pictures")
@@ -63,16 +64,20 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         raise ValueError("the prompt is empty: say what to change")
 
 
-def choose_models(wanted: str) -> str:
-    """Print which family is used, why, and how to get the other; return its name."""
+def choose_models(arguments: argparse.Namespace) -> Family:
+    """Print which family is used, why, and how to get the other; return it with its replaced roles."""
     from .environment import choose_family
     from .miniature import is_shipped
 
-    name, line = choose_family(wanted)
+    name, line = choose_family(arguments.models)
+    replaced = {
+        role: value for role in ("source", "target", "editor") if (value := getattr(arguments, role, None))
+    }
+    family = resolve_family(name, **replaced)
     print(line)
     if name == "miniature" and not is_shipped():
         print(MINIATURE_NOTE)
-    return name
+    return family
 
 
 def quieten_libraries() -> None:
