@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .hub import hub_file
 from .miniature import locate
 from .specs import EditorSpec, Family
 
@@ -140,6 +141,10 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         options["quantization_config"] = _quantisation(mode.bits, dtype)
     location = locate(editor.repo)
     logger.info("loading %s (%s) from %s", editor.name, mode.name, location)
+    if not Path(location).is_dir():
+        hub_file(
+            editor.repo, "model_index.json", revision=editor.revision
+        )  # fails at once where the hub is away
     try:
         pipe = getattr(diffusers, editor.pipeline_class).from_pretrained(location, **options)
     except Exception as error:

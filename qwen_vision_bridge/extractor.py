@@ -13,6 +13,7 @@ from PIL import Image
 
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
 from .checkpoints import open_checkpoint
+from .hub import hub_file
 from .images import ImageLike, image_digest, load_images
 from .miniature import locate
 from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
@@ -313,8 +314,11 @@ def load_processor(
     from transformers import AutoImageProcessor, AutoProcessor
 
     loader = AutoImageProcessor if images_only else AutoProcessor
+    location = locate(repo)
+    if not Path(location).is_dir():
+        hub_file(repo, "preprocessor_config.json", subfolder, revision)  # fails at once where the hub is away
     try:
-        return loader.from_pretrained(locate(repo), subfolder=subfolder, revision=revision or "main")
+        return loader.from_pretrained(location, subfolder=subfolder, revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"no processor could be loaded from {repo}/{subfolder} ({reason})") from error

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import re
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoints import Checkpoint, open_checkpoint
-from .miniature import locate
 from .specs import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -117,18 +118,22 @@ def load_whole(
     """
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "subfolder": spec.subfolder,
-        "revision": spec.revision or "main",
-    }
+    options: dict[str, Any] = {"dtype": dtype}
     if load_in_8bit:
         require_cuda_for_8bit(device)
         skipped = ["model.visual", "lm_head"]
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if device_map is not None or load_in_8bit:
         options["device_map"] = device_map or {"": device}
-    model = AutoModelForImageTextToText.from_pretrained(locate(spec.repo), **options)
+    location = open_checkpoint(spec).location  # says in one line what is missing
+    if not Path(location).is_dir():
+        options |= {"subfolder": spec.subfolder, "revision": spec.revision or "main"}
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(location, **options)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{spec.name} could not be loaded from {location}: {str(error).splitlines()[0]}"
+        ) from error
     if "device_map" not in options:
         model.to(device)
     return model.requires_grad_(False).eval()

@@ -1,7 +1,7 @@
 """What only a GPU can show: released-shape towers and language models in 8 bits, and every memory mode.
 
-Writes random checkpoints at the released shapes (33 GB, see released_shapes.py), loads them with the toolkit's
-own code, and runs the miniature's whole edit in each memory mode on CUDA. Results: a JSON list.
+Writes random checkpoints at the released shapes (33 GB, see released_shapes.py), loads them with the
+toolkit's own code, and runs the miniature's whole edit in each memory mode on CUDA. Results: a JSON list.
 
     python recipes/gpu_check.py --folder /dev/shm --output recipes/gpu_check.json
 """

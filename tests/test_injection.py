@@ -96,6 +96,7 @@ def test_the_tower_site_is_the_language_model_fed_with_the_bridges_output(
     with torch.no_grad():
         vision = model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"])
         baseline = vision.pooler_output[0]
+        bridge.to(baseline.device)
         vision.pooler_output = (bridge(cache.to(baseline.device).levels, baseline[None]).features[0],)
         expected = model(**inputs, mm_encoder_outputs={"image": vision}).last_hidden_state[:, 64:]
     with inject(pipe, bridge, cache), mrope_positions(pipe):

@@ -199,7 +199,8 @@ def test_a_text_encoder_in_8_bit_works_through_the_bridge(editor_folder: Path, p
     assert encoder.model.visual.blocks[0].mlp.up_proj.weight.dtype is torch.float32
     pipe = QwenImageEditPlusPipeline.from_pretrained(editor_folder, text_encoder=encoder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, device="cpu")
+    pipe.to(encoder.device)  # a GPU takes quantised weights at once
+    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, dtype=torch.float32)
     baseline, enhanced, _ = editor.compare(photo, PROMPT, **SHORT)
     assert not same(baseline, enhanced)
     assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), baseline)
@@ -211,11 +212,10 @@ def test_group_offload_works_through_the_bridge(editor_folder: Path, pipe: Any, 
 
     offloaded = QwenImageEditPlusPipeline.from_pretrained(editor_folder, dtype=torch.float32)
     offloaded.set_progress_bar_config(disable=True)
-    offloaded.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    plain = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, device="cpu").compare(
-        photo, PROMPT, **SHORT
-    )
-    grouped = EnhancedQwenImageEdit("miniature", bridge="random", pipe=offloaded, device="cpu")
+    offloaded.enable_group_offload(onload_device=pipe.device, offload_type="leaf_level")
+    options = {"bridge": "random", "dtype": torch.float32}
+    plain = EnhancedQwenImageEdit("miniature", pipe=pipe, **options).compare(photo, PROMPT, **SHORT)
+    grouped = EnhancedQwenImageEdit("miniature", pipe=offloaded, **options)
     result = grouped.compare(photo, PROMPT, **SHORT)
     assert same(result.baseline, plain.baseline)
     assert same(result.enhanced, plain.enhanced)

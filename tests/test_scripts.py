@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import check_environment
@@ -21,6 +22,7 @@ import example_extraction
 from qwen_vision_bridge.commands import run
 
 ROOT = Path(__file__).parent.parent
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
 QUICK = ["--models", "miniature", "--steps", "2", "--cases", "1", "--bridge", "random"]
 
 
@@ -184,8 +186,8 @@ def test_bad_pictures_exit_2_with_one_line_and_nothing_written(
         (["--prompt", " "], "prompt is empty"),
         (["--strength", "nan", "--example", "1"], "finite number"),
         (["--bridge", "/no/such/bridge", "--example", "1"], "neither a folder nor a hub id"),
-        (["--load-in-8bit", "--example", "1"], "needs a CUDA device"),
-        (["--offload", "model", "--example", "1"], "needs a CUDA device"),
+        pytest.param(["--load-in-8bit", "--example", "1"], "needs a CUDA device", marks=WITHOUT_CUDA),
+        pytest.param(["--offload", "model", "--example", "1"], "needs a CUDA device", marks=WITHOUT_CUDA),
     ],
 )
 def test_bad_arguments_exit_2_with_one_line(
