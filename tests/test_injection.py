@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -88,6 +89,8 @@ def test_the_tower_site_is_the_language_model_fed_with_the_bridges_output(
     pipe: Any, bridge: VisionBridge, cache: Any, seen_by_tower: Image.Image
 ) -> None:
     """Against transformers' own way of giving features, without a hook."""
+    if "mm_encoder_outputs" not in inspect.signature(type(pipe.text_encoder.model).forward).parameters:
+        pytest.skip("this transformers takes no features in place of pixels")
     prompt = pipe.prompt_template_encode.format(
         "Picture 1: <|vision_start|><|image_pad|><|vision_end|>make it red"
     )
