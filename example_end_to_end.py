@@ -76,11 +76,13 @@ class Session:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from qwen_vision_bridge.bridge import check_strength
-        from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+        from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit, check_steps
 
         check_strength(arguments.strength)
         self.arguments, self.output = arguments, Path(arguments.output)
-        self.options: dict[str, Any] = {"num_inference_steps": arguments.steps} if arguments.steps else {}
+        self.options: dict[str, Any] = {}
+        if arguments.steps is not None:
+            self.options["num_inference_steps"] = check_steps(arguments.steps)
         self.pipeline = EnhancedQwenImageEdit(
             choose_models(arguments), bridge=arguments.bridge, load_in_8bit=arguments.load_in_8bit,
             load_in_4bit=arguments.load_in_4bit, offload=arguments.offload,

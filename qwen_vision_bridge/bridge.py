@@ -97,7 +97,28 @@ class BridgeOutput(NamedTuple):
     """(B, N, L): the attention over the levels, heads averaged; sums to 1 over L."""
 
 
-class VisionBridge(nn.Module, PyTorchModelHubMixin, library_name="qwen-vision-bridge", license="apache-2.0"):
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+A `VisionBridge` of Qwen Vision Bridge: it adds what Qwen3-VL's DeepStack levels say to the vision features of
+Qwen2.5-VL inside Qwen-Image-Edit. Shapes and the models it was made for are in `config.json`.
+
+```python
+from qwen_vision_bridge import EnhancedQwenImageEdit
+
+pipeline = EnhancedQwenImageEdit(family="qwen", bridge="<this repository>")
+```
+"""
+
+
+class VisionBridge(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="qwen-vision-bridge",
+    license="apache-2.0",
+    model_card_template=MODEL_CARD,
+):
     """Adds what the source's levels say to the target's features; see the module's formula.
 
     Method: attention over levels after DeepStack (Meng et al. 2024, arXiv 2406.04334) with low-rank
@@ -179,7 +200,8 @@ class VisionBridge(nn.Module, PyTorchModelHubMixin, library_name="qwen-vision-br
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write `config.json` and `model.safetensors`; options such as `push_to_hub=True` as in the mixin."""
-        options.setdefault("config", asdict(self.config))
+        if options.get("config") is None:
+            options["config"] = asdict(self.config)
         return super().save_pretrained(save_directory, **options)
 
     @classmethod

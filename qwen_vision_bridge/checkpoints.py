@@ -80,7 +80,11 @@ class LocalCheckpoint(Checkpoint):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json: give the folder of a whole checkpoint")
         files = _weight_files(folder)
-        super().__init__(str(folder), read_json(folder / "config.json"), _folder_digest(folder, files))
+        super().__init__(
+            str(folder),
+            read_json(folder / "config.json"),
+            folder_digest(folder, [folder / "config.json", *files]),
+        )
         self.folder = folder
         self.total_bytes = sum(path.stat().st_size for path in files if path.is_file())
 
@@ -266,13 +270,13 @@ def _tensor_names(path: Path) -> list[str]:
         raise OSError(f"{path} is damaged ({error}): copy or download that file again") from error
 
 
-def _folder_digest(folder: Path, files: list[Path]) -> str:
-    """Identify a folder's weights: by all bytes where they are few, else by sizes and times of change."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    present = [path for path in files if path.is_file()]
+def folder_digest(folder: Path, files: list[Path]) -> str:
+    """Identify a folder's files: by all bytes where they are few, else by sizes and times of change."""
+    digest = hashlib.sha256()
+    present = sorted(path for path in files if path.is_file())
     small = sum(path.stat().st_size for path in present) <= FULL_HASH_LIMIT
     for path in present:
         stat = path.stat()
-        digest.update(f"{path.name}:{stat.st_size}".encode())
+        digest.update(f"{path.relative_to(folder)}:{stat.st_size}".encode())
         digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
     return f"local:{digest.hexdigest()[:16]}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .checkpoints import folder_digest
 from .hub import hub_file
 from .miniature import locate
 from .specs import EditorSpec, Family
@@ -135,6 +136,7 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         FileNotFoundError, OSError, ValueError: what is missing, damaged or out of reach, in one line.
     """
     import diffusers
+    import torch
 
     options: dict[str, Any] = {"dtype": dtype, "revision": editor.revision}
     if mode.bits:
@@ -147,6 +149,8 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         )  # fails at once where the hub is away
     try:
         pipe = getattr(diffusers, editor.pipeline_class).from_pretrained(location, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:
         raise OSError(f"{editor.name} could not be loaded from {location}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(desc="denoising", leave=False)
@@ -162,10 +166,11 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
 
 
 def editor_revision(editor: EditorSpec) -> str:
-    """The commit of a hub editor that is in the local cache, or `local` for a folder."""
-    location = locate(editor.repo)
-    if Path(location).is_dir():
-        return "local"
+    """The commit of a hub editor that is in the local cache, or `local:` and a digest of a folder's files."""
+    location = Path(locate(editor.repo))
+    if location.is_dir():
+        files = [path for path in location.rglob("*") if path.suffix in (".json", ".safetensors")]
+        return folder_digest(location, files)
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(editor.repo, "model_index.json", revision=editor.revision)
@@ -180,8 +185,7 @@ def _quantisation(bits: int, dtype: Any) -> Any:
     settings: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    # The tower's output is what the bridge adds to, so it is left in 16 bits; "visual" alone would not match
-    # it.
+    # The tower's output is what the bridge adds to, so it stays in 16 bits; "visual" alone would not match.
     encoder = TransformersConfig(**settings, llm_int8_skip_modules=["model.visual", "lm_head"])
     return PipelineQuantizationConfig(
         quant_mapping={"transformer": DiffusersConfig(**settings), "text_encoder": encoder}

@@ -6,7 +6,6 @@ Each record is on disk as soon as its picture is, so a run that was stopped goes
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -19,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from . import metrics
-from .bridge import bridge_digest
+from .images import image_digest
 from .pipeline import EnhancedQwenImageEdit
-from .records import write_json, write_picture, write_whole
+from .records import digest_of, write_json, write_picture, write_whole
 from .world import GROUPS, Case
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,10 @@ def evaluate(
         for arm in ARMS:
             key = _key(pipeline, case, arm, seed, strength, options)
             if key not in done:
-                done[key] = {"key": key, **_run_case(pipeline, case, arm, folder, seed, strength, options)}
+                done[key] = {
+                    "key": key,
+                    **_run_case(pipeline, case, arm, folder, key, seed, strength, options),
+                }
                 _append(log, done[key])
             records.append(done[key])
     summaries = summarise(records, seed)
@@ -203,7 +205,7 @@ def as_table(summaries: Sequence[Summary]) -> str:
 
 
 def _run_case(
-    pipeline: EnhancedQwenImageEdit, case: Case, arm: str, folder: Path, seed: int, strength: float,
+    pipeline: EnhancedQwenImageEdit, case: Case, arm: str, folder: Path, key: str, seed: int, strength: float,
     options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     started = time.perf_counter()
@@ -212,9 +214,9 @@ def _run_case(
     seconds = time.perf_counter() - started
     if picture.size != case.target.size:  # the editor works at its own size; cases may be of another
         picture = picture.resize(case.target.size)
-    stem = folder / case.group / case.case_id
-    for name, shown in (("input", case.image), ("target", case.target), (arm, picture)):
-        write_picture(stem.with_name(f"{case.case_id}_{name}.png"), shown)
+    edited = f"{arm}-{key[:6]}"  # another bridge's picture of the same case keeps its own name
+    for name, shown in (("input", case.image), ("target", case.target), (edited, picture)):
+        write_picture(folder / case.group / f"{case.case_id}_{name}.png", shown)
     return {
         "case_id": case.case_id,
         "group": case.group,
@@ -222,7 +224,7 @@ def _run_case(
         "arm": arm,
         "prompt": case.prompt,
         "seconds": round(seconds, 3),
-        "picture": f"{case.group}/{case.case_id}_{arm}.png",
+        "picture": f"{case.group}/{case.case_id}_{edited}.png",
         "metrics": measure(case, picture),
     }
 
@@ -230,15 +232,9 @@ def _run_case(
 def _key(
     pipeline: EnhancedQwenImageEdit, case: Case, arm: str, seed: int, strength: float, options: dict[str, Any]
 ) -> str:
-    family = pipeline.family
-    made_from = [
-        case.case_id, case.prompt, hashlib.sha256(case.image.tobytes()).hexdigest(), arm, seed,
-        family.editor.repo, pipeline.mrope, str(pipeline.dtype), pipeline.mode.name, sorted(options.items()),
-    ]  # fmt: skip
-    if arm == "enhanced":
-        revision = pipeline.extractor.revision("qwen3")
-        made_from += [strength, revision, bridge_digest(pipeline.bridge), pipeline.site]
-    return hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:20]
+    enhanced = arm == "enhanced"
+    made = [pipeline.made_from(enhanced), case.case_id, case.prompt, image_digest(case.image), arm, seed]
+    return digest_of([*made, strength if enhanced else None, sorted(options.items())])
 
 
 def _summary(group: str, metric: str, both: np.ndarray, seed: int) -> Summary:

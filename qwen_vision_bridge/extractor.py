@@ -194,7 +194,10 @@ class VisionCacheExtractor:
         features = run(pictures, prompt, grids)
         cache = VisionCache({name: value[None] for name, value in features.items()}, grids, provenance)
         if self.feature_cache:
-            self.feature_cache.put(cache)
+            try:
+                self.feature_cache.put(cache)
+            except OSError as error:  # a full disk, say: the features themselves are fine
+                logger.warning("these features are not kept for the next time: %s", error)
         return cache
 
     def _provenance(self, role: str, pictures: list[Image.Image], prompt: str) -> dict[str, str]:

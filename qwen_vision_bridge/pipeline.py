@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +16,12 @@ from .bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
 from .cache import VisionCache
 from .editors import MEMORY_MODES, GpuMemoryError, check_device, editor_revision, find_mode, load_pipeline
 from .extractor import VisionCacheExtractor, load_processor
-from .images import ImageLike, image_digest, load_images
-from .injection import Injection, Site, inject, mrope_positions
-from .records import provenance, write_json, write_picture
+from .images import ImageLike, load_images
+from .injection import Site, inject, mrope_positions
+from .pairs import run_pairs
+from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
-from .specs import Family, read_json, resolve_family
+from .specs import Family, resolve_family
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +118,15 @@ class EnhancedQwenImageEdit:
             self.family, load_in_8bit=False, device=self.device, dtype=self.dtype, feature_cache=feature_cache
         )
         self._pipe = pipe
-        self._processor: Any = None
+        self._processor: Any = None  # of the editor, known before the pipeline is loaded
+        self._editor_revision: str | None = None
 
     @property
     def pipe(self) -> Any:
         """The stock diffusers pipeline, loaded on first use."""
         if self._pipe is None:
-            self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
+            with _out_of_memory_named(self):
+                self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             made = self._pipe.text_encoder.config.vision_config.out_hidden_size
             if made != self.family.target.out_dim:
                 raise ValueError(
@@ -163,7 +163,8 @@ class EnhancedQwenImageEdit:
         pictures, options = self._checked(image, prompt, strength, seed, options)
         if not use_qwen3_vision:
             return self._run(pictures, prompt, seed, options)
-        return self._enhanced(pictures, prompt, strength, seed, options)[0]
+        cache = self.extract_source(pictures)
+        return self._enhanced(cache, pictures, prompt, strength, seed, options)[0]
 
     def compare(
         self,
@@ -185,9 +186,9 @@ class EnhancedQwenImageEdit:
             The two pictures and the level weights of the enhanced one.
         """
         pictures, options = self._checked(image, prompt, strength, seed, options)
+        cache = self.extract_source(pictures)  # first, so that the tower has gone when the DiT comes
         baseline = self._run(pictures, prompt, seed, options)
-        enhanced, record = self._enhanced(pictures, prompt, strength, seed, options)
-        attention = LevelAttention(record.level_weights, record.grids, self.bridge.config.levels)
+        enhanced, attention = self._enhanced(cache, pictures, prompt, strength, seed, options)
         if save_comparison is not None:
             from .plots import comparison_sheet  # draws with matplotlib, which nothing else here needs
 
@@ -202,8 +203,7 @@ class EnhancedQwenImageEdit:
         shortest = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
         pictures, options = self._checked(image, prompt, strength, 0, shortest)
         options["negative_prompt"] = None
-        _, record = self._enhanced(pictures, prompt, strength, 0, options)
-        return LevelAttention(record.level_weights, record.grids, self.bridge.config.levels)
+        return self._enhanced(self.extract_source(pictures), pictures, prompt, strength, 0, options)[1]
 
     def benchmark(
         self,
@@ -219,25 +219,11 @@ class EnhancedQwenImageEdit:
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
 
         Returns:
-            The records of `results.json`: files, seconds, and the mean absolute difference of the two edits.
+            One record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
-        from tqdm import tqdm
-
-        pairs = [(picture, prompt) for picture in images for prompt in prompts]
-        checked = [self._checked(picture, prompt, strength, seed, options)[0] for picture, prompt in pairs]
-        folder = Path(output_dir)
-        records = _read_records(folder / "results.json")
-        for number, (pictures, (_, prompt)) in enumerate(
-            zip(tqdm(checked, desc="benchmark"), pairs, strict=True)
-        ):
-            key = self._key(pictures, prompt, strength, seed, options)
-            if key not in records:
-                records[key] = self._measure(
-                    folder, f"{number:03d}", pictures, prompt, strength, seed, options
-                )
-                report = {"provenance": self.provenance([seed]), "records": records}
-                write_json(folder / "results.json", report)
-        return list(records.values())
+        pairs = [(self._checked(picture, prompt, strength, seed, options)[0], prompt)
+                 for picture in images for prompt in prompts]  # fmt: skip
+        return run_pairs(self, pairs, Path(output_dir), strength, seed, options)
 
     def condition_grids(self, pictures: Sequence[Image.Image]) -> tuple[tuple[int, int], ...]:
         """(gh, gw) of each picture as the editor's target tower sees it, worked out as the pipeline does."""
@@ -247,7 +233,9 @@ class EnhancedQwenImageEdit:
 
     def extract_source(self, pictures: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
-        cache = self.extractor.extract_qwen3_vision(list(pictures), grids=self.condition_grids(pictures))
+        grids = self.condition_grids(pictures)
+        with _out_of_memory_named(self):
+            cache = self.extractor.extract_qwen3_vision(list(pictures), grids=grids)
         if not self.keep_source:
             self.extractor.unload("qwen3")
         return cache
@@ -256,29 +244,40 @@ class EnhancedQwenImageEdit:
         """Editor and bridge in a few words."""
         return f"{self.family.editor.name}, bridge: {self.bridge_name}"
 
+    def made_from(self, enhanced: bool) -> dict[str, Any]:
+        """Everything about the models that decides a picture of one arm, the bridge's arm or the baseline."""
+        family = self.family
+        if self._editor_revision is None:
+            self._editor_revision = editor_revision(family.editor)
+        made: dict[str, Any] = {
+            "family": family.name,
+            "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
+            "adapters": self._pipe.get_list_adapters() if self._pipe is not None else {},
+            "mrope": self.mrope,
+            "memory_mode": self.mode.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if enhanced:
+            made["source"] = {"repo": family.source.repo, "revision": self.extractor.revision("qwen3")}
+            digest = bridge_digest(self.bridge)
+            made["bridge"] = {"name": self.bridge_name, "site": self.site, "digest": digest}
+        return made
+
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What a results file says about how it was made."""
         cuda = self.device.type == "cuda"
-        family = self.family
-        return provenance(
-            seeds,
-            torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-            family=family.name,
-            source={"repo": family.source.repo, "revision": self.extractor.revision("qwen3")},
-            editor={"repo": family.editor.repo, "revision": editor_revision(family.editor)},
-            bridge={"name": self.bridge_name, "site": self.site, "digest": bridge_digest(self.bridge)},
-            mrope=self.mrope,
-            memory_mode=self.mode.name,
-            dtype=str(self.dtype).removeprefix("torch."),
+        device = (
+            torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
         )
+        return provenance(seeds, device, **self.made_from(True))
 
     def _enhanced(
-        self, pictures: list[Image.Image], prompt: str, strength: float, seed: int, options: dict[str, Any]
-    ) -> tuple[Image.Image, Injection]:
-        cache = self.extract_source(pictures)
+        self, cache: VisionCache, pictures: list[Image.Image], prompt: str, strength: float, seed: int,
+        options: dict[str, Any],
+    ) -> tuple[Image.Image, LevelAttention]:  # fmt: skip
         with inject(self.pipe, self.bridge, cache, strength, self.site) as record:
             picture = self._run(pictures, prompt, seed, options)
-        return picture, record
+        return picture, LevelAttention(record.level_weights, record.grids, self.bridge.config.levels)
 
     def _run(
         self, pictures: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
@@ -299,6 +298,7 @@ class EnhancedQwenImageEdit:
         check_strength(strength)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is a whole number, not {seed!r}")
+        check_steps(options.get("num_inference_steps", self.family.steps))
         if taken := sorted(set(options) & set(RESERVED)):
             raise ValueError(
                 f"{', '.join(taken)} cannot be given: the pairing of baseline and enhanced sets them"
@@ -315,39 +315,6 @@ class EnhancedQwenImageEdit:
         }
         return pictures, {**defaults, **options}
 
-    def _measure(
-        self, folder: Path, stem: str, pictures: list[Image.Image], prompt: str, strength: float, seed: int,
-        options: dict[str, Any],
-    ) -> dict[str, Any]:  # fmt: skip
-        sheet = folder / f"{stem}_comparison.png"
-        started = time.perf_counter()
-        result = self.compare(pictures, prompt, sheet, strength, seed, **options)
-        seconds = time.perf_counter() - started
-        files = {"baseline": folder / f"{stem}_baseline.png", "enhanced": folder / f"{stem}_enhanced.png"}
-        for name, path in files.items():
-            write_picture(path, getattr(result, name))
-        difference = np.abs(np.asarray(result.baseline, float) - np.asarray(result.enhanced, float)).mean()
-        return {
-            "prompt": prompt,
-            "pictures": [image_digest(picture) for picture in pictures],
-            "files": {**{name: path.name for name, path in files.items()}, "comparison": sheet.name},
-            "seconds_both": round(seconds, 3),
-            "mean_abs_difference": float(difference),
-            "level_weights": dict(
-                zip(result.attention.levels, result.attention.weights.mean(0).tolist(), strict=True)
-            ),
-        }
-
-    def _key(
-        self, pictures: list[Image.Image], prompt: str, strength: float, seed: int, options: dict[str, Any]
-    ) -> str:
-        made_from = [
-            self.family.name, self.family.source.repo, self.family.editor.repo, self.site, self.mrope,
-            self.mode.name, bridge_digest(self.bridge), [image_digest(picture) for picture in pictures],
-            prompt, strength, seed, sorted(options.items()),
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16]
-
     def _pipeline_name(self) -> str:
         return type(self._pipe).__name__ if self._pipe is not None else self.family.editor.pipeline_class
 
@@ -361,12 +328,9 @@ class EnhancedQwenImageEdit:
     def _image_processor(self) -> Any:
         if self._pipe is not None:
             return self._pipe.processor.image_processor
-        if (
-            self._processor is None
-        ):  # known before the pipeline is loaded, so that the source tower can go first
-            self._processor = load_processor(
-                self.family.editor.repo, "processor", self.family.editor.revision
-            )
+        if self._processor is None:
+            editor = self.family.editor
+            self._processor = load_processor(editor.repo, "processor", editor.revision)
         return self._processor
 
 
@@ -381,6 +345,17 @@ def check_prompt(prompt: Any) -> str:
     if not prompt.strip():
         raise ValueError("the prompt is empty: say what to change")
     return prompt
+
+
+def check_steps(steps: Any) -> int:
+    """A number of denoising steps that the released scheduler can do.
+
+    Raises:
+        ValueError: less than 2; the scheduler stretches its steps to a fixed end, and divides by zero for one.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"num_inference_steps is a whole number from 2, not {steps!r}")
+    return steps
 
 
 @contextmanager
@@ -398,7 +373,3 @@ def _out_of_memory_named(pipeline: EnhancedQwenImageEdit) -> Iterator[None]:
 
 def _free_gpu_gb(device: torch.device) -> float | None:
     return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
-
-
-def _read_records(path: Path) -> dict[str, dict[str, Any]]:
-    return read_json(path).get("records", {}) if path.is_file() else {}

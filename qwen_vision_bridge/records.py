@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -29,6 +30,11 @@ def provenance(seeds: Sequence[int], device: str, **models: Any) -> dict[str, An
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def digest_of(data: Any) -> str:
+    """Short digest of plain data, for keys of things made from it."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,22 @@ def test_save_and_load_keep_every_bit_and_the_config(tmp_path: Path) -> None:
     loaded = VisionBridge.from_pretrained(tmp_path)
     assert loaded.config == bridge.config
     assert bridge_digest(loaded) == bridge_digest(bridge)
+
+
+def test_push_to_hub_uploads_config_and_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    uploads: list[set[str]] = []
+
+    def upload(_self: HfApi, *, folder_path: str, **_: Any) -> None:
+        uploads.append({path.name for path in Path(folder_path).iterdir()})
+        uploaded = VisionBridge.from_pretrained(folder_path)
+        assert uploaded.config == SMALL
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/bridge"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    VisionBridge(SMALL).push_to_hub("me/bridge")
+    assert uploads == [{"config.json", "model.safetensors", "README.md"}]
 
 
 def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:

@@ -209,3 +209,17 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(photo: Image.Image)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA device"):
             VisionCacheExtractor("miniature", load_in_8bit=True)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_the_features_come_all_the_same(
+    tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from qwen_vision_bridge.cache import FeatureCache
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FeatureCache, "put", full)
+    extractor = VisionCacheExtractor("miniature", feature_cache=tmp_path)
+    assert extractor.extract_qwen3_vision(photo).late_features.isfinite().all()
+    assert "No space left on device" in caplog.text

@@ -164,10 +164,15 @@ def test_benchmark_writes_pictures_and_records_and_resumes(
     for row in first:
         assert all((tmp_path / name).is_file() for name in row["files"].values())
         assert row["mean_abs_difference"] > 0
-    stamp = (tmp_path / "000_baseline.png").stat().st_mtime_ns
+    baseline = tmp_path / first[0]["files"]["baseline"]
+    stamp = baseline.stat().st_mtime_ns
     again = editor.benchmark([photo], ["a", "b"], tmp_path, **SHORT)
     assert again == first
-    assert (tmp_path / "000_baseline.png").stat().st_mtime_ns == stamp
+    assert baseline.stat().st_mtime_ns == stamp
+    other = editor.benchmark([photo], ["c"], tmp_path, **SHORT)
+    assert [row["prompt"] for row in other] == ["c"]
+    assert baseline.stat().st_mtime_ns == stamp
+    assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 3
 
 
 def test_ctrl_c_keeps_the_finished_pairs_and_leaves_the_pipeline_clean(
@@ -257,6 +262,7 @@ def test_quantisation_and_offload_without_cuda_are_refused(mode: MemoryMode) -> 
         ({"strength": float("nan")}, ValueError, "finite"),
         ({"strength": "much"}, TypeError, "strength is a number"),
         ({"seed": 1.5}, TypeError, "seed is a whole number"),
+        ({"num_inference_steps": 1}, ValueError, "whole number from 2"),
         ({"latents": None}, ValueError, "latents cannot be given"),
         ({"image": "absent.png"}, FileNotFoundError, "no such picture"),
         ({"image": Image.new("RGB", (3, 30))}, ValueError, "one vision token"),
@@ -285,3 +291,26 @@ def test_a_damaged_editor_is_one_line(editor_folder: Path, tmp_path: Path) -> No
     with pytest.raises(OSError, match="could not be loaded") as caught:
         _ = EnhancedQwenImageEdit("miniature", "fresh", editor=broken, device="cpu").pipe
     assert "\n" not in str(caught.value)
+
+
+def test_running_out_of_gpu_memory_names_every_mode_and_leaves_no_hook(
+    editor: Any, photo: Image.Image
+) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    handle = editor.pipe.transformer.register_forward_pre_hook(exhausted)
+    try:
+        with pytest.raises(GpuMemoryError, match=r"ran out of memory in mode plain.*4-bit \+ model offload"):
+            editor.generate(photo, PROMPT, **SHORT)
+    finally:
+        handle.remove()
+    assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), stock_edit(editor.pipe, [photo]))
+
+
+def test_what_decides_a_picture_is_in_its_key(pipe: Any) -> None:
+    random = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe)
+    fresh = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, site="deepstack")
+    assert random.made_from(False) == fresh.made_from(False)
+    assert random.made_from(True)["bridge"] != fresh.made_from(True)["bridge"]
+    assert random.made_from(False)["editor"]["revision"].startswith("local:")
