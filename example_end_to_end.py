@@ -31,6 +31,7 @@ q. Quit
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one example, or ask which."""
     made = parser(__doc__, PROMPT)
+    made.add_argument("--editor", help="another Qwen-Image-Edit: registered name, hub id or local folder")
     made.add_argument("--example", type=int, choices=range(1, 8), help="which example; without it, a menu")
     made.add_argument(
         "--bridge", help="folder or hub id of a bridge, `fresh` or `random`; default: the family's own"

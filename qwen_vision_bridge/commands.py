@@ -83,6 +83,7 @@ def choose_models(arguments: argparse.Namespace) -> Family:
 def quieten_libraries() -> None:
     """Leave the screen to the script: warnings in one line, no bars for files of a few MB, no telemetry."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("qwen_vision_bridge.towers").setLevel(logging.INFO)  # how many bytes were read
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

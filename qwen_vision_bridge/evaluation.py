@@ -80,8 +80,7 @@ def evaluate(
     """Edit every case in both arms, measure, and write pictures, records and statistics into a folder.
 
     Writes `results.jsonl` (one record a picture, as they come), `results.json`, `results.csv`, `summary.md`
-    and the pictures. Records that are there from an earlier run with the same models, bridge and settings are
-    kept.
+    and the pictures. Records that are there from an earlier run with the same models and settings are kept.
 
     Returns:
         One summary a group and metric.

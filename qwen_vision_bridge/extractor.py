@@ -109,8 +109,7 @@ class VisionCacheExtractor:
             three layers (after the DeepStack adds) and of the last one (after the final norm).
 
         Raises:
-            ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and what loading the model
-                raises.
+            ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and of loading the model.
         """
         pictures = load_images(image, self.family.target.token_px)
         grids = (
@@ -132,8 +131,7 @@ class VisionCacheExtractor:
             with `scope="language"` the last hidden state (after the final norm) at the image tokens.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and what loading the model
-                raises.
+            ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and of loading the model.
         """
         pictures = load_images(image, self.family.target.token_px)
         grids = tuple(self.target_grid(picture) for picture in pictures)

@@ -50,9 +50,8 @@ def hub_range(
                     position += len(chunk)
                     yield chunk
             except transport_error as error:
-                if attempt == RESUMES or isinstance(
-                    error, HfHubHTTPError
-                ):  # the latter is the hub's own "no"
+                answered_no = isinstance(error, HfHubHTTPError)
+                if answered_no or attempt == RESUMES:
                     raise
         if position == end:
             return

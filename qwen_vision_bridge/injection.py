@@ -1,5 +1,4 @@
-"""Context managers that read, replace or correct what a stock pipeline computes: the only hooks in the
-project.
+"""Context managers that read, replace or correct what a stock pipeline computes: the only hooks here.
 
 Outside the `with`, and after any exception inside it, the pipeline is bit-identical to stock.
 """
@@ -61,8 +60,7 @@ def inject(
 
     Raises:
         ValueError: an unknown site, a strength that is not finite, or a grid that differs from the cache's.
-        FeaturesNotReadError: on leaving, where the pipeline never ran its tower (unless another error is
-            passing).
+        FeaturesNotReadError: on leaving, where the pipeline never ran its tower and no other error passes.
     """
     check_strength(strength)
     if site not in SITES:

@@ -178,8 +178,7 @@ class EnhancedQwenImageEdit:
         """The same edit without and with the bridge: same seed, steps, guidance and prompt.
 
         Args:
-            save_comparison: where to write a sheet of input, baseline, enhanced and their amplified
-                difference.
+            save_comparison: where to write a sheet of input, baseline, enhanced and their difference.
             image, prompt, strength, seed, options: as `generate`.
 
         Returns:
@@ -351,7 +350,7 @@ def check_steps(steps: Any) -> int:
     """A number of denoising steps that the released scheduler can do.
 
     Raises:
-        ValueError: less than 2; the scheduler stretches its steps to a fixed end, and divides by zero for one.
+        ValueError: less than 2; the scheduler stretches its steps to a fixed end and divides by zero for one.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"num_inference_steps is a whole number from 2, not {steps!r}")

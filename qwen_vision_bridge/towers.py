@@ -125,7 +125,9 @@ def load_whole(
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if device_map is not None or load_in_8bit:
         options["device_map"] = device_map or {"": device}
-    location = open_checkpoint(spec).location  # says in one line what is missing
+    checkpoint = open_checkpoint(spec)  # says in one line what is missing
+    location = checkpoint.location
+    spec.check(ModelSpec.from_config(checkpoint.config, name=spec.name, repo=location))
     if not Path(location).is_dir():
         options |= {"subfolder": spec.subfolder, "revision": spec.revision or "main"}
     try:

@@ -191,16 +191,25 @@ def test_ctrl_c_keeps_the_finished_pairs_and_leaves_the_pipeline_clean(
     assert same(stock_edit(editor.pipe, [photo]), stock)
 
 
-def test_a_text_encoder_in_8_bit_works_through_the_bridge(editor_folder: Path, photo: Image.Image) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_text_encoder_works_through_the_bridge(
+    bits: int, editor_folder: Path, photo: Image.Image
+) -> None:
     """bitsandbytes runs on CPUs; the tower stays in full precision, strength 0 is still stock."""
     from diffusers import QwenImageEditPlusPipeline
     from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
-    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+    skipped = ["model.visual", "lm_head"]
+    if bits == 4:  # on CPUs its blocks of 64 have to divide the input, which they do for down_proj alone
+        skipped += ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skipped)
     encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         editor_folder / "text_encoder", quantization_config=config, dtype=torch.float32
     )
-    assert encoder.model.language_model.layers[0].mlp.up_proj.weight.dtype is torch.int8
+    assert (
+        encoder.model.language_model.layers[0].mlp.down_proj.weight.dtype
+        is {8: torch.int8, 4: torch.uint8}[bits]
+    )
     assert encoder.model.visual.blocks[0].mlp.up_proj.weight.dtype is torch.float32
     pipe = QwenImageEditPlusPipeline.from_pretrained(editor_folder, text_encoder=encoder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
