@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 ARMS = ("baseline", "enhanced")
 RESAMPLES = 10_000
+FEW = 30  # below this many cases a bootstrap interval is too narrow to be believed
 SSIM_REACH = 5  # px: half the window of the structural similarity
 HIGHER_IS_BETTER = {
     "exact_text": True,
@@ -189,8 +190,16 @@ def write_report(
     )
 
 
+def caution(summaries: Sequence[Summary]) -> str:
+    """What the sample cannot carry, in one line; empty where it is large enough."""
+    fewest = min((row.n for row in summaries), default=0)
+    if fewest >= FEW:
+        return ""
+    return f"Only {fewest} cases a group: this shows that everything runs, and says nothing about a gain."
+
+
 def as_table(summaries: Sequence[Summary]) -> str:
-    """The summaries as a plain table."""
+    """The summaries as a plain table, with a word of caution where there are few cases."""
     lines = [
         f"{'group':7} {'metric':19} {'n':>4} {'baseline':>9} {'enhanced':>9} {'difference':>10} 95 % interval"
     ]
@@ -200,7 +209,7 @@ def as_table(summaries: Sequence[Summary]) -> str:
             f"{row.group:7} {row.metric + ' ' + arrow:19} {row.n:4d} {row.baseline:9.3f} {row.enhanced:9.3f} "
             f"{row.difference:+10.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [caution(summaries)])])
 
 
 def _run_case(

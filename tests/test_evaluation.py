@@ -116,7 +116,9 @@ def test_a_run_writes_everything_and_a_second_one_does_nothing(editor: Any, tmp_
     assert {row["arm"] for row in rows} == set(ARMS)
     assert set(HIGHER_IS_BETTER) <= rows[0].keys()
     assert "95 % interval" in (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert as_table(summaries).count("\n") == len(summaries)
+    table = as_table(summaries).splitlines()
+    assert len(table) == 1 + len(summaries) + 1
+    assert "says nothing about a gain" in table[-1]
 
     calls = []
     handle = editor.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -145,3 +147,9 @@ def test_edits_of_another_size_than_the_case_are_refused_by_the_measure() -> Non
     case = make_cases("ocr", 1)[0]
     with pytest.raises(ValueError, match=r"\(64, 64\) px.*\(128, 128\) px"):
         measure(replace(case), Image.new("RGB", (64, 64)))
+
+
+def test_few_cases_are_said_to_prove_nothing_and_many_are_not() -> None:
+    values = list(np.random.default_rng(0).random(40))
+    assert "Only 5 cases" in as_table(summarise(records(values[:5], values[5:10])))
+    assert "Only" not in as_table(summarise(records(values, values[::-1])))
