@@ -307,17 +307,15 @@ def _resolve_editor(given: str | Path, base: EditorSpec) -> EditorSpec:
             raise FileNotFoundError(
                 f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline"
             )
-        pipeline_class = read_json(folder / "model_index.json").get("_class_name", "")
-        known_classes = {spec.pipeline_class for spec in EDITORS.values()}
-        if pipeline_class not in known_classes:
-            raise ValueError(
-                f"{folder} is a {pipeline_class or 'nameless'} pipeline, "
-                f"needed is {' or '.join(sorted(known_classes))}"
-            )
-        # The picture sizes are no part of a checkpoint: a folder keeps those of the family it is used in.
-        return replace(base, name=folder.name, repo=str(folder), pipeline_class=pipeline_class, revision=None)
-    if _HUB_ID.fullmatch(str(given)):
-        return replace(base, name=str(given), repo=str(given), revision=None)
-    raise ValueError(
-        f"unknown editor {str(given)!r}: give a folder, a hub id, or one of {', '.join(EDITORS)}"
-    )
+        index, name = read_json(folder / "model_index.json"), folder.name
+    elif _HUB_ID.fullmatch(str(given)):
+        index, name = read_json(hub_file(str(given), "model_index.json")), str(given)
+    else:
+        names = ", ".join(EDITORS)
+        raise ValueError(f"unknown editor {str(given)!r}: give a folder, a hub id, or one of {names}")
+    found = index.get("_class_name", "nothing")
+    if found not in (classes := sorted({spec.pipeline_class for spec in EDITORS.values()})):
+        raise ValueError(f"{given} is a pipeline of class {found}, needed is {' or '.join(classes)}")
+    # The picture sizes are no part of a checkpoint: it keeps those of the family it is used in.
+    repo = str(folder) if folder.is_dir() else str(given)
+    return replace(base, name=name, repo=repo, pipeline_class=found, revision=None)

@@ -69,10 +69,9 @@ def load_tower(
         quantise_blocks(tower)
     place(tower, device, device_map)
     report = LoadedTower(tower, spec, checkpoint.revision, checkpoint.bytes_read, checkpoint.total_bytes)
-    logger.info(
-        "%s: read %.1f MB of %.1f MB for the vision tower in %.1f s",
-        spec.name, report.bytes_read / 1e6, report.total_bytes / 1e6, time.perf_counter() - started,
-    )  # fmt: skip
+    read = f"{report.bytes_read / 1e6:.1f} MB of {report.total_bytes / 1e6:.1f} MB were read"
+    origin = read if report.bytes_read else "from the tower cache"
+    logger.info("%s: vision tower in %.1f s, %s", spec.name, time.perf_counter() - started, origin)
     return report
 
 
@@ -87,8 +86,7 @@ def build_tower(checkpoint: Checkpoint) -> nn.Module:
     tensors = {TOWER_PREFIX.sub("", name): tensor for name, tensor in checkpoint.read(TOWER_PREFIX).items()}
     if not tensors:
         raise ValueError(f"{checkpoint.location} has no tensor under `visual.`: it holds no vision tower")
-    # Buffers are made for real: the rotary frequencies are not in the checkpoint and would stay empty on
-    # `meta`.
+    # Buffers are made for real: the rotary frequencies are in no checkpoint and would stay empty on `meta`.
     with init_empty_weights(include_buffers=False):
         tower = _tower_class(checkpoint.config["model_type"])(_vision_config(checkpoint.config))
     try:

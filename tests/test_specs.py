@@ -42,6 +42,14 @@ def test_an_editor_folder_keeps_the_familys_picture_sizes(editor_folder: Path) -
     assert (editor.repo, editor.vae_area) == (str(editor_folder), 128 * 128)
 
 
+def test_an_editor_of_the_first_release_gets_its_own_pipeline_class(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
+    assert resolve_family("qwen", editor=tmp_path).editor.pipeline_class == "QwenImageEditPipeline"
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="of class FluxPipeline"):
+        resolve_family("qwen", editor=tmp_path)
+
+
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown family 'big': choose one of miniature, qwen"):
         resolve_family("big")
@@ -69,6 +77,8 @@ def test_folders_without_a_config_or_of_another_kind_are_refused(tmp_path: Path,
 def test_an_unregistered_hub_model_is_an_os_error_when_offline() -> None:
     with pytest.raises(OSError, match=r"someone/else: config\.json: not in the local cache"):
         resolve_family("qwen", source="someone/else")
+    with pytest.raises(OSError, match=r"someone/else: model_index\.json: not in the local cache"):
+        resolve_family("qwen", editor="someone/else")
 
 
 def test_qwen25_vl_configs_of_the_hub_are_flat_and_read_all_the_same() -> None:
