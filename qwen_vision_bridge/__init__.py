@@ -1,8 +1,7 @@
 """Qwen Vision Bridge: Qwen3-VL's multi-level vision features in Qwen-Image-Edit.
 
 Names are imported on first use, so that importing the package costs nothing: torch, transformers and
-    diffusers
-take seconds.
+diffusers take seconds.
 """
 
 from __future__ import annotations

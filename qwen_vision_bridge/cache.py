@@ -213,8 +213,7 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     """Linear centred kernel alignment of two (N, D) feature sets of the same N tokens, 0 to 1.
 
     Source: Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", section 3. With N
-        far
-    below D even unrelated features score well above 0: compare with a shuffled pair.
+    far below D even unrelated features score well above 0: compare with a shuffled pair.
 
     Raises:
         ValueError: different token counts.

@@ -1,8 +1,6 @@
 """Load a stock Qwen-Image-Edit pipeline of diffusers in the memory mode that a machine allows.
 
-The needs are estimates from parameter counts at 1024² with one reference picture; of the released models only
-`plain` has been measured (60 GB peak with the source tower and both encoders, one H100, bf16, random
-weights).
+The needs are estimates from parameter counts at 1024² with one reference picture, not measurements.
 """
 
 from __future__ import annotations

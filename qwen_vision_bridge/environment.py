@@ -147,11 +147,12 @@ def _packages() -> list[Check]:
 
 
 def _disk() -> list[Check]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     checks = []
-    hub = Path("~/.cache/huggingface").expanduser()
     for name, folder, need in (
         ("disk, toolkit cache", cache_home(), 0.2),
-        ("disk, hub cache", hub, QWEN_DOWNLOAD_GB),
+        ("disk, hub cache", Path(HF_HUB_CACHE), QWEN_DOWNLOAD_GB),
     ):
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         free = shutil.disk_usage(there).free / 1e9

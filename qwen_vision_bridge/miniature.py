@@ -219,8 +219,7 @@ def target_processor() -> Any:
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Seeded weights under which a small model listens to its input: matrices at std 1/√fan-in, the rest
-    neutral.
+    """Seeded weights under which a small model listens: matrices at std 1/√fan-in, the rest neutral.
 
     Each tensor has a stream of its own, keyed by its name, so that adding a layer changes no other.
     transformers' own std of 0.02 leaves a model of this width nearly deaf to pictures and prompts.

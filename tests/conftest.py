@@ -74,7 +74,7 @@ def pipe(shared_pipe: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def editor(pipe: Any) -> Any:
-    """An `EnhancedQwenImageEdit` with a random bridge around the shared pipeline; 4 steps, fp32."""
+    """An `EnhancedQwenImageEdit` with a random bridge around the shared pipeline, in fp32."""
     import torch
 
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit

@@ -34,8 +34,7 @@ class LoopbackHub:
 
     Faults, set at any time, by a file's path in its repository: `truncate[path] = n` sends n bytes of each
     body (Content-Length promises all) and closes; `status[path] = 503` answers each request for the file with
-    that status, 401 and 403 as a gated repository; a path in `ignore_ranges` is answered with 200 and the
-    whole file.
+    that status, 401 and 403 as a gated repository; a path in `ignore_ranges` is answered 200, whole.
     """
 
     def __init__(self, repos: Mapping[str, str | Path]) -> None:
