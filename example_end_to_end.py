@@ -21,7 +21,7 @@ MENU = """
 2. OCR capability - multi-lingual text editing
 3. Spatial reasoning - object repositioning
 4. Detail preservation - texture maintenance
-5. Full evaluation - all of 2, 3 and 4 in one report
+5. Full evaluation - all of 2, 3 and 4, and consistency between pictures, in one report
 6. Attention visualization - which level the bridge draws on, and where
 7. Run all
 q. Quit
@@ -98,7 +98,7 @@ class Session:
         elif example == 1:
             self.basic_comparison()
         elif example == 5:
-            self.evaluate([group for group, _ in GROUPS.values()], "full_evaluation")
+            self.evaluate([*(group for group, _ in GROUPS.values()), "consistency"], "full_evaluation")
         elif example == 6:
             self.attention()
         else:

@@ -13,9 +13,12 @@ from .images import load_images
 from .specs import FAMILIES, Family, resolve_family
 
 OUTPUT = Path("examples_output")
-MINIATURE_NOTE = (
-    "Note: the miniature's weights are random in this version, so its pictures are noise; every step is real."
+RANDOM_NOTE = "Note: the miniature's weights are random here, so its pictures are noise; every step is real."
+TRAINING_NOTE = (
+    "Note: the miniature is at an early point of its training: it reads, and finds where to edit, but what "
+    "it draws there is mostly wrong."
 )
+PHOTO_NOTE = "Note: the miniature knows only its own synthetic world; of a photograph it makes little."
 
 
 def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
@@ -75,8 +78,10 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     }
     family = resolve_family(name, **replaced)
     print(line)
-    if name == "miniature" and not is_shipped():
-        print(MINIATURE_NOTE)
+    if name == "miniature":
+        print(TRAINING_NOTE if is_shipped() else RANDOM_NOTE)
+        if arguments.image is not None:
+            print(PHOTO_NOTE)
     return family
 
 

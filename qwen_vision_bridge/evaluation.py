@@ -19,6 +19,7 @@ from PIL import Image
 
 from . import metrics
 from .images import image_digest
+from .judging import judge
 from .pipeline import EnhancedQwenImageEdit
 from .records import digest_of, write_json, write_picture, write_whole
 from .world import GROUPS, Case
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 ARMS = ("baseline", "enhanced")
 RESAMPLES = 10_000
 FEW = 30  # below this many cases a bootstrap interval is too narrow to be believed
-SSIM_REACH = 5  # px: half the window of the structural similarity
 HIGHER_IS_BETTER = {
+    "right": True,
     "exact_text": True,
     "edit_similarity": True,
     "objects_lost": False,
@@ -38,7 +39,12 @@ HIGHER_IS_BETTER = {
     "unedited_psnr_db": True,
     "target_difference": False,
 }
-TITLES = {"ocr": "OCR capability", "space": "Spatial reasoning", "detail": "Detail preservation"}
+TITLES = {
+    "ocr": "OCR capability",
+    "space": "Spatial reasoning",
+    "detail": "Detail preservation",
+    "consistency": "Consistency between pictures",
+}
 PHOTO_PROMPTS = {
     "ocr": (
         'Change the text to "HELLO"',
@@ -52,6 +58,7 @@ PHOTO_PROMPTS = {
         "Remove the background",
         "Make it look like a pencil drawing",
     ),
+    "consistency": (),  # takes several pictures
 }
 
 
@@ -108,31 +115,24 @@ def evaluate(
 
 
 def measure(case: Case, picture: Image.Image) -> dict[str, float]:
-    """Every metric of a case's group for one edited picture."""
+    """Every metric of a case's group for one edited picture; `right` is the judge's verdict as 1.0 or 0.0."""
     if picture.size != case.target.size:
         raise ValueError(f"the edit is {picture.size} px, the case {case.case_id} is {case.target.size} px")
-    unedited = shrink(~case.edit_mask)
+    read = metrics.read_text(picture) if case.group == "ocr" else None  # the slowest part: once a picture
+    unedited = metrics.shrink(~case.edit_mask)
     values = {
+        "right": float(judge(case, picture, read).right),
         "unedited_ssim": metrics.masked_ssim(picture, case.image, unedited),
         "unedited_psnr_db": min(metrics.masked_psnr(picture, case.image, unedited), 100.0),
         "target_difference": metrics.mean_abs_difference(picture, case.target),
     }
-    if case.group == "ocr":
-        read = metrics.read_text(picture)
+    if read is not None:
         values["exact_text"] = metrics.exact_text(read, case.expected_text or "")
         values["edit_similarity"] = metrics.edit_similarity(read, case.expected_text or "")
     if case.group == "space":
         values["centroid_error_px"] = metrics.centroid_error(picture, case.expected_objects)
         values["objects_lost"] = metrics.objects_lost(picture, case.expected_objects)
     return values
-
-
-def shrink(mask: np.ndarray, margin: int = SSIM_REACH) -> np.ndarray:
-    """The mask (H, W) without its outermost px, so that a window on it sees none of what lies beside it."""
-    from scipy.ndimage import binary_erosion
-
-    inner = binary_erosion(mask, np.ones((3, 3), bool), iterations=margin, border_value=1)
-    return inner if inner.any() else mask
 
 
 def summarise(records: Sequence[dict[str, Any]], seed: int = 0) -> list[Summary]:
@@ -201,13 +201,14 @@ def caution(summaries: Sequence[Summary]) -> str:
 def as_table(summaries: Sequence[Summary]) -> str:
     """The summaries as a plain table, with a word of caution where there are few cases."""
     lines = [
-        f"{'group':7} {'metric':19} {'n':>4} {'baseline':>9} {'enhanced':>9} {'difference':>10} 95 % interval"
+        f"{'group':11} {'metric':19} {'n':>4} {'baseline':>9} {'enhanced':>9} {'difference':>10} "
+        "95 % interval"
     ]
     for row in summaries:
         arrow = "↑" if row.higher_is_better else "↓"
         lines.append(
-            f"{row.group:7} {row.metric + ' ' + arrow:19} {row.n:4d} {row.baseline:9.3f} {row.enhanced:9.3f} "
-            f"{row.difference:+10.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+            f"{row.group:11} {row.metric + ' ' + arrow:19} {row.n:4d} {row.baseline:9.3f} "
+            f"{row.enhanced:9.3f} {row.difference:+10.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
         )
     return "\n".join([*lines, *filter(None, [caution(summaries)])])
 
@@ -218,17 +219,20 @@ def _run_case(
 ) -> dict[str, Any]:  # fmt: skip
     started = time.perf_counter()
     enhanced = arm == "enhanced"
-    picture = pipeline.generate(case.image, case.prompt, enhanced, strength, seed, **options)
+    pictures = case.pictures if case.references else case.image  # the first edit pipeline takes one only
+    picture = pipeline.generate(pictures, case.prompt, enhanced, strength, seed, **options)
     seconds = time.perf_counter() - started
     if picture.size != case.target.size:  # the editor works at its own size; cases may be of another
         picture = picture.resize(case.target.size)
     edited = f"{arm}-{key[:6]}"  # another bridge's picture of the same case keeps its own name
-    for name, shown in (("input", case.image), ("target", case.target), (edited, picture)):
+    references = [(f"reference{number}", shown) for number, shown in enumerate(case.references, start=1)]
+    for name, shown in (*references, ("input", case.image), ("target", case.target), (edited, picture)):
         write_picture(folder / case.group / f"{case.case_id}_{name}.png", shown)
     return {
         "case_id": case.case_id,
         "group": case.group,
         "kind": case.kind,
+        "difficulty": case.difficulty,
         "arm": arm,
         "prompt": case.prompt,
         "seconds": round(seconds, 3),
@@ -241,7 +245,8 @@ def _key(
     pipeline: EnhancedQwenImageEdit, case: Case, arm: str, seed: int, strength: float, options: dict[str, Any]
 ) -> str:
     enhanced = arm == "enhanced"
-    made = [pipeline.made_from(enhanced), case.case_id, case.prompt, image_digest(case.image), arm, seed]
+    pictures = [image_digest(shown) for shown in case.pictures]
+    made = [pipeline.made_from(enhanced), case.case_id, case.prompt, pictures, arm, seed]
     return digest_of([*made, strength if enhanced else None, sorted(options.items())])
 
 
@@ -280,7 +285,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 def _as_csv(records: Sequence[dict[str, Any]]) -> str:
     buffer = io.StringIO()
-    plain = ["case_id", "group", "kind", "arm", "prompt", "seconds", "picture"]
+    plain = ["case_id", "group", "kind", "difficulty", "arm", "prompt", "seconds", "picture"]
     writer = csv.DictWriter(buffer, [*plain, *HIGHER_IS_BETTER])
     writer.writeheader()
     for record in records:

@@ -97,6 +97,31 @@ def capture_vision(pipe: Any) -> Iterator[Injection]:
 
 
 @contextmanager
+def replace_vision(pipe: Any, features: torch.Tensor) -> Iterator[None]:
+    """Show the text encoder other pictures' features, as `capture_vision` took them: a control that is blind.
+
+    Args:
+        features: (N, D), on the grids that the pipeline's own processor will use.
+
+    Raises:
+        ValueError: the pipeline's own features have another shape.
+        FeaturesNotReadError: on leaving, where the pipeline never ran its tower and no other error passes.
+    """
+    calls = []
+
+    def replace(own: torch.Tensor, _grids: Grids) -> torch.Tensor:
+        if own.shape != features.shape:
+            raise ValueError(f"features are {tuple(features.shape)}, the pipeline's own {tuple(own.shape)}")
+        calls.append(1)
+        return features.to(own.device, own.dtype)
+
+    with _tower_hook(pipe, replace):
+        yield
+    if not calls:
+        raise FeaturesNotReadError("the pipeline never ran its vision tower: nothing was replaced")
+
+
+@contextmanager
 def mrope_positions(pipe: Any, mode: Literal["fixed", "stock"] = "fixed") -> Iterator[None]:
     """Give the text encoder the token types that it needs to number image tokens along three axes.
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from qwen_vision_bridge.world import COLOURS, RGB, SceneObject
+from .scenes import COLOURS, RGB, SceneObject
 
 if TYPE_CHECKING:
     from rapidocr import RapidOCR
 
 Picture = Image.Image | np.ndarray
+SSIM_REACH = 5  # px: half the window of the structural similarity
 
 
 def _pixels(picture: Picture, name: str = "picture") -> np.ndarray:
@@ -150,7 +151,7 @@ def find_objects(
     return sorted(found, key=lambda item: -item.area)
 
 
-def _distances(picture: Picture, expected: Sequence[SceneObject]) -> list[float | None]:
+def place_distances(picture: Picture, expected: Sequence[SceneObject]) -> list[float | None]:
     """How far each expected object is from the patch assigned to it, px; None where it is lost."""
     from scipy.optimize import linear_sum_assignment
 
@@ -179,16 +180,25 @@ def centroid_error(picture: Picture, expected_objects: Sequence[SceneObject]) ->
     if not expected_objects:
         raise ValueError("expected_objects is empty; needed: at least one object to look for")
     diagonal = float(np.hypot(*_pixels(picture).shape[:2]))
-    distances = _distances(picture, expected_objects)
+    distances = place_distances(picture, expected_objects)
     return float(np.mean([diagonal if distance is None else distance for distance in distances]))
 
 
 def objects_lost(picture: Picture, expected_objects: Sequence[SceneObject]) -> float:
     """How many of the expected objects have no patch of their colour in the picture."""
-    return float(sum(distance is None for distance in _distances(picture, expected_objects)))
+    return float(sum(distance is None for distance in place_distances(picture, expected_objects)))
 
 
 # --- detail ----------------------------------------------------------------------------------------------
+
+
+def shrink(mask: np.ndarray, margin: int = SSIM_REACH) -> np.ndarray:
+    """The mask (H, W) without its outermost px, so that a window on it sees none of what lies beside it;
+    the mask as it is where nothing would be left."""
+    from scipy.ndimage import binary_erosion
+
+    inner = binary_erosion(mask, np.ones((3, 3), bool), iterations=margin, border_value=1)
+    return inner if inner.any() else mask
 
 
 def masked_ssim(a: Picture, b: Picture, mask: np.ndarray) -> float:

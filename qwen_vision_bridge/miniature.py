@@ -12,13 +12,13 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .specs import BUILTIN, cache_home
+from .tokens import CHAT_TEMPLATE, VOCABULARY, build_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,62 +27,24 @@ logger = logging.getLogger(__name__)
 
 SEED = 0
 SHIPPED = Path(__file__).parent / "weights" / "miniature"
-TEMPLATE_PREFIX_TOKENS = 64  # what the edit pipelines cut off the front of every prompt
 MAX_SHARD = "12MB"
-
-SPECIAL_TOKENS = tuple(
-    f"<|{name}|>"
-    for name in [
-        "endoftext",
-        "im_start",
-        "im_end",
-        "object_ref_start",
-        "object_ref_end",
-        "box_start",
-        "box_end",
-        "quad_start",
-        "quad_end",
-        "vision_start",
-        "vision_end",
-        "vision_pad",
-        "image_pad",
-        "video_pad",
-    ]
-)
-# The edit pipelines' template up to the pictures. Its words are the tokenizer's whole corpus: each becomes
-# one token, which is what makes the prefix come out at exactly 64, while other text falls into letters.
-TEMPLATE_PREFIX = (
-    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
-    "background), then explain how the user's text instruction should alter or modify the image. Generate a "
-    "new image that meets the user's requirements while maintaining consistency with the original input "
-    "where appropriate.<|im_end|>\n<|im_start|>user\n"
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif part['type'] == 'text' %}"
-    "{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 # fmt: off
 SOURCE_VISION = {
-    "depth": 6, "hidden_size": 128, "intermediate_size": 512, "num_heads": 4, "patch_size": 8,
+    "depth": 6, "hidden_size": 128, "intermediate_size": 448, "num_heads": 4, "patch_size": 8,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 256, "num_position_embeddings": 256,
     "deepstack_visual_indexes": [1, 3, 5],
 }
 SOURCE_TEXT = {
-    "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
     "rope_parameters": {
         "rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
     },
 }
 TARGET_VISION = {
-    "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 7,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 224, "window_size": 56,
+    "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 224, "window_size": 32,
     "fullatt_block_indexes": [1, 3], "tokens_per_second": 2,
 }
 TARGET_TEXT = {
@@ -95,8 +57,8 @@ VAE = {
     "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
 }
 TRANSFORMER = {
-    "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 6, "attention_head_dim": 64,
-    "num_attention_heads": 3, "joint_attention_dim": 224, "axes_dims_rope": [16, 24, 24],
+    "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 6, "attention_head_dim": 32,
+    "num_attention_heads": 6, "joint_attention_dim": 224, "axes_dims_rope": [8, 12, 12],
 }
 SCHEDULER = {  # the released scheduler's settings
     "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 8192, "max_shift": 0.9,
@@ -127,7 +89,9 @@ def locate(repo: str) -> str:
 def fingerprint() -> str:
     """Short digest of everything the random weights depend on."""
     made_of = [SEED, SOURCE_VISION, SOURCE_TEXT, TARGET_VISION, TARGET_TEXT, VAE, TRANSFORMER, SCHEDULER]
-    made_of += [CHAT_TEMPLATE, Path(__file__).read_text(encoding="utf-8")]
+    made_of += [
+        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("miniature.py", "tokens.py")
+    ]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -155,39 +119,6 @@ def build(root: Path, part: str, seed: int = SEED) -> Path:
     return editor
 
 
-def build_tokenizer() -> Any:
-    """Byte-level BPE in the Qwen2 format: bytes, merges of the template's words, Qwen's special tokens."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(re.split(r"<\|im_\w+\|>", TEMPLATE_PREFIX), trainer)
-    model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]],
-        unk_token=None, pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )  # fmt: skip
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
-    length = len(tokenizer(TEMPLATE_PREFIX)["input_ids"])
-    if length != TEMPLATE_PREFIX_TOKENS:
-        raise RuntimeError(
-            f"the template prefix is {length} tokens, the edit pipelines cut {TEMPLATE_PREFIX_TOKENS}"
-        )
-    return tokenizer
-
-
 def source_processor() -> Any:
     """The source's processor: 16 px a token, up to 1024 tokens."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
@@ -207,11 +138,11 @@ def source_processor() -> Any:
 
 
 def target_processor() -> Any:
-    """The target's processor: 14 px a token, up to 1024 tokens."""
+    """The target's processor: 8 px a token and no picture above 64² px, which is what makes its eyes weak."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-    sizes = {"patch_size": 7, "merge_size": 2, "temporal_patch_size": 2}
-    limits = {"shortest_edge": 4 * 14 * 14, "longest_edge": 1024 * 14 * 14}
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"shortest_edge": 4 * 8 * 8, "longest_edge": 64 * 64}
     return Qwen2VLProcessor(
         Qwen2VLImageProcessor(size=limits, **sizes), build_tokenizer(),
         Qwen2VLVideoProcessor(size=limits, **sizes), chat_template=CHAT_TEMPLATE,
@@ -241,12 +172,13 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _vision_language_config(config_class: type, vision: dict[str, Any], text: dict[str, Any]) -> Any:
+def vision_language_config(config_class: type, vision: dict[str, Any], text: dict[str, Any]) -> Any:
+    """The whole model's config from its parts, with the tokenizer's ids."""
     ids = build_tokenizer().convert_tokens_to_ids
     special = {"bos_token_id": None, "eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>")}
     return config_class(
         vision_config=dict(vision),
-        text_config={**text, "vocab_size": 448, **special},
+        text_config={**text, "vocab_size": VOCABULARY, **special},
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"),
@@ -255,7 +187,8 @@ def _vision_language_config(config_class: type, vision: dict[str, Any], text: di
     )
 
 
-def _save(model: nn.Module, folder: Path) -> None:
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Cast a model to bf16 and write it in stock layout, in files of at most MAX_SHARD."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -269,28 +202,28 @@ def _save(model: nn.Module, folder: Path) -> None:
 def _write_source(folder: Path, seed: int) -> None:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    config = _vision_language_config(Qwen3VLConfig, SOURCE_VISION, SOURCE_TEXT)
-    _save(randomise(Qwen3VLForConditionalGeneration(config), seed), folder)
+    config = vision_language_config(Qwen3VLConfig, SOURCE_VISION, SOURCE_TEXT)
+    save_weights(randomise(Qwen3VLForConditionalGeneration(config), seed), folder)
     source_processor().save_pretrained(folder)
 
 
 def _write_target(folder: Path, seed: int) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    config = _vision_language_config(Qwen2_5_VLConfig, TARGET_VISION, TARGET_TEXT)
-    _save(randomise(Qwen2_5_VLForConditionalGeneration(config), seed + 1), folder)
+    config = vision_language_config(Qwen2_5_VLConfig, TARGET_VISION, TARGET_TEXT)
+    save_weights(randomise(Qwen2_5_VLForConditionalGeneration(config), seed + 1), folder)
 
 
 def _write_vae(folder: Path, seed: int) -> None:
     from diffusers import AutoencoderKLQwenImage
 
-    _save(randomise(AutoencoderKLQwenImage(**VAE), seed + 2), folder)
+    save_weights(randomise(AutoencoderKLQwenImage(**VAE), seed + 2), folder)
 
 
 def _write_transformer(folder: Path, seed: int) -> None:
     from diffusers import QwenImageTransformer2DModel
 
-    _save(randomise(QwenImageTransformer2DModel(**TRANSFORMER), seed + 3), folder)
+    save_weights(randomise(QwenImageTransformer2DModel(**TRANSFORMER), seed + 3), folder)
 
 
 def _write_scheduler(folder: Path) -> None:

@@ -15,6 +15,7 @@ from qwen_vision_bridge.miniature import locate
 from qwen_vision_bridge.specs import FAMILIES
 
 FAMILY = FAMILIES["miniature"]
+PX, AREA = FAMILY.target.token_px, FAMILY.editor.condition_area  # no picture is seen larger than AREA px²
 
 
 @pytest.fixture
@@ -26,9 +27,9 @@ def test_the_seeds_calls_give_the_seeds_shapes(extractor: VisionCacheExtractor) 
     image = Image.new("RGB", (128, 128), "red")
     qwen3, qwen25 = extractor.extract_qwen3_vision(image, "x"), extractor.extract_qwen25_vision(image, "x")
     for features in (qwen3.early_features, qwen3.mid_features, qwen3.late_features, qwen3.merged_features):
-        assert features.shape == torch.Size([1, 81, 256])
-    assert qwen25.vision_features.shape == torch.Size([1, 81, 224])
-    assert qwen3.grid == qwen25.grid == (9, 9)
+        assert features.shape == torch.Size([1, AREA // PX**2, FAMILY.source.out_dim])
+    assert qwen25.vision_features.shape == torch.Size([1, AREA // PX**2, FAMILY.target.out_dim])
+    assert qwen3.grid == qwen25.grid == (int(AREA**0.5) // PX,) * 2
 
 
 def test_a_448_px_picture_gives_256_tokens_at_the_released_shapes() -> None:
@@ -133,7 +134,8 @@ def test_the_prompt_changes_language_features_and_not_the_towers(photo: Image.Im
     whole = VisionCacheExtractor("miniature", scope="language", **options)
     for extract, name in ((whole.extract_qwen3_vision, "late"), (whole.extract_qwen25_vision, "vision")):
         first, second = (extract(photo, prompt) for prompt in ("a word", "another"))
-        assert first.features[name].shape[1] == 11 * 17
+        rows, columns = (int((AREA * ratio) ** 0.5) // PX for ratio in (2 / 3, 3 / 2))  # the photo is 3:2
+        assert first.features[name].shape[1] == rows * columns
         assert not torch.equal(first.features[name], second.features[name])
 
 
@@ -203,7 +205,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(photo: Image.Image)
     with pytest.raises(ValueError, match="three rising numbers from 1 to 3"):
         VisionCacheExtractor("miniature", language_layers=(2, 1, 3))
     with pytest.raises(ValueError, match="one vision token"):
-        VisionCacheExtractor("miniature").extract_qwen3_vision(Image.new("RGB", (9, 90)))
+        VisionCacheExtractor("miniature").extract_qwen3_vision(Image.new("RGB", (PX - 1, 10 * PX)))
     with pytest.raises(ValueError, match="as many grids"):
         VisionCacheExtractor("miniature").extract_qwen3_vision(photo, grids=[(3, 3), (3, 3)])
     if not torch.cuda.is_available():

@@ -16,6 +16,7 @@ from qwen_vision_bridge.injection import (
     capture_vision,
     inject,
     mrope_positions,
+    replace_vision,
 )
 from qwen_vision_bridge.sizes import condition_grids, picture_sizes
 from qwen_vision_bridge.specs import FAMILIES
@@ -132,15 +133,32 @@ def test_features_for_another_grid_are_refused(
     pipe: Any, bridge: VisionBridge, editor: Any, photo: Any
 ) -> None:
     other = editor.extract_source([photo.resize((128, 128))])
-    with pytest.raises(ValueError, match=r"grids \(\(7, 11\),\).*\(\(9, 9\),\)"), inject(pipe, bridge, other):
-        encode(pipe, photo.resize((160, 96)))
+    px, (square,) = FAMILY.target.token_px, other.grids
+    says = rf"grids \(\({32 // px}, {96 // px}\),\).*\(\({square[0]}, {square[1]}\),\)"
+    with pytest.raises(ValueError, match=says), inject(pipe, bridge, other):
+        encode(pipe, photo.resize((96, 32)))
 
 
 def test_capturing_reads_without_changing(pipe: Any, seen_by_tower: Image.Image) -> None:
     stock = encode(pipe, seen_by_tower)
     with capture_vision(pipe) as record:
         assert torch.equal(encode(pipe, seen_by_tower), stock)
-    assert record.baselines[0].shape == (77, FAMILY.target.out_dim)
+    tokens = seen_by_tower.width * seen_by_tower.height // FAMILY.target.token_px**2
+    assert record.baselines[0].shape == (tokens, FAMILY.target.out_dim)
+
+
+def test_replaced_vision_is_all_that_the_text_encoder_sees(pipe: Any, seen_by_tower: Image.Image) -> None:
+    turned = seen_by_tower.rotate(180)
+    with capture_vision(pipe) as other:
+        of_turned = encode(pipe, turned)
+    with replace_vision(pipe, other.baselines[0]):
+        replaced = encode(pipe, seen_by_tower)
+    assert torch.equal(replaced, of_turned)
+    assert not torch.equal(encode(pipe, seen_by_tower), of_turned)
+    with pytest.raises(ValueError, match="features are"), replace_vision(pipe, other.baselines[0][:-1]):
+        encode(pipe, seen_by_tower)
+    with pytest.raises(FeaturesNotReadError), replace_vision(pipe, other.baselines[0]):
+        pass
 
 
 def test_the_text_encoder_gets_three_axis_positions(pipe: Any, seen_by_tower: Image.Image) -> None:
@@ -201,7 +219,9 @@ def test_picture_sizes_are_set_for_the_call_and_put_back() -> None:
     )
     plus_class = diffusers.QwenImageEditPlusPipeline
     with pytest.raises(KeyboardInterrupt), picture_sizes(plus_class, FAMILY.editor):  # noqa: PT012
-        assert (plus.CONDITION_IMAGE_SIZE, plus.VAE_IMAGE_SIZE) == (128 * 128, 128 * 128)
+        inside = (plus.CONDITION_IMAGE_SIZE, plus.VAE_IMAGE_SIZE)
+        assert inside == (FAMILY.editor.condition_area, FAMILY.editor.vae_area)
+        assert inside != before[:2]
         raise KeyboardInterrupt
     with picture_sizes(diffusers.QwenImageEditPipeline, FAMILY.editor):
         assert first.calculate_dimensions(1024 * 1024, 1.0)[:2] == (128, 128)

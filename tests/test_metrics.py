@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from qwen_vision_bridge import metrics, world
+from qwen_vision_bridge import metrics, scenes, world
 
 WORDS = st.text(alphabet="ABCab ß3Éé", max_size=12)
 
 
 @pytest.fixture(scope="module")
 def texture() -> np.ndarray:
-    return np.asarray(world.render(world.Scene(96, "waves", "mint", 3)))
+    return np.asarray(scenes.render(scenes.Scene(96, "waves", "mint", 3)))
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,13 @@ def test_a_picture_without_words_reads_empty_though_it_has_shapes() -> None:
 
 
 def test_find_objects_recovers_every_centre_within_two_pixels() -> None:
-    for seed in range(6):
-        for case in (case for group in world.GROUPS for case in world.make_cases(group, 6, seed=seed)):
-            found = metrics.find_objects(case.target)
-            assert len(found) == len(case.expected_objects), case.case_id
-            for item in case.expected_objects:
-                (x, y), _ = next((f.centroid, f.area) for f in found if f.colour == item.colour)
-                assert math.hypot(x - item.centre[0], y - item.centre[1]) < 2, (case.case_id, item)
+    for case in (case for group in world.GROUPS for case in world.make_cases(group, 24, seed=1)):
+        found = metrics.find_objects(case.target)
+        assert len(found) == len(case.expected_objects), case.case_id
+        if (
+            case.expected_objects and case.kind != "marked"
+        ):  # a letter takes its part out of the shape beneath
+            assert metrics.centroid_error(case.target, case.expected_objects) < 2, case.case_id
 
 
 def test_find_objects_survives_blur_and_noise() -> None:
@@ -109,17 +109,17 @@ def test_find_objects_survives_blur_and_noise() -> None:
 
 
 def test_centroid_error_is_the_distance_of_the_move() -> None:
-    item = world.SceneObject("circle", "red", (40.0, 50.0), 14.0)
-    picture = world.render(world.Scene(128, "checks", "beige", 1, (item,)))
+    item = scenes.SceneObject("circle", "red", (40.0, 50.0), 14.0)
+    picture = scenes.render(scenes.Scene(128, "checks", "beige", 1, (item,)))
     assert metrics.centroid_error(picture, [item]) < 0.5
     moved = replace(item, centre=(70.0, 90.0))
     assert metrics.centroid_error(picture, [moved]) == pytest.approx(50, abs=0.5)  # a 3-4-5 triangle
 
 
 def test_a_lost_object_counts_as_the_diagonal() -> None:
-    kept = world.SceneObject("circle", "red", (40.0, 50.0), 14.0)
-    lost = world.SceneObject("star", "blue", (90.0, 80.0), 14.0)
-    picture = world.render(world.Scene(128, "dots", "rose", 1, (kept,)))
+    kept = scenes.SceneObject("circle", "red", (40.0, 50.0), 14.0)
+    lost = scenes.SceneObject("star", "blue", (90.0, 80.0), 14.0)
+    picture = scenes.render(scenes.Scene(128, "dots", "rose", 1, (kept,)))
     diagonal = 128 * math.sqrt(2)
     assert metrics.objects_lost(picture, [kept]) == 0
     assert metrics.objects_lost(picture, [kept, lost]) == 1
@@ -128,8 +128,8 @@ def test_a_lost_object_counts_as_the_diagonal() -> None:
 
 
 def test_two_objects_of_a_colour_are_paired_for_the_least_distance() -> None:
-    pair = [world.SceneObject("square", "green", (x, 64.0), 14.0) for x in (30.0, 95.0)]
-    picture = world.render(world.Scene(128, "stripes", "brown", 1, tuple(pair)))
+    pair = [scenes.SceneObject("square", "green", (x, 64.0), 14.0) for x in (30.0, 95.0)]
+    picture = scenes.render(scenes.Scene(128, "stripes", "brown", 1, tuple(pair)))
     assert metrics.centroid_error(picture, pair) < 0.5
     assert metrics.centroid_error(picture, pair[::-1]) < 0.5
     assert metrics.objects_lost(picture, [*pair, replace(pair[0], centre=(60.0, 20.0))]) == 1
@@ -150,6 +150,14 @@ def test_masked_ssim_falls_where_the_masked_part_changes_and_only_there(
     far_from_it = np.zeros_like(left_half)
     far_from_it[:, 48 + 5 :] = True  # half a window further on
     assert metrics.masked_ssim(texture, changed, far_from_it) == pytest.approx(1.0)
+
+
+def test_a_mask_loses_its_rim_and_one_that_would_vanish_is_left_as_it_is(left_half: np.ndarray) -> None:
+    assert np.array_equal(metrics.shrink(left_half, 5)[:, :43], left_half[:, :43])
+    assert not metrics.shrink(left_half, 5)[:, 43:].any()
+    thin = np.zeros((20, 20), bool)
+    thin[3] = True
+    assert np.array_equal(metrics.shrink(thin), thin)
 
 
 def test_masked_psnr_matches_a_hand_computed_value(texture: np.ndarray, left_half: np.ndarray) -> None:
@@ -180,7 +188,7 @@ def test_colour_error_matches_known_values() -> None:
 
 def test_a_right_edit_scores_better_than_none_in_every_kind() -> None:
     """Inside the mask, which is where an edit that did nothing and one that hit the target differ."""
-    for case in (case for group in world.GROUPS for case in world.make_cases(group, 6, seed=4)):
+    for case in (case for group in world.GROUPS for case in world.make_cases(group, 20, seed=4)):
         assert metrics.masked_ssim(case.target, case.target, case.edit_mask) == pytest.approx(1)
         assert metrics.masked_ssim(case.image, case.target, case.edit_mask) < 0.99, case.case_id
         assert metrics.mean_abs_difference(case.image, case.target, case.edit_mask) > 1, case.case_id

@@ -62,7 +62,7 @@ def test_a_random_bridge_changes_the_picture(site: str, pipe: Any, photo: Image.
     baseline, enhanced, attention = editor.compare(photo, PROMPT, **SHORT)
     assert not same(baseline, enhanced)
     assert same(baseline, stock_edit(pipe, [photo]))
-    assert attention.weights.shape == (77, 3)
+    assert attention.weights.shape == (sum(rows * columns for rows, columns in attention.grids), 3)
 
 
 def test_the_source_picture_and_not_only_the_bridge_decides_the_edit(editor: Any, photo: Image.Image) -> None:
@@ -83,10 +83,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(editor: Any
 
 
 def test_several_reference_pictures_are_one_edit(editor: Any, photo: Image.Image) -> None:
-    pictures = [photo, photo.resize((128, 128)), photo.rotate(90, expand=True)]
+    pictures = [photo.resize((240, 80)), photo.resize((128, 128)), photo.resize((80, 240))]
     result = editor.compare(pictures, PROMPT, **SHORT)
-    assert result.attention.grids == editor.condition_grids(pictures) == ((7, 11), (9, 9), (11, 7))
-    assert [weights.shape for weights in result.attention.maps()] == [(7, 11, 3), (9, 9, 3), (11, 7, 3)]
+    px = FAMILIES["miniature"].target.token_px
+    sides = ((32, 96), (64, 64), (96, 32))  # px² of the family's condition area, in whole 32 px
+    grids = tuple((height // px, width // px) for height, width in sides)
+    assert result.attention.grids == editor.condition_grids(pictures) == grids
+    assert [weights.shape for weights in result.attention.maps()] == [(*grid, 3) for grid in grids]
     assert same(result.baseline, stock_edit(editor.pipe, pictures))
     assert not same(result.baseline, result.enhanced)
 

@@ -20,6 +20,8 @@ import check_environment
 import example_end_to_end
 import example_extraction
 from qwen_vision_bridge.commands import run
+from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.world import GROUPS
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
@@ -64,11 +66,14 @@ def outcome(
 def test_extraction_prints_the_promised_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert example_extraction.main(["--models", "miniature"]) == 0
     out = capsys.readouterr().out
+    family = FAMILIES["miniature"]
+    tokens = family.editor.condition_area // family.target.token_px**2
     for line in (
         "Loading Qwen3-VL model...", "Qwen3-VL cache extracted successfully",
-        "  Early features: torch.Size([1, 81, 256])", "  Mid features: torch.Size([1, 81, 256])",
-        "  Late features: torch.Size([1, 81, 256])", "Loading Qwen2.5-VL model...",
-        "Qwen2.5-VL cache extracted successfully", "  Vision features: torch.Size([1, 81, 224])",
+        f"  Early features: torch.Size([1, {tokens}, 256])",
+        f"  Mid features: torch.Size([1, {tokens}, 256])",
+        f"  Late features: torch.Size([1, {tokens}, 256])", "Loading Qwen2.5-VL model...",
+        "Qwen2.5-VL cache extracted successfully", f"  Vision features: torch.Size([1, {tokens}, 224])",
         "Cache Comparison:", "  Vision token count match: True", "  Dimension mismatch: True",
         "  Dimension ratio: 1.14", "~5.2M",
     ):  # fmt: skip
@@ -80,7 +85,7 @@ def test_extraction_takes_a_photograph(
     folder: Path, photo_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example_extraction.main(["--models", "miniature", "--image", str(photo_file), "--prompt", "what?"])
-    assert "torch.Size([1, 187, 256])" in capsys.readouterr().out  # 240×160 px at 14 px a token: 17×11
+    assert "torch.Size([1, 54, 256])" in capsys.readouterr().out  # 3:2 in at most 64² px, 8 px a token: 9×6
     assert not (folder / "examples_output" / "test_input.png").exists()
 
 
@@ -101,6 +106,9 @@ def test_every_option_runs_and_writes_its_files(
     session_of_examples([*QUICK, "--example", str(example)])
     assert all((folder / "examples_output" / file).is_file() for file in files)
     assert "Saved: examples_output" in capsys.readouterr().out
+    if example == 5:
+        written = json.loads((folder / "examples_output" / files[0]).read_text())
+        assert {record["group"] for record in written["records"]} == set(GROUPS)
 
 
 @pytest.mark.parametrize("example", [1, 2, 6])

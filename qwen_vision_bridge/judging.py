@@ -1,0 +1,271 @@
+"""Is an edit right? One yes or no a picture, from the scenes that the case was drawn from.
+
+What must be written is read, what must move is found, and everything else is compared over the pixels where
+it shows: the asked change must be there, and what the scenes share must be left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from . import metrics
+from .edits import Edit
+from .scenes import COLOURS, Scene, SceneObject, TextBlock, render
+from .world import Case
+
+# Kinds whose result is read, and kinds whose result is a background; the others show by their scenes.
+WRITTEN = (
+    "change_text", "append_letter", "copy_text", "swap_words", "reverse_text", "replace_letter",
+    "delete_vowels", "sort_letters", "double_letter", "spell_digit", "same_text",
+)  # fmt: skip
+BACKGROUND = ("recolour_background", "same_background")
+VISIBLE = 24  # grey levels in some channel: pixels that differ by less are not asked about
+# Pictures are compared a little out of focus: 1 px of 128, against what codecs do to single pixels and rims.
+FOCUS = 1 / 128
+MISSING = 0.35  # share of a change, or of a thing that had to stay, that may be missing
+COLOUR_OFF = 15.0  # CIEDE2000 from the wanted colour; two colours of shapes are farther apart
+PLACE_OFF = 1 / 16  # of the side: 8 px of 128, less than half of the shortest move asked for
+SCRAP = 0.25  # of a shape's area: a smaller patch of its colour is no second shape
+BACKGROUND_OFF = 6.0  # CIEDE2000 of the background's mean colour
+TEXTURE_KEPT = 0.8  # correlation of the background's luminance with the target's
+
+Part = SceneObject | TextBlock
+
+
+class Verdict(NamedTuple):
+    """Whether an edit is right, why not, and the numbers behind it: None where a kind does not ask."""
+
+    right: bool
+    reason: str
+    """"" where it is right."""
+    text_right: bool | None = None
+    places_right: bool | None = None
+    undone: float | None = None
+    """Largest share of an asked change that is missing, see MISSING."""
+    lost: float | None = None
+    """Largest share that is gone of anything that had to stay, see MISSING."""
+    colour_off: float | None = None
+    """Largest distance of a shape from its colour, CIEDE2000."""
+    background_off: float | None = None
+    texture_kept: float | None = None
+    untouched_ssim: float | None = None
+    """Against the input, where nothing was to change; no part of the verdict."""
+
+
+def judge(case: Case, picture: Image.Image, reading: str | None = None) -> Verdict:
+    """Whether a picture is a right edit of the case.
+
+    Args:
+        case: with its scenes.
+        picture: RGB, of the target's size.
+        reading: what `metrics.read_text` gives for the picture, where that is known already.
+
+    Raises:
+        ValueError: a case without scenes, a picture of another size.
+    """
+    if case.edit is None:
+        raise ValueError(f"case {case.case_id} has no scenes to judge by")
+    if picture.size != case.target.size:
+        raise ValueError(f"the edit is {picture.size} px, the case {case.case_id} is {case.target.size} px")
+    if is_move(case.edit):
+        verdict = _judge_places(case, picture)
+    elif case.kind in BACKGROUND:
+        verdict = _judge_background(case, picture)
+    elif case.kind in WRITTEN:
+        read = metrics.read_text(picture) if reading is None else reading
+        verdict = _judge_words(case, picture, read)
+    else:
+        verdict = _judge_regions(case, picture)
+    untouched = ~case.edit_mask
+    if untouched.any():
+        similarity = metrics.masked_ssim(picture, case.image, metrics.shrink(untouched))
+        verdict = verdict._replace(untouched_ssim=similarity)
+    return verdict
+
+
+def is_move(edit: Edit) -> bool:
+    """Whether an edit moves shapes and does nothing else to them."""
+    before, after = edit.before.objects, edit.after.objects
+    first, second = (Counter((o.kind, o.colour, o.radius) for o in objects) for objects in (before, after))
+    return first == second and set(before) != set(after)
+
+
+# --- words -----------------------------------------------------------------------------------------------
+
+
+def _judge_words(case: Case, picture: Image.Image, read: str) -> Verdict:
+    # Letters and digits alone: the rim of a plate is now and then read as a bracket, a shape as a plus.
+    letters = "".join(filter(str.isalnum, read))
+    right = bool(metrics.exact_text(letters, case.expected_text or ""))
+    lost, gone, off, recoloured = _stayed(case, picture)
+    reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
+    reason = reason or gone or recoloured
+    return Verdict(not reason, reason, text_right=right, lost=lost, colour_off=off)
+
+
+# --- places ----------------------------------------------------------------------------------------------
+
+
+def _judge_places(case: Case, picture: Image.Image) -> Verdict:
+    expected = case.expected_objects
+    reason = ""
+    for item, distance in zip(expected, metrics.place_distances(picture, expected), strict=True):
+        if distance is None:
+            reason = reason or f"the {item.name} is lost"
+        elif distance > PLACE_OFF * picture.width:
+            reason = reason or f"the {item.name} is {distance:.0f} px from its place"
+    reason = reason or _surplus(case, picture)
+    return Verdict(not reason, reason, places_right=not reason)
+
+
+def _surplus(case: Case, picture: Image.Image) -> str:
+    """A shape too many of a colour that the scene has, in words; "" where there is none."""
+    by_colour: dict[str, list[SceneObject]] = {}
+    for item in case.expected_objects:
+        by_colour.setdefault(item.colour, []).append(item)
+    least = {
+        colour: SCRAP * min(float(_flat(case.target, item).sum()) for item in items)
+        for colour, items in by_colour.items()
+    }
+    for patch in metrics.find_objects(picture, min_area=min(least.values())):
+        if patch.area < least.get(patch.colour, np.inf):
+            continue
+        # A wide letter cuts a square in two, so halves at a shape's own place are no second shape.
+        apart = (np.hypot(*np.subtract(patch.centroid, item.centre)) > item.radius
+                 for item in by_colour[patch.colour])  # fmt: skip
+        if all(apart):
+            return f"there is a {patch.colour} shape too many"
+    return ""
+
+
+# --- regions ---------------------------------------------------------------------------------------------
+
+
+def _judge_regions(case: Case, picture: Image.Image) -> Verdict:
+    before, after = _parts(case.edit.before), _parts(case.edit.after)
+    visible = _differ(case.image, case.target)
+    undone = max(
+        _share(picture, case.target, case.image, visible & _region(part, visible.shape))
+        for part in set(before) ^ set(after)
+    )
+    lost, gone, off, recoloured = _stayed(case, picture)
+    reason = f"{undone:.0%} of the change is missing" if undone > MISSING else gone or recoloured
+    return Verdict(not reason, reason, undone=undone, lost=lost, colour_off=off)
+
+
+def _stayed(case: Case, picture: Image.Image) -> tuple[float, str, float | None, str]:
+    """What both scenes share must show as in the target, and every shape in its colour.
+
+    Returns:
+        The largest share of a thing that is lost and what is wrong with it, the largest distance of a colour
+        and what is wrong with that; nothing wrong is "".
+    """
+    before = set(_parts(case.edit.before))
+    parts = _parts(case.edit.after)
+    shares = [(0.0, "")]
+    for part in parts:
+        if part in before:
+            without = render(_scene(case.edit.after, [other for other in parts if other is not part]))
+            visible = _differ(without, case.target)
+            if visible.any():  # a thing that another covers wholly cannot be lost
+                shares.append((_share(picture, case.target, without, visible), _name(part)))
+    lost, name = max(shares)
+    colours = [
+        (
+            metrics.colour_error(picture, metrics.shrink(_flat(case.target, item), 1), COLOURS[item.colour]),
+            item,
+        )
+        for item in case.edit.after.objects
+    ]
+    gone = f"{lost:.0%} of {name} is gone" if lost > MISSING else ""
+    if not colours:
+        return lost, gone, None, ""
+    off, item = max(colours, key=lambda colour: colour[0])
+    recoloured = f"the {item.name} is {off:.0f} CIEDE2000 off its colour" if off > COLOUR_OFF else ""
+    return lost, gone, off, recoloured
+
+
+def _parts(scene: Scene) -> list[Part]:
+    """Shapes, plates and words one by one, in the order they are drawn: together they give the scene."""
+    parts: list[Part] = list(scene.objects)
+    for block in scene.texts:
+        if block.plate is not None:
+            parts.append(replace(block, text="", ink=(0, 0, 0)))  # a plate has no ink
+        if block.text:
+            parts.append(replace(block, plate=None))
+    return parts
+
+
+def _scene(scene: Scene, parts: list[Part]) -> Scene:
+    """The scene's background with these parts."""
+    objects = tuple(part for part in parts if isinstance(part, SceneObject))
+    texts = tuple(part for part in parts if isinstance(part, TextBlock))
+    return replace(scene, objects=objects, texts=texts)
+
+
+def _name(part: Part) -> str:
+    if isinstance(part, SceneObject):
+        return f"the {part.name}"
+    return f'the word "{part.text}"' if part.text else "the plate"
+
+
+def _region(part: Part, shape: tuple[int, ...]) -> np.ndarray:
+    """Where a part can be: its disc or its box, bool (H, W)."""
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]] + 0.5
+    if isinstance(part, SceneObject):
+        return np.hypot(x - part.centre[0], y - part.centre[1]) <= part.radius
+    left, top, right, bottom = part.box
+    return (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
+
+
+def _flat(target: Image.Image, item: SceneObject) -> np.ndarray:
+    """Where the target shows the bare colour of a shape, without rim and letter: bool (H, W)."""
+    pixels = np.asarray(target)
+    return (pixels == COLOURS[item.colour]).all(-1) & _region(item, pixels.shape)
+
+
+def _differ(a: Image.Image, b: Image.Image) -> np.ndarray:
+    """Where two pictures visibly differ, bool (H, W)."""
+    return (np.abs(np.asarray(a).astype(int) - np.asarray(b)) > VISIBLE).any(-1)
+
+
+def _share(picture: Image.Image, wanted: Image.Image, unwanted: Image.Image, where: np.ndarray) -> float:
+    """How far a picture is from what is wanted, as a share of how far the unwanted picture is: 0 is there."""
+    blur = ImageFilter.GaussianBlur(FOCUS * wanted.width)
+    seen, right, wrong = (shown.filter(blur) for shown in (picture, wanted, unwanted))
+    return metrics.mean_abs_difference(seen, right, where) / metrics.mean_abs_difference(wrong, right, where)
+
+
+# --- background ------------------------------------------------------------------------------------------
+
+
+def _judge_background(case: Case, picture: Image.Image) -> Verdict:
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    bare = np.asarray(render(_scene(case.edit.after, [])))
+    # One px more than what is drawn: pictures are resized on their way, which smears edges.
+    where = metrics.shrink((bare == np.asarray(case.target)).all(-1), 1)
+    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (picture, case.target))  # (P, 3)
+    background_off = float(deltaE_ciede2000(edited.mean(0), wanted.mean(0)))
+    spread = float(edited[:, 0].std() * wanted[:, 0].std())
+    both = float(np.mean((edited[:, 0] - edited[:, 0].mean()) * (wanted[:, 0] - wanted[:, 0].mean())))
+    texture_kept = both / spread if spread > 0 else 0.0  # a plain area has no texture to agree
+    lost, gone, off, recoloured = _stayed(case, picture)
+    reason = gone or recoloured
+    if texture_kept < TEXTURE_KEPT:
+        reason = f"the texture agrees by {texture_kept:.2f} only"
+    if background_off > BACKGROUND_OFF:
+        reason = f"the background is {background_off:.0f} CIEDE2000 off its colour"
+    return Verdict(
+        not reason,
+        reason,
+        lost=lost,
+        colour_off=off,
+        background_off=background_off,
+        texture_kept=texture_kept,
+    )

@@ -1,0 +1,204 @@
+"""Instructions that refer: which word or shape is meant must be found by reading or comparing.
+
+Every picture has near misses: words one letter apart, sizes a fifth apart, places a few pixels apart. What is
+then done to it is easy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .edits import PLACES, SMALL, Edit, goal_of, phrase, square, the, with_words
+from .layout import LETTERS, PAIR_COLOURS, Disc, Draw, objects_at
+from .scenes import CAP_HEIGHT, COLOURS, SceneObject, TextBlock, corners_of, ink_on
+
+ROWS = {2: ("at the top", "at the bottom"), 3: ("at the top", "in the middle", "at the bottom")}
+PLAIN = ("circle", "square")  # shapes with room for a letter
+
+
+def which_word(draw: Draw, kind: str) -> Edit:
+    """One of two or three words, mostly one letter apart, is to be erased, kept or painted."""
+    count, named = int(draw.rng.integers(2, 4)), draw.word(3, 5)
+    words = [named]
+    while len(words) < count:
+        near = 0.7 if draw.zoom == 1 else 0.35
+        other = draw.near_miss(named) if draw.rng.random() < near else draw.word(3, 5)
+        if other not in words:
+            words.append(other)
+    capitals = SMALL[0] * draw.zoom, SMALL[1] * draw.zoom
+    before = with_words(draw, [(word,) for word in words], capitals)
+    chosen, *others = before.texts
+    row = sum(block.centre[1] < chosen.centre[1] for block in others)
+    new = draw.pick(COLOURS)
+    after = {
+        "remove_word": (replace(chosen, text=""), *others),
+        "keep_word": (chosen, *(replace(block, text="") for block in others)),
+        "recolour_word": (replace(chosen, ink=COLOURS[new]), *others),
+    }[kind]
+    asked, outright = _both(draw, kind, f'the word "{named}"', f"the word {ROWS[count][row]}", new=new)
+    answer = f'{square(draw, chosen.centre)}"{named}"'
+    return Edit(asked, before, replace(before, texts=after), answer, outright)
+
+
+def _both(draw: Draw, kind: str, asked: str, outright: str, **names: str) -> tuple[str, str]:
+    """The request in the same phrasing, as asked and with what is meant said outright."""
+    seed = int(draw.rng.integers(2**31))
+    first, second = (
+        phrase(Draw(np.random.default_rng(seed), draw.size), kind, what=what, **names)
+        for what in (asked, outright)
+    )
+    return first, second
+
+
+@dataclass(frozen=True)
+class Riddle:
+    """Objects, the first of which is meant by the description; labels lie on them, in their order."""
+
+    objects: tuple[SceneObject, ...]
+    description: str
+    labels: tuple[TextBlock, ...] = ()
+
+
+def which_shape(draw: Draw, kind: str) -> Edit:
+    """One of three or four shapes, meant by a description, is to be moved, erased or painted."""
+    riddle = _RIDDLES[kind](draw)
+    first, *others = riddle.objects
+    before = replace(draw.background(), objects=riddle.objects, texts=riddle.labels)
+    places = [place for place in ("left", "right", "top", "bottom") if _can_go(draw, riddle, place)]
+    action = draw.pick(("move", "remove_object", "recolour_object") if places else ("remove_object",))
+    names, objects, labels = {}, [first, *others], list(riddle.labels)
+    if action == "move":
+        place = draw.pick(places)
+        goal = goal_of(draw, place, *first.centre)
+        names["place"] = PLACES[place]
+        objects[0] = replace(first, centre=goal)
+        if labels:
+            labels[0] = _label(labels[0].text, objects[0], labels[0].font_px)
+    elif action == "recolour_object":
+        names["new"] = draw.colour_for(first.kind, *(item.colour for item in riddle.objects))
+        objects[0] = replace(first, colour=names["new"])  # a letter on it keeps its ink
+    else:
+        objects, labels = objects[1:], labels[1:]
+    after = replace(before, objects=tuple(objects), texts=tuple(labels))
+    asked, outright = _both(draw, action, riddle.description, the(first), **names)
+    return Edit(asked, before, after, f"{square(draw, first.centre)} {first.name}", outright)
+
+
+def _can_go(draw: Draw, riddle: Riddle, place: str) -> bool:
+    first, *others = riddle.objects
+    goal = goal_of(draw, place, *first.centre)
+    far = np.hypot(goal[0] - first.centre[0], goal[1] - first.centre[1]) > 0.25 * draw.size
+    return bool(far) and draw.is_clear([(*goal, first.radius), *((*o.centre, o.radius) for o in others)])
+
+
+def _count(draw: Draw) -> int:
+    return int(draw.rng.integers(3, 5))
+
+
+def _sizes(draw: Draw) -> Riddle:
+    """Shapes of one kind; one is a fifth smaller or larger than the next."""
+    wanted = draw.pick(("smallest", "largest"))
+    base, count = draw.between(0.1, 0.12), _count(draw)
+    odd = 0.8 * base if wanted == "smallest" else 1.2 * base
+    others = base * draw.rng.uniform(*((1, 1.12) if wanted == "smallest" else (0.9, 1)), count - 1)
+    discs = draw.discs([odd, *others.tolist()])
+    return Riddle(objects_at(draw.alike(count), discs), f"the {wanted} shape")
+
+
+def _spread(draw: Draw, axis: int, least: float, count: int) -> list[Disc]:
+    """Discs sorted along an axis (0: x), at least `least` sides apart on it."""
+    while True:
+        discs = sorted(draw.discs(draw.between(0.085, 0.115, count).tolist()), key=lambda d: d[axis])
+        steps = np.diff([disc[axis] for disc in discs])
+        if steps.min() >= least * draw.size:
+            return discs
+
+
+_EXTREMES = {"leftmost": (0, 0), "rightmost": (0, -1), "highest": (1, 0), "lowest": (1, -1)}
+
+
+def _extreme(draw: Draw) -> Riddle:
+    """The outermost one, a few pixels before the next."""
+    wanted = draw.pick(_EXTREMES)
+    axis, index = _EXTREMES[wanted]
+    sign = 1 if index == 0 else -1
+    while True:
+        discs = _spread(draw, axis, 0.03, _count(draw))
+        near = discs[0:2] if index == 0 else discs[-2:]
+        if near[1][axis] - near[0][axis] >= 0.12 * draw.size:
+            continue
+        first = discs.pop(index)
+        objects = objects_at(draw.looks(len(discs) + 1), [first, *discs])
+        tips = [(sign * corners_of(item)[:, axis]).min() for item in objects]
+        if tips[0] < min(tips[1:]):  # a larger shape may reach farther though its centre does not
+            return Riddle(objects, f"the {wanted} shape")
+
+
+def _second(draw: Draw) -> Riddle:
+    """The second one, counted from a side."""
+    side = draw.pick(("left", "right"))
+    discs = _spread(draw, 0, 0.05, _count(draw))
+    first = discs.pop(1 if side == "left" else -2)
+    looks = draw.looks(len(discs) + 1)
+    return Riddle(objects_at(looks, [first, *discs]), f"the second shape from the {side}")
+
+
+def _beneath(draw: Draw) -> Riddle:
+    """The one straight above or below another; a third one is near that column too."""
+    side = draw.pick(("above", "below"))
+    sign = -1 if side == "above" else 1
+    while True:
+        discs = draw.discs(draw.between(0.085, 0.11, _count(draw)).tolist())
+        (x, y, _), (anchor_x, anchor_y, _), *others = discs
+        column = abs(x - anchor_x) < 0.06 * draw.size and 0 < sign * (y - anchor_y) < 0.4 * draw.size
+        aside = all(
+            sign * (oy - anchor_y) < 0 or abs(ox - anchor_x) > 0.16 * draw.size for ox, oy, _ in others
+        )
+        if column and aside:
+            break
+    objects = objects_at(draw.looks(len(discs)), discs)
+    return Riddle(objects, f"the shape {side} the {objects[1].kind}")
+
+
+def _odd_colour(draw: Draw) -> Riddle:
+    """The one whose colour no other has."""
+    count = _count(draw)
+    discs = draw.discs(draw.between(0.085, 0.12, count).tolist())
+    while True:
+        (first, *rest) = draw.looks(count)
+        common = draw.pick(COLOURS, first[1])
+        looks = [first, *((kind, common) for kind, _ in rest)]
+        objects = objects_at(looks, discs)
+        if draw.novel or all(PAIR_COLOURS[item.kind] != item.colour for item in objects):
+            return Riddle(objects, "the shape whose colour appears once")
+
+
+def _marked(draw: Draw) -> Riddle:
+    """The one with a certain small letter on it."""
+    count = _count(draw)
+    objects = objects_at(draw.alike(count, PLAIN), draw.discs(draw.between(0.115, 0.13, count).tolist()))
+    letters = [draw.pick(LETTERS)]
+    while len(letters) < count:
+        other = draw.near_miss(letters[0])
+        if other not in letters:
+            letters.append(other)
+    em = draw.between(0.075, 0.095) * min(draw.zoom, 1.5) / CAP_HEIGHT
+    labels = tuple(_label(letter, item, em) for letter, item in zip(letters, objects, strict=True))
+    return Riddle(objects, f'the shape with the letter "{letters[0]}"', labels)
+
+
+def _label(letter: str, item: SceneObject, font_px: float) -> TextBlock:
+    (x, y), half = item.centre, 0.6 * font_px
+    return TextBlock(letter, (x - half, y - half, x + half, y + half), font_px, ink_on(COLOURS[item.colour]))
+
+
+_RIDDLES = {
+    "size": _sizes,
+    "outermost": _extreme,
+    "second": _second,
+    "beneath": _beneath,
+    "odd_colour": _odd_colour,
+    "marked": _marked,
+}
