@@ -1,0 +1,186 @@
+"""Training data of the miniature, rendered from seeds: sample i of a split is the same on every machine."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen_vision_bridge import tokens, world
+from qwen_vision_bridge.edits import Edit
+from qwen_vision_bridge.scenes import render
+
+PICTURE, SMALL = 128, 64  # px: what the source, the VAE and the cases have; what the target sees
+PROMPT_TOKENS = 32  # the longest prompt with the template's end, padded
+TEXT_TOKENS = 64  # the same with the longest answer
+SEEN_AHEAD = 5  # tokens of the template's end; they learn the answer's first tokens
+ONE_PICTURE = [(g, kind) for g in ("ocr", "space", "detail") for kind in world.KINDS[g]]
+TWO_PICTURES = [("consistency", kind) for kind in world.KINDS["consistency"]]
+FINDING = [("ocr", kind) for kind in world.REFERRING_WORDS] + [("space", "marked")] * 2
+WRITING = ("change_text", "append_letter", "copy_text")  # the hardest pixels: drawn more often
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    return tokens.train_bpe()
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text."""
+    return _tokenizer().encode(text, add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=8)
+def opening(pictures: int) -> tuple[tuple[int, ...], int]:
+    """Token ids from the template's start to the prompt, a pad a picture token, and how many are cut off."""
+    slots = 64 * "<|image_pad|>"
+    shown = (f"Picture {i + 1}: <|vision_start|>{slots}<|vision_end|>" for i in range(pictures))
+    return tuple(encode(tokens.TEMPLATE_PREFIX + "".join(shown))), tokens.TEMPLATE_PREFIX_TOKENS
+
+
+def closing() -> list[int]:
+    """Token ids from the end of the prompt to the reply."""
+    return encode("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def small(picture: Image.Image) -> np.ndarray:
+    """The picture as the pipeline shows it to the target: uint8 (64, 64, 3)."""
+    return np.asarray(picture.resize((SMALL, SMALL), Image.Resampling.LANCZOS))
+
+
+def _stream(split: str, purpose: int, index: int) -> np.random.Generator:
+    return np.random.default_rng([world.SPLITS.index(split), 1000 + purpose, index])
+
+
+def _edit(rng: np.random.Generator, pictures: int, writing: float) -> tuple[str, Edit]:
+    options = ONE_PICTURE if pictures == 1 else TWO_PICTURES
+    group, kind = options[int(rng.integers(len(options)))]
+    if pictures == 1 and rng.random() < writing:
+        group, kind = "ocr", WRITING[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
+    zoom = 1.0 if rng.random() < 0.5 else float(rng.uniform(1.2, 1.7))
+    return kind, world.make_edit(group, kind, rng, PICTURE, zoom=zoom)
+
+
+def _finding(rng: np.random.Generator) -> Edit:
+    group, kind = FINDING[int(rng.integers(len(FINDING)))]
+    return world.make_edit(group, kind, rng, PICTURE, zoom=float(rng.uniform(1.0, 1.7)))
+
+
+def _prompt(edit: Edit, rng: np.random.Generator) -> str:
+    return edit.outright if edit.outright and rng.random() < 0.25 else edit.prompt
+
+
+def pictures(split: str, first: int, count: int) -> np.ndarray:
+    """World pictures for the VAE: uint8 (count, 128, 128, 3)."""
+    shown = []
+    for index in range(first, first + count):
+        rng = _stream(split, 0, index)
+        _, edit = _edit(rng, 1, 0.15)
+        shown.append(np.asarray(render(edit.after if rng.random() < 0.5 else edit.before)))
+    return np.stack(shown)
+
+
+def dialogues(
+    split: str,
+    first: int,
+    count: int,
+    shown: int = 1,
+    asked: float = 0.5,
+    primer: int = 0,
+    finding: float = 0.0,
+) -> dict[str, np.ndarray]:
+    """Pictures with an instruction or a question and its answer.
+
+    Args:
+        shown: pictures a dialogue.
+        asked: how often it is a question about the picture, not an instruction.
+        finding: how often it asks for a word or letter that the prompt names, mostly well legible: comparing
+            what is asked with what is seen is a skill of its own, which reading does not bring.
+        primer: samples up to this index show one large word and ask for it: with that, reading begins.
+
+    Returns:
+        `full` uint8 (count, shown, 128, 128, 3) and `small` (…, 64, 64, 3); `text` int16 (count, T) from the
+        prompt on; `label` (count, T), the token to predict at each place or -1; `weight` uint8 (count, T).
+    """
+    rows: dict[str, list[np.ndarray]] = {"full": [], "small": [], "text": [], "label": [], "weight": []}
+    for index in range(first, first + count):
+        rng = _stream(split, shown, index)
+        is_primer = shown == 1 and index < primer
+        sought = shown == 1 and not is_primer and rng.random() < finding
+        edit = _finding(rng) if sought else _edit(rng, shown, 1.0 if is_primer else 0.0)[1]
+        scene = edit.before
+        if sought and rng.random() < 0.5:
+            prompt, answer = world.locate_question(scene, rng)
+        elif sought:
+            prompt, answer = edit.prompt, edit.answer
+        elif is_primer:
+            prompt, answer = world.read_question(scene)
+        elif shown == 1 and rng.random() < asked:
+            scene = edit.after if rng.random() < 0.4 else edit.before
+            prompt, answer = world.ask(scene, rng)
+        else:
+            prompt, answer = _prompt(edit, rng), edit.answer
+        seen = [render(other) for other in (*edit.references, scene)]
+        rows["full"].append(np.stack([np.asarray(picture) for picture in seen]))
+        rows["small"].append(np.stack([small(picture) for picture in seen]))
+        for name, row in zip(("text", "label", "weight"), reply_rows(prompt, answer), strict=True):
+            rows[name].append(row)
+    return {name: np.stack(values) for name, values in rows.items()}
+
+
+def reply_rows(prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens from the prompt on, what to predict where (-1: nothing) and with what weight, each (T,).
+
+    The five tokens that end the template come before the answer and are all that an edit pipeline ever sees
+    of it. The last of them predicts the answer's first token, as always, and the ones before it the second to
+    the fifth: so hidden states of the prompt carry the answer.
+    """
+    asked, end = encode(prompt), closing()
+    replied = [*encode(answer), end[0]]
+    ids = [*asked, *end, *replied]
+    if len(ids) > TEXT_TOKENS or len(asked) + len(end) > PROMPT_TOKENS:
+        raise ValueError(f"{len(ids)} tokens of {prompt!r} and {answer!r}; room is for {TEXT_TOKENS}")
+    text, label, weight = (np.full(TEXT_TOKENS, fill, np.int16) for fill in (0, -1, 0))
+    text[: len(ids)] = ids
+    start = len(asked) + len(end) - 1  # the last token before the answer
+    label[start : start + len(replied)] = replied
+    weight[start : start + len(replied)] = 1
+    for ahead in range(SEEN_AHEAD):
+        if ahead < len(replied):
+            label[start - ahead] = replied[ahead]
+            weight[start - ahead] = 3 if ahead == 0 else 1
+    return text, label, weight.astype(np.uint8)
+
+
+def edit_pairs(split: str, first: int, count: int, shown: int = 1) -> dict[str, np.ndarray]:
+    """Instructions with their pictures before and after.
+
+    Returns:
+        `full` uint8 (count, shown, 128, 128, 3), the last of each being the one to edit; `small` (…, 64, 64,
+        3); `after` (count, 128, 128, 3); `text` int16 (count, P), prompt and template's end; `length`
+        (count,), its tokens.
+    """
+    rows: dict[str, list[Any]] = {"full": [], "small": [], "after": [], "text": [], "length": []}
+    for index in range(first, first + count):
+        rng = _stream(split, 10 + shown, index)
+        _, edit = _edit(rng, shown, 0.2)
+        seen = [render(scene) for scene in (*edit.references, edit.before)]
+        rows["full"].append(np.stack([np.asarray(picture) for picture in seen]))
+        rows["small"].append(np.stack([small(picture) for picture in seen]))
+        rows["after"].append(np.asarray(render(edit.after)))
+        text, length = prompt_row(_prompt(edit, rng))
+        rows["text"].append(text)
+        rows["length"].append(length)
+    return {name: np.stack(values) for name, values in rows.items()}
+
+
+def prompt_row(prompt: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a prompt and the template's end, padded to (P,), and how many they are."""
+    ids = [*encode(prompt), *closing()]
+    if len(ids) > PROMPT_TOKENS:
+        raise ValueError(f"{len(ids)} tokens of {prompt!r}; room is for {PROMPT_TOKENS}")
+    row = np.zeros(PROMPT_TOKENS, np.int16)
+    row[: len(ids)] = ids
+    return row, np.int16(len(ids))

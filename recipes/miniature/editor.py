@@ -1,0 +1,187 @@
+"""The miniature's editor in batches: what the stock pipeline does to one prompt, for many at a time.
+
+Only for training and quick looks: figures come from the stock pipeline. `tests/test_recipes.py` holds both to
+the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import PROMPT_TOKENS, closing, encode, opening
+from fast import FastModel
+from torch import Tensor, nn
+
+from qwen_vision_bridge import miniature, tokens
+
+SIDE = 8  # tokens a side of a packed latent
+CUT = tokens.TEMPLATE_PREFIX_TOKENS
+
+
+class Editor(nn.Module):
+    """Frozen target and VAE with the transformer that is trained; all over pictures of 128² px."""
+
+    def __init__(self, target: FastModel, vae: nn.Module, transformer: nn.Module) -> None:
+        super().__init__()
+        self.target, self.vae, self.transformer = target.eval(), vae.eval(), transformer
+        for frozen in (target, vae):
+            frozen.requires_grad_(False)
+        for name in ("latents_mean", "latents_std"):
+            values = torch.tensor(getattr(vae.config, name)).view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        nothing = torch.tensor([*encode(" "), *closing()])
+        self.register_buffer("nothing", nothing, persistent=False)
+
+    @torch.no_grad()
+    def to_latents(self, pictures: Tensor) -> Tensor:
+        """Packed, normalised latents (B, 64, 64) of uint8 pictures (B, 128, 128, 3)."""
+        x = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+        z = self.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0].float()
+        return pack((z - self.latents_mean) / self.latents_std)
+
+    @torch.no_grad()
+    def to_pictures(self, latents: Tensor) -> Tensor:
+        """The inverse, uint8."""
+        batch, _, width = latents.shape
+        z = latents.float().view(batch, SIDE, SIDE, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        z = z.reshape(batch, width // 4, 2 * SIDE, 2 * SIDE) * self.latents_std + self.latents_mean
+        x = self.vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0].float()
+        return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def embed(self, small: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """What the transformer reads of pictures and prompts, and of the same pictures with no prompt.
+
+        Args:
+            small: (B, shown, 64, 64, 3) uint8.
+            text: (B, P) ids, prompt and template's end.
+
+        Returns:
+            (B, T, D) with the padding still in it, and its tail (B, Q, D) for the empty negative prompt.
+        """
+        cut = len(opening(small.shape[1])[0])
+        with_prompt = self.target.hidden(small, text)[:, CUT:]
+        without = self.target.hidden(small, self.nothing.expand(len(small), -1))[:, cut:]
+        return with_prompt, without
+
+    def conditions(
+        self, states: Tensor, empty: Tensor, length: Tensor, dropped: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """States (B, T, D) and which of them are real (B, T); where `dropped` (B,), those without a prompt.
+
+        Args:
+            length: (B,) tokens of prompt and template's end.
+        """
+        _batch, total, _ = states.shape
+        seen = total - PROMPT_TOKENS
+        places = torch.arange(total, device=states.device)
+        real = places[None] < seen + length[:, None]
+        if dropped is not None:
+            without = torch.cat([states[:, :seen], empty], dim=1)
+            without = nn.functional.pad(without, (0, 0, 0, total - without.shape[1]))
+            states = torch.where(dropped[:, None, None], without, states)
+            real = torch.where(dropped[:, None], places[None] < seen + empty.shape[1], real)
+        return states * real[..., None], real
+
+    def velocity(
+        self, noisy: Tensor, references: Tensor, states: Tensor, real: Tensor, time: Tensor
+    ) -> Tensor:
+        """Predicted velocity (B, 64, 64) at time 1 (noise) to 0, for references (B, shown·64, 64)."""
+        batch, length, _ = noisy.shape
+        shapes = [[(1, SIDE, SIDE)] * (1 + references.shape[1] // length)] * batch
+        out = self.transformer(
+            hidden_states=torch.cat([noisy, references.to(noisy.dtype)], dim=1),
+            encoder_hidden_states=states.to(noisy.dtype),
+            encoder_hidden_states_mask=real,
+            timestep=time,
+            img_shapes=shapes,
+            return_dict=False,
+        )[0]
+        return out[:, :length]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        references: Tensor,
+        states: Tensor,
+        empty: Tensor,
+        length: Tensor,
+        steps: int,
+        scale: float,
+        seed: int,
+    ) -> Tensor:
+        """Edited latents (B, 64, 64) by the stock scheduler with the stock pipeline's guidance."""
+        generator = torch.Generator().manual_seed(seed)
+        x = pack(torch.randn(len(states), 16, 2 * SIDE, 2 * SIDE, generator=generator)).to(states.device)
+        yes = torch.ones(len(states), dtype=torch.bool, device=states.device)
+        asked, empty_prompt = (self.conditions(states, empty, length, d) for d in (~yes, yes))
+        scheduler = _scheduler(steps)
+        for t in scheduler.timesteps:
+            time = (t / 1000).to(x.device).expand(len(x))
+            v = self.velocity(x, references, *asked, time).float()
+            if scale > 1:
+                against = self.velocity(x, references, *empty_prompt, time).float()
+                guided = against + scale * (v - against)
+                v = guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+        return x
+
+
+@contextmanager
+def padded_prompts() -> Iterator[None]:
+    """Spare the stock transformer the search for each prompt's length, whose result it does not use.
+
+    The search moves a number to the device in every call, which no CUDA graph can hold.
+    """
+    from diffusers.models.transformers import transformer_qwenimage as stock
+
+    search = stock.compute_text_seq_len_from_mask
+    stock.compute_text_seq_len_from_mask = lambda states, mask: (states.shape[1], None, mask)
+    try:
+        yield
+    finally:
+        stock.compute_text_seq_len_from_mask = search
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Four neighbours as one token: (B, C, 16, 16) to (B, 64, 4·C)."""
+    batch, channels = latents.shape[:2]
+    z = latents.view(batch, channels, SIDE, 2, SIDE, 2).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(batch, SIDE * SIDE, 4 * channels)
+
+
+def _scheduler(steps: int) -> object:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
+
+    settings = miniature.SCHEDULER
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(SIDE * SIDE, *(settings[name] for name in names))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def build_transformer(seed: int, folder: Path | str | None = None) -> nn.Module:
+    """The transformer in fp32, random from a seed or from a stock folder.
+
+    Its last layer and all modulation start at zero, as is usual for such models: at the start every block
+    leaves its input as it is.
+    """
+    from diffusers import QwenImageTransformer2DModel
+
+    if folder:
+        return QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    model = miniature.randomise(QwenImageTransformer2DModel(**miniature.TRANSFORMER).float(), seed)
+    last = [model.proj_out, model.norm_out.linear]
+    mods = [part[-1] for block in model.transformer_blocks for part in (block.img_mod, block.txt_mod)]
+    with torch.no_grad():
+        for layer in (*last, *mods):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    return model

@@ -1,0 +1,202 @@
+"""The stock vision-language models' forward passes for batches of equal layout, several times faster.
+
+Stock code handles pictures of any size on one packed axis, with index arithmetic and synchronisation in
+every call. In training all grids and positions are equal: they are worked out once with the stock code, and
+the stock modules run batched, which CUDA graphs can replay. `tests/test_recipes.py` holds both to the same
+result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from data import opening
+from torch import Tensor, nn
+
+from qwen_vision_bridge.miniature import SOURCE_VISION, TARGET_VISION
+
+GRID = 8  # merged tokens a side
+
+
+def to_patches(pictures: Tensor, patch: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels as the stock image processors flatten them.
+
+    Args:
+        pictures: (B, H, W, 3) uint8.
+
+    Returns:
+        (B, S, 2·3·patch²) in merge order: the four patches of a token are neighbours.
+    """
+    batch, height, width, _ = pictures.shape
+    x = (pictures.float() / 255 - mean) / std  # (B, H, W, 3)
+    rows, columns = height // (2 * patch), width // (2 * patch)
+    x = x.permute(0, 3, 1, 2).reshape(batch, 3, rows, 2, patch, columns, 2, patch)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (B, rows, columns, 2, 2, 3, p, p)
+    x = x[..., None, :, :].expand(*x.shape[:-2], 2, patch, patch)  # the still picture twice in time
+    return x.reshape(batch, rows * columns * 4, -1)
+
+
+class FastModel(nn.Module):
+    """A miniature vision-language model over batches that all show `shown` pictures of the same size.
+
+    Parameters are the stock model's own: training this trains that.
+    """
+
+    def __init__(self, model: nn.Module, image_processor: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.visual, self.language = model.model.visual, model.model.language_model
+        self.is_source = model.config.model_type == "qwen3_vl"
+        self.patch = self.visual.config.patch_size
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(image_processor, f"image_{name}"))
+            self.register_buffer(f"pixel_{name}", values, persistent=False)
+        cos, sin = _tower_rotations(self.visual, self.patch)
+        order = torch.arange(GRID * GRID) if self.is_source else _window_order()
+        back = torch.argsort(order)
+        side = (2 * GRID, 2 * GRID)
+        places = torch.arange(side[0] * side[1]).view(GRID, 2, GRID, 2).permute(0, 2, 1, 3).flatten()
+        for name, value in (("cos", cos), ("sin", sin), ("order", order), ("back", back), ("places", places)):
+            self.register_buffer(f"tower_{name}", value, persistent=False)
+        for shown in (1, 2):
+            ids = torch.tensor(opening(shown)[0])
+            self.register_buffer(f"opening_{shown}", ids, persistent=False)
+            places = (ids == model.config.image_token_id).nonzero()[:, 0]
+            self.register_buffer(f"places_{shown}", places, persistent=False)
+            positions = _positions(model, ids, shown)
+            self.register_buffer(f"positions_{shown}", positions, persistent=False)
+
+    def see(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Merged features (B, 64, D) in picture order and DeepStack features, for uint8 (B, H, W, 3)."""
+        patches = to_patches(pictures, self.patch, self.pixel_mean, self.pixel_std)
+        batch, length, _ = patches.shape
+        embed = self.visual.patch_embed.proj  # a convolution whose stride is its kernel: a linear map
+        x = F.linear(patches, embed.weight.flatten(1), embed.bias)
+        if self.is_source:
+            x = x + self.visual.pos_embed.weight[self.tower_places]
+        else:
+            x = x.view(batch, GRID * GRID, 4, -1)[:, self.tower_order].reshape(batch, length, -1)
+        taps = []
+        for index, block in enumerate(self.visual.blocks):
+            windows = 1 if self.is_source or index in TARGET_VISION["fullatt_block_indexes"] else 4
+            x = x + self._attend(block.attn, block.norm1(x), windows)
+            x = x + block.mlp(block.norm2(x))
+            if self.is_source and index in SOURCE_VISION["deepstack_visual_indexes"]:
+                tap = self.visual.deepstack_merger_list[len(taps)]
+                taps.append(tap(x.reshape(batch * length, -1)).view(batch, GRID * GRID, -1))
+        merged = self.visual.merger(x.reshape(batch * length, -1)).view(batch, GRID * GRID, -1)
+        return (merged if self.is_source else merged[:, self.tower_back]), taps
+
+    def _attend(self, attention: nn.Module, x: Tensor, windows: int) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = attention.qkv(x).view(batch, length, 3, attention.num_heads, -1).unbind(2)
+        cos, sin = self.tower_cos[:, None], self.tower_sin[:, None]  # (S, 1, D)
+        q, k = (_rotate(part.float(), cos, sin).to(v.dtype) for part in (q, k))
+        shape = (batch * windows, length // windows, attention.num_heads, -1)
+        q, k, v = (part.reshape(shape).transpose(1, 2) for part in (q, k, v))
+        return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    def embed(self, pictures: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Input embeddings (B, L, D), DeepStack features laid out alike, and positions (3, 1, L).
+
+        Args:
+            pictures: (B, shown, H, W, 3) uint8.
+            text: (B, T) ids from the prompt on.
+        """
+        batch, shown = pictures.shape[:2]
+        features, taps = self.see(pictures.flatten(0, 1))
+        ids = getattr(self, f"opening_{shown}")
+        places = getattr(self, f"places_{shown}")
+        start = self.language.embed_tokens(ids).to(features.dtype).expand(batch, -1, -1)
+        start = start.index_copy(1, places, features.reshape(batch, shown * GRID * GRID, -1))
+        inputs = torch.cat([start, self.language.embed_tokens(text).to(features.dtype)], dim=1)
+        laid = [
+            torch.zeros_like(inputs).index_copy(1, places, tap.reshape(batch, -1, tap.shape[-1]))
+            for tap in taps
+        ]
+        return inputs, laid, getattr(self, f"positions_{shown}")[..., : inputs.shape[1]]
+
+    def hidden(self, pictures: Tensor, text: Tensor) -> Tensor:
+        """Hidden states after the final norm, (B, L, D): the opening first, then the text's places."""
+        x, laid, positions = self.embed(pictures, text)
+        rotations = self.language.rotary_emb(x, positions)
+        for index, layer in enumerate(self.language.layers):
+            x = layer(x, attention_mask=None, position_embeddings=rotations)
+            x = x[0] if isinstance(x, tuple) else x
+            if index < len(laid):
+                x = x + laid[index]
+        return self.language.norm(x)
+
+    def forward(self, pictures: Tensor, text: Tensor) -> Tensor:
+        """Logits at the places of the text, (B, T, V)."""
+        states = self.hidden(pictures, text)[:, -text.shape[1] :]
+        return F.linear(states, self.language.embed_tokens.weight)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _window_order() -> Tensor:
+    """Tokens of an 8 × 8 grid, window by window of 4 × 4."""
+    return torch.arange(GRID * GRID).view(2, 4, 2, 4).permute(0, 2, 1, 3).flatten()
+
+
+class _Seen(Exception):  # noqa: N818  (no error: it ends a forward pass whose first block has been reached)
+    pass
+
+
+def _tower_rotations(visual: nn.Module, patch: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (S, head) that the stock tower gives its blocks for one picture, in its blocks' order."""
+    found: dict[str, Any] = {}
+
+    def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.update(kwargs)
+        raise _Seen
+
+    handle = visual.blocks[0].register_forward_pre_hook(take, with_kwargs=True)
+    weight = visual.patch_embed.proj.weight
+    patches = torch.zeros(4 * GRID * GRID, weight[0].numel(), device=weight.device, dtype=weight.dtype)
+    try:
+        with torch.no_grad():
+            visual(patches, grid_thw=torch.tensor([[1, 2 * GRID, 2 * GRID]]))
+    except _Seen:
+        cos, sin = found["position_embeddings"]
+        return cos.float(), sin.float()
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(visual).__name__} never reached its blocks")
+
+
+def _positions(model: nn.Module, ids: Tensor, shown: int) -> Tensor:
+    """Positions (3, 1, L) of the opening and 80 tokens more, by the stock rule."""
+    row = torch.cat([ids, ids.new_full((80,), 220)])[None]
+    grids = torch.tensor([[1, 2 * GRID, 2 * GRID]] * shown)
+    types = (row == model.config.image_token_id).int()
+    positions, _ = model.model.get_rope_index(row, mm_token_type_ids=types, image_grid_thw=grids)
+    return positions
+
+
+def build(role: str, seed: int, folder: str | None = None) -> FastModel:
+    """The source or target, random from a seed or from a stock folder, on the CPU in fp32."""
+    import transformers
+
+    from qwen_vision_bridge import miniature
+
+    processor = miniature.source_processor() if role == "source" else miniature.target_processor()
+    kind = "Qwen3VL" if role == "source" else "Qwen2_5_VL"
+    model_class = getattr(transformers, f"{kind}ForConditionalGeneration")
+    if folder:
+        model = model_class.from_pretrained(folder, dtype=torch.float32)
+    else:
+        vision, text = (getattr(miniature, f"{role.upper()}_{part}") for part in ("VISION", "TEXT"))
+        config = miniature.vision_language_config(getattr(transformers, f"{kind}Config"), vision, text)
+        model = miniature.randomise(model_class(config).float(), seed)
+        with torch.no_grad():  # also the output layer: logits of size 1 to begin with
+            model.model.language_model.embed_tokens.weight.mul_(0.1)
+            if role == "source":  # places, at their full size, drown what is seen there
+                model.model.visual.pos_embed.weight.mul_(0.1)
+    return FastModel(model, processor.image_processor)

@@ -1,0 +1,265 @@
+"""Measure the finished miniature on cases it has never seen, and write the figures of its card.
+
+    python recipes/miniature/measure.py --source weights/source --editor weights/editor --output card.json
+
+Edits go through the stock pipeline, 20 steps, baseline without any bridge. Records are kept beside the card
+as they come, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qwen_vision_bridge import world
+from qwen_vision_bridge.evaluation import bootstrap_interval
+from qwen_vision_bridge.records import write_json
+
+PARTS = ("vae", "reading", "edits")
+EXPLICIT = ("change_text",)
+PLACED = ("move_left", "move_right", "move_top", "move_bottom", "move_centre", "move_corner", "move_beside",
+          "swap", "align")  # fmt: skip
+PAINTED = ("recolour_object", "remove_object", "recolour_background")
+
+
+class Job(NamedTuple):
+    """One edit to make and judge."""
+
+    group: str
+    kind: str
+    index: int
+    arm: str
+    """`asked`; `outright`, with nothing left to see; `strange`, with the next case's vision."""
+    split: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return "/".join(map(str, self))
+
+
+def main() -> None:
+    """Run what is missing, then write the card."""
+    arguments = _arguments()
+    parts = {
+        "edits": lambda: edit_rows(run(arguments)),
+        "reading": lambda: reading_rows(arguments),
+        "vae": lambda: vae_rows(arguments),
+    }
+    rows = [row for part in arguments.parts for row in parts[part]()]
+    made = {
+        "seed": arguments.seed,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": _device_name(arguments.device),
+    }
+    write_json(arguments.output, [{**row, **made} for row in rows])
+    for row in rows:
+        print(
+            f"{row['name']:44} {row['value']:7.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}] n {row['n']}"
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="folder of the source")
+    parser.add_argument("--editor", required=True, help="folder of the whole pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="card.json")
+    parser.add_argument("--cases", type=int, default=512, help="at least so many a group")
+    parser.add_argument("--groups", nargs="+", choices=world.GROUPS, default=list(world.GROUPS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--split", choices=world.SPLITS, default="test")
+    parser.add_argument("--seed", type=int, default=1, help="of the cases")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Every edit: all kinds as asked, hard ones also said outright and with strange eyes."""
+    for group in arguments.groups:
+        kinds = world.KINDS[group]
+        for kind in kinds:
+            for index in range(-(-arguments.cases // len(kinds))):
+                arms = ("asked", "outright", "strange") if kind in world.HARD[group] else ("asked",)
+                for arm in arms:
+                    yield Job(group, kind, index, arm, arguments.split, arguments.seed)
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All records, those of an earlier run included."""
+    from tqdm import tqdm
+
+    log = arguments.output.with_suffix(".records.jsonl")
+    done = {row["key"]: row for row in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    wanted = list(jobs(arguments))
+    missing = [job for job in wanted if job.key not in done]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with (
+        log.open("a") as file,
+        context.Pool(
+            arguments.workers, _start, (arguments.editor, arguments.device, arguments.steps)
+        ) as processes,
+    ):
+        for row in tqdm(
+            processes.imap_unordered(_edit, missing, chunksize=4), total=len(missing), unit="edit"
+        ):
+            done[row["key"]] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    return [done[job.key] for job in wanted]
+
+
+@lru_cache(maxsize=1)
+def _editor(folder: str, device: str) -> Any:
+    from qwen_vision_bridge import EnhancedQwenImageEdit
+
+    pipeline = EnhancedQwenImageEdit(
+        "miniature", editor=folder, bridge="fresh", device=device, dtype=torch.float32
+    )
+    pipeline.pipe.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+_settings: tuple[str, str, int] = ("", "cpu", 20)
+
+
+def _start(folder: str, device: str, steps: int) -> None:
+    global _settings
+    _settings = (folder, device, steps)
+    if device == "cuda":
+        from look import one_core
+
+        one_core()
+        torch.set_num_threads(1)
+
+
+def _edit(job: Job) -> dict[str, Any]:
+    from contextlib import nullcontext
+
+    from qwen_vision_bridge.injection import replace_vision
+    from qwen_vision_bridge.judging import judge
+
+    folder, device, steps = _settings
+    pipeline = _editor(folder, device)
+    case, other = (
+        world.make_cases(job.group, 1, job.seed, split=job.split, kinds=(job.kind,), first=first)[0]
+        for first in (job.index, job.index + 1)
+    )
+    row = {"key": job.key, **job._asdict(), "right": None, "untouched_ssim": None}
+    if job.arm == "outright" and case.outright is None:
+        return row
+    prompt = case.outright if job.arm == "outright" else case.prompt
+    eyes = replace_vision(pipeline.pipe, _seen(pipeline, other)) if job.arm == "strange" else nullcontext()
+    with eyes:
+        shown = case.pictures if case.references else case.image
+        picture = pipeline.generate(shown, prompt, False, seed=job.index, num_inference_steps=steps)
+    verdict = judge(case, picture)
+    return {**row, "right": verdict.right, "reason": verdict.reason, "untouched_ssim": verdict.untouched_ssim}
+
+
+@torch.no_grad()
+def _seen(pipeline: Any, case: world.Case) -> torch.Tensor:
+    """The target tower's features of a case's pictures, as the pipeline would take them."""
+    pipe = pipeline.pipe
+    small = [pipe.image_processor.resize(picture, 64, 64) for picture in case.pictures]
+    inputs = pipe.processor.image_processor(images=small, return_tensors="pt").to(pipeline.device)
+    pixels = inputs["pixel_values"].to(pipe.text_encoder.dtype)
+    return pipe.text_encoder.model.visual(pixels, grid_thw=inputs["image_grid_thw"]).pooler_output
+
+
+def row_of(name: str, values: list[float] | np.ndarray) -> dict[str, Any]:
+    """A figure with its 95 % bootstrap interval."""
+    low, high = bootstrap_interval(np.asarray(values, dtype=float))
+    value = float(np.mean(values))
+    return {"name": name, "value": value, "n": len(values), "ci_low": low, "ci_high": high}
+
+
+def edit_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The card's figures about edits."""
+
+    def right(arm: str, pick: Callable[[dict[str, Any]], bool]) -> list[float]:
+        return [float(r["right"]) for r in records if r["arm"] == arm and r["right"] is not None and pick(r)]
+
+    rows = []
+    for name, kinds in (
+        ("edit: explicit text change, exact", EXPLICIT),
+        ("edit: move, swap, align right", PLACED),
+        ("edit: recolour, remove right", PAINTED),
+    ):
+        if values := right("asked", lambda r, kinds=kinds: r["kind"] in kinds):
+            rows.append(row_of(name, values))
+    if similar := [
+        r["untouched_ssim"] for r in records if r["arm"] == "asked" and r["untouched_ssim"] is not None
+    ]:
+        rows.append(row_of("edit: SSIM of the unedited region", similar))
+    for group, kind in dict.fromkeys((r["group"], r["kind"]) for r in records):
+        for arm in ("asked", "outright", "strange"):
+            if values := right(arm, lambda r, kind=kind: r["kind"] == kind):
+                difficulty = "hard" if kind in world.HARD[group] else "easy"
+                rows.append(row_of(f"{difficulty} {group}/{kind}: {arm}", values))
+    return [*rows, *room_rows(records)]
+
+
+def room_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Room and listening: paired differences over the hard kinds of a group."""
+    rows = []
+    for group in dict.fromkeys(r["group"] for r in records):
+        by_case: dict[tuple, dict[str, float]] = {}
+        for r in records:
+            if r["group"] == group and r["right"] is not None and r["kind"] in world.HARD[group]:
+                by_case.setdefault((r["kind"], r["index"]), {})[r["arm"]] = float(r["right"])
+        for name, first, second in (("room", "outright", "asked"), ("listening", "asked", "strange")):
+            if pairs := [
+                arms[first] - arms[second] for arms in by_case.values() if {first, second} <= set(arms)
+            ]:
+                rows.append(row_of(f"{name}: {group}, {first} minus {second}", pairs))
+    return rows
+
+
+def vae_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """How well the VAE gives held-out pictures back, through stock code."""
+    from data import pictures
+    from diffusers import AutoencoderKLQwenImage
+    from measure_vae import psnr_of
+
+    vae = AutoencoderKLQwenImage.from_pretrained(arguments.editor, subfolder="vae", torch_dtype=torch.float32)
+    held_out = torch.from_numpy(pictures(arguments.split, 0, arguments.cases)).to(arguments.device)
+    return [row_of("VAE: PSNR, dB", psnr_of(vae.to(arguments.device), held_out))]
+
+
+def reading_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Letters of held-out pictures that source and target read right."""
+    from fast import build
+    from train_vlm import read_letters
+
+    rows = []
+    for role, folder in (("source", arguments.source), ("target", f"{arguments.editor}/text_encoder")):
+        model = build(role, 0, folder).to(arguments.device)
+        rights = read_letters(model, role, arguments.cases, torch.device(arguments.device), arguments.split)
+        rows.append(row_of(f"reading: letters right, {role}", [np.mean(word) for word in rights]))
+        rows.append(row_of(f"reading: words right, {role}", [float(all(word)) for word in rights]))
+    return rows
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

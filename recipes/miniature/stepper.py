@@ -1,0 +1,158 @@
+"""One optimiser step of a small model: eager on the CPU, a CUDA graph per layout of the batch on CUDA."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+WARM_RUNS = 3  # real steps before a capture: they make the optimiser's state and choose the kernels
+
+Loss = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class Layout:
+    """One layout of a batch (names, shapes, dtypes): its static inputs, its graph, its sums for the log."""
+
+    inputs: dict[str, Tensor]
+    names: list[str] = field(default_factory=list)
+    sums: Tensor | None = None  # (names + 1,): of every scalar, and how many steps they sum
+    runs: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """The context that losses run under: bf16 on CUDA, fp32 on the CPU."""
+    # the cache of cast weights would outlive a capture
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+
+
+class Stepper:
+    """Forward, backward, clipping, AdamW and the weights' average, without one synchronisation.
+
+    `loss` returns the same names each time; its random numbers come from the device's default generator, the
+    one that graphs know. A parameter that a batch leaves out has a gradient of zeros, not None.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], loss: Loss, betas: tuple[float, float], weight_decay: float,
+        clip: float, graphs: bool,
+    ) -> None:  # fmt: skip
+        self.device, self._loss, self._clip = parameters[0].device, loss, clip
+        self.is_cuda = self.device.type == "cuda"
+        self.parameters, self.graphs = parameters, graphs and self.is_cuda
+        self.layouts: dict[tuple, Layout] = {}
+        self.rate = torch.zeros((), device=self.device)
+        self._pull = torch.zeros((), device=self.device)  # 1 − the average's decay
+        self.average = [p.detach().clone() for p in parameters]
+        for p in parameters:  # graphs write to where gradients were at capture: these are never replaced
+            p.grad = torch.zeros_like(p)
+        self._gradients = [p.grad for p in parameters]
+        vectors = {p for p in parameters if p.squeeze().ndim < 2}  # (C, 1, 1, 1) is a norm's scale in the VAE
+        groups = [
+            {"params": [p for p in parameters if p not in vectors], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p in vectors], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.rate, betas=betas,
+            fused=self.is_cuda, capturable=self.is_cuda,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:  # the very tensor, which steps fill and graphs read
+            group["lr"] = self.rate
+        self._stream = torch.cuda.Stream(self.device) if self.graphs else None
+        self._memory = torch.cuda.graph_pool_handle() if self.graphs else None
+
+    def advance(self, batch: dict[str, Tensor], rate: float, decay: float) -> None:
+        """One step at a learning rate, with a decay of the average."""
+        layout = self._layout(batch)
+        self.rate.fill_(rate)
+        self._pull.fill_(1 - decay)
+        if self.graphs and layout.graph is None and layout.runs >= WARM_RUNS:
+            self._capture(layout)
+        if layout.graph is not None:
+            layout.graph.replay()
+        elif self.graphs:  # where the capture will be, as it asks for
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._step(layout)
+            torch.cuda.current_stream().wait_stream(self._stream)
+        else:
+            self._step(layout)
+        layout.runs += 1
+
+    def take_means(self) -> dict[str, float]:
+        """Mean of every scalar, and of the gradients' `norm`, over the steps since the last call."""
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for layout in self.layouts.values():
+            *values, count = layout.sums.tolist()
+            layout.sums.zero_()
+            for name, value in zip(layout.names, values, strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0.0) + count
+        return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+    def _layout(self, batch: dict[str, Tensor]) -> Layout:
+        key = tuple((name, tuple(batch[name].shape), batch[name].dtype) for name in sorted(batch))
+        if key not in self.layouts:
+            self.layouts[key] = Layout({name: tensor.clone() for name, tensor in batch.items()})
+        layout = self.layouts[key]
+        for name, tensor in batch.items():
+            layout.inputs[name].copy_(tensor, non_blocking=True)
+        return layout
+
+    def _capture(self, layout: Layout) -> None:
+        graph = torch.cuda.CUDAGraph()
+        shapes = {name: tuple(tensor.shape) for name, tensor in layout.inputs.items()}
+        try:
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+                self._step(layout)
+        except RuntimeError as error:
+            traceback.print_exc()
+            print(f"\n!!! NO CUDA GRAPH for {shapes}, going on eagerly and slowly: {error}\n", flush=True)
+            self.graphs = False
+            return
+        layout.graph = graph
+        print(f"captured a CUDA graph for {shapes}", flush=True)
+
+    def _step(self, layout: Layout) -> None:
+        """What a graph holds. Nothing made in here is read outside."""
+        torch._foreach_zero_(self._gradients)
+        with precision(self.device):
+            values = self._loss(layout.inputs)
+        values["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self._clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            # not _foreach_lerp_: it takes its weight as a number, which a graph would freeze
+            pulls = torch._foreach_sub(self.parameters, self.average)
+            torch._foreach_mul_(pulls, self._pull)
+            torch._foreach_add_(self.average, pulls)
+            scalars = [*(value.detach().float() for value in values.values()), norm, torch.ones_like(norm)]
+            if layout.sums is None:
+                layout.names = [*values, "norm"]
+                layout.sums = torch.zeros(len(scalars), device=self.device)
+            layout.sums.add_(torch.stack(scalars))
+
+
+def compiled(compute: Loss, batch: dict[str, Tensor], model: nn.Module) -> Loss:
+    """`compute` through torch.compile, tried out forward and backward; itself, and loudly, if that fails."""
+    started = time.perf_counter()
+    fast = torch.compile(compute, dynamic=False)
+    try:
+        with precision(next(iter(batch.values())).device):
+            value = fast(batch)["loss"]
+        value.backward()
+    except Exception as error:  # compilers fail in every way there is
+        traceback.print_exc()
+        print(f"\n!!! torch.compile FAILED, going on without, slower: {error}\n", flush=True)
+        return compute
+    finally:
+        model.zero_grad(set_to_none=True)
+    print(f"torch.compile took {time.perf_counter() - started:.0f} s, loss {float(value):.4f}", flush=True)
+    return fast

@@ -1,0 +1,190 @@
+"""Train the miniature's VAE, the stock class, on single 128×128 pictures of the world.
+
+    python recipes/miniature/train_vae.py --folder /dev/shm/vae --steps 16000 --minutes 9
+
+Resumes where the folder's checkpoint ends. In the end it writes the averaged weights in stock layout, loads
+them again with stock code, measures them, and keeps the numbers in result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from feed import Feed, Pool
+from loop import Loop, Settings, plot_log
+from measure_vae import finish, psnr_of, to_range, worst_percentile
+from single_frame import as_images, prepare
+from stepper import Loss, compiled
+from torch import Tensor, nn
+
+from qwen_vision_bridge.records import write_json
+
+CHUNK = 64  # pictures
+FIRST_BATCHES = 64  # as many batches of pictures are there before training begins
+MEASURE_EVERY = 2000  # steps
+STATISTICS = 4096  # pictures behind the latents' mean and std
+
+
+def main() -> None:
+    """Train, measure, save, measure what was saved."""
+    arguments = _arguments()
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    rendered = render("validation", arguments.cases, arguments.workers)
+    vae = prepare(arguments.seed)
+    device = torch.device(arguments.device)
+    with ExitStack() as stack:
+        make = partial(make_pictures, "train")
+        chunk = min(CHUNK, arguments.pool)
+        feed = stack.enter_context(Feed(make, chunk, arguments.workers, arguments.first))
+        supply = Supply(feed, Pool(arguments.pool, device), arguments.batch)
+        supply.wait()
+        vae.to(device)
+        held_out = torch.from_numpy(rendered).to(device)
+        loop = train(vae, supply, held_out, arguments)
+        plot_log(arguments.folder)
+        with loop.averaged():
+            output = arguments.output or arguments.folder / "vae"
+            rows = finish(vae, supply.some(STATISTICS), held_out, output, arguments.seed)
+        write_result(rows, loop, arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--folder", type=Path, required=True, help="checkpoints, log and results")
+    parser.add_argument("--output", type=Path, help="the finished VAE in stock layout (FOLDER/vae)")
+    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--minutes", type=float, help="stop training after as many")
+    parser.add_argument("--cosine-minutes", type=float, help="let the rate fall with time, not with steps")
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--pool", type=int, default=100_000, help="pictures kept on the device")
+    parser.add_argument("--first", type=int, default=0, help="index of the first picture to render")
+    parser.add_argument("--cases", type=int, default=512, help="held-out pictures to measure on")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="for the reader: a folder with a checkpoint always resumes"
+    )
+    return parser.parse_args()
+
+
+def make_pictures(split: str, first: int, count: int) -> dict[str, np.ndarray]:
+    """One chunk of training data: `picture` uint8 (count, 128, 128, 3)."""
+    from data import pictures
+
+    return {"picture": pictures(split, first, count)}
+
+
+def render(split: str, count: int, workers: int) -> np.ndarray:
+    """The first pictures of a split: uint8 (count, 128, 128, 3)."""
+    started = time.perf_counter()
+    chunk = min(CHUNK, -(-count // workers))
+    with Feed(partial(make_pictures, split), chunk, workers, 0, count, ordered=True) as feed:
+        chunks = [taken[1]["picture"] for taken in iter(lambda: feed.poll(block=True), None)]
+    print(f"{count} pictures of {split} rendered in {time.perf_counter() - started:.1f} s", flush=True)
+    return np.concatenate(chunks)
+
+
+class Supply:
+    """Training pictures on the device, drawn at random from what the workers have rendered so far."""
+
+    def __init__(self, feed: Feed, pool: Pool, batch: int) -> None:
+        self.feed, self.pool, self.batch = feed, pool, batch
+
+    def wait(self) -> None:
+        """Until there are enough to begin."""
+        started = time.perf_counter()
+        while self.pool.filled < min(self.pool.capacity, FIRST_BATCHES * self.batch):
+            self.pool.add(self.feed.poll(block=True)[1])
+        speed = self.pool.filled / (time.perf_counter() - started)
+        print(f"{self.pool.filled} pictures to begin with, {speed:.0f} a second", flush=True)
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        """A random batch; new pictures are taken in first."""
+        if (chunk := self.feed.poll()) is not None:
+            self.pool.add(chunk[1])
+        index = torch.randint(self.pool.filled, (self.batch,), device=self.pool.device)
+        return self.pool.gather(index)
+
+    def some(self, count: int) -> Tensor:
+        """Up to `count` pictures."""
+        index = torch.arange(min(count, self.pool.filled), device=self.pool.device)
+        return self.pool.gather(index)["picture"]
+
+
+def loss(vae: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """L1 + 2·MSE + ½·L1 of the differences of neighbours + 1e-4·KL, each a mean over its elements."""
+    x = to_range(batch["picture"])
+    mean, log_variance = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30, 20)
+    z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    difference = vae.decoder(vae.post_quant_conv(z)).float() - x
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    l1, mse = difference.abs().mean(), difference.square().mean()
+    edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return {"loss": l1 + 2 * mse + 0.5 * edges + 1e-4 * kl, "l1": l1, "mse": mse, "edges": edges, "kl": kl}
+
+
+def train(vae: nn.Module, supply: Supply, held_out: Tensor, arguments: argparse.Namespace) -> Loop:
+    """Run the loop from where the folder's checkpoint ends."""
+    settings = Settings(
+        steps=arguments.steps, learning_rate=arguments.learning_rate, minutes=arguments.minutes,
+        cosine_minutes=arguments.cosine_minutes,
+        log_every=arguments.log_every, seed=arguments.seed,
+    )  # fmt: skip
+    compute: Loss = partial(loss, vae)
+    with as_images(vae):
+        if arguments.compile:
+            compute = compiled(compute, supply(0), vae)
+        loop = Loop(arguments.folder, vae, compute, settings, graphs=not arguments.no_graphs)
+        loop.resume()
+
+        def measure(step: int, _row: dict[str, float]) -> None:
+            if step % MEASURE_EVERY == 0:
+                with loop.averaged():
+                    psnr = psnr_of(vae, held_out)
+                print(f"PSNR {psnr.mean():.2f} dB, worst percentile {worst_percentile(psnr):.2f}", flush=True)
+                loop.save()
+
+        loop.run(supply, measure)
+    return loop
+
+
+def write_result(rows: list[dict[str, Any]], loop: Loop, arguments: argparse.Namespace) -> None:
+    """All that was measured into result.json, with how it was made."""
+    rows = [
+        *rows,
+        {"name": "training steps", "value": loop.step, "n": 1},
+        {"name": "training time, s", "value": round(loop.seconds, 1), "n": 1},
+    ]
+    device = torch.cuda.get_device_name() if loop.device.type == "cuda" else "CPU"
+    made = {"seed": arguments.seed, "command": shlex.join(sys.argv), "device": device}
+    made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(
+        arguments.folder / "result.json", [{"ci_low": None, "ci_high": None, **r, **made} for r in rows]
+    )
+
+
+if __name__ == "__main__":
+    main()

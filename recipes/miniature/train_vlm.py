@@ -1,0 +1,258 @@
+"""Train the miniature's source (Qwen3-VL) or target (Qwen2.5-VL) to read, describe, locate and answer.
+
+    python recipes/miniature/train_vlm.py --role source --folder runs/source --steps 16000 --minutes 9
+
+Run it again to go on from the last checkpoint. Prompts have the edit pipeline's template, so that the states
+that its transformer reads are the ones trained here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from data import TEXT_TOKENS, closing, dialogues, encode, reply_rows
+from fast import FastModel, build
+from feed import Feed, Pool
+from loop import Loop, Settings, plot_log
+from stepper import compiled
+from torch import Tensor
+
+from qwen_vision_bridge import miniature, tokens, world
+
+PICTURES = {"source": "full", "target": "small"}
+
+
+def main() -> None:
+    """Train, measure and save."""
+    arguments = _arguments()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    seed = arguments.seed + (0 if arguments.role == "source" else 1)
+    model = build(arguments.role, seed, arguments.start)
+    settings = Settings(
+        steps=arguments.steps, learning_rate=arguments.learning_rate, minutes=arguments.minutes,
+        cosine_minutes=arguments.cosine_minutes, seed=seed,
+        log_every=arguments.log_every, weight_decay=arguments.weight_decay,
+    )  # fmt: skip
+    with Supply(arguments, arguments.first) as supply:
+        model.to(device)
+        supply.start(device)
+        compute = partial(loss, model)
+        if arguments.compile:
+            compute = compiled(compute, supply.batch(0), model)
+        loop = Loop(arguments.folder, model, compute, settings, graphs=not arguments.no_graphs)
+        loop.resume()
+        loop.run(supply.batch, None)
+    loop.save()
+    plot_log(arguments.folder)
+    with loop.averaged():
+        results = measure(model, arguments.role, arguments.cases, device)
+        save(model, arguments.role, Path(arguments.output or arguments.folder / arguments.role))
+    report = {"role": arguments.role, "command": " ".join(sys.argv), "step": loop.step, **results}
+    (arguments.folder / "result.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--role", choices=sorted(PICTURES), required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="checkpoints, log and results")
+    parser.add_argument("--output", type=Path, help="the finished model in stock layout")
+    parser.add_argument("--start", help="a stock folder to start from instead of random weights")
+    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--cosine-minutes", type=float, help="let the rate fall with time, not with steps")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--workers", type=int, default=5)
+    parser.add_argument("--pool", type=int, default=400_000, help="dialogues kept on the device")
+    parser.add_argument("--first", type=int, default=0, help="index of the first sample to render")
+    parser.add_argument("--primer", type=int, default=0, help="samples that only ask for one large word")
+    parser.add_argument("--finding", type=float, default=0.0, help="how often a named word is to be found")
+    parser.add_argument("--two-every", type=int, default=10, help="every so many steps has two pictures")
+    parser.add_argument("--cases", type=int, default=1024, help="held-out pictures to measure on")
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the loss: a minute, then faster"
+    )
+    return parser.parse_args()
+
+
+def make(role: str, shown: int, primer: int, finding: float, first: int, count: int) -> dict[str, np.ndarray]:
+    """One chunk of training data: pictures as the role sees them."""
+    rows = dialogues("train", first, count, shown, primer=primer, finding=finding)
+    return {"pictures": rows[PICTURES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
+
+
+class Supply:
+    """Rendered data on the device, filled up while training runs."""
+
+    def __init__(self, arguments: argparse.Namespace, first: int) -> None:
+        self.arguments, self.device = arguments, torch.device("cpu")
+        chunk = min(1024, arguments.pool)
+        small = max(arguments.pool // 8, chunk)
+        one = Feed(
+            partial(make, arguments.role, 1, arguments.primer, arguments.finding),
+            chunk,
+            arguments.workers,
+            first=first,
+        )
+        two = Feed(partial(make, arguments.role, 2, 0, 0.0), chunk, 1, first=first)
+        self.feeds, self.sizes = {1: one, 2: two}, {1: arguments.pool, 2: small}
+        self.pools: dict[int, Pool] = {}
+
+    def __enter__(self) -> Supply:
+        for feed in self.feeds.values():
+            feed.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for feed in self.feeds.values():
+            feed.__exit__(*error)
+
+    def start(self, device: torch.device) -> None:
+        """Wait for the first data."""
+        self.device = device
+        for shown, feed in self.feeds.items():
+            self.pools[shown] = Pool(self.sizes[shown], device)
+            least = min(self.sizes[shown], 4096 if shown == 1 else 1024)
+            while self.pools[shown].filled < least:
+                self.pools[shown].add(feed.poll(block=True)[1])
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """A random batch; now and then new data is taken in first."""
+        if step % 4 == 0:
+            for shown, feed in self.feeds.items():
+                if (chunk := feed.poll()) is not None:
+                    self.pools[shown].add(chunk[1])
+        every = self.arguments.two_every
+        shown = 2 if every and step % every == every - 1 else 1
+        pool = self.pools[shown]
+        return pool.gather(torch.randint(pool.filled, (self.arguments.batch,), device=self.device))
+
+
+def loss(model: FastModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weighted cross-entropy of the answers' tokens, and the share that is right."""
+    logits = model(batch["pictures"], batch["text"].int()).float()
+    label, weight = batch["label"].long(), batch["weight"].float()
+    errors = F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=-1, reduction="none")
+    right = (logits.argmax(-1) == label).float() * weight
+    total = weight.sum()
+    return {"loss": (errors.view_as(weight) * weight).sum() / total, "right": right.sum() / total}
+
+
+@torch.no_grad()
+def measure(model: FastModel, role: str, cases: int, device: torch.device) -> dict[str, Any]:
+    """Letters and words read right, and by kind of instruction how often the answer's first token is.
+
+    On held-out pictures of the `validation` split; words by greedy decoding.
+    """
+    rights = read_letters(model, role, cases, device)
+    letters = [right for word in rights for right in word]
+    read = {"letters": sum(letters) / len(letters), "words": sum(map(all, rights)) / len(rights)}
+    seen = {}
+    for group in world.GROUPS:
+        for kind in world.KINDS[group]:
+            seen[f"{group}/{kind}"] = first_tokens(model, role, group, kind, max(cases // 10, 1), device)
+    print(f"letters {read['letters']:.3f}  words {read['words']:.3f}", flush=True)
+    print("  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in seen.items()), flush=True)
+    return {**read, "first_token": seen}
+
+
+def read_letters(
+    model: FastModel, role: str, cases: int, device: torch.device, split: str = "validation"
+) -> list[list[bool]]:
+    """For every word in `cases` held-out pictures, which letters are read right, by greedy decoding."""
+    pictures, wanted = [], []
+    kinds = [kind for kind in world.KINDS["ocr"] if kind != "spell_digit"]
+    for index in range(cases):
+        rng = np.random.default_rng([world.SPLITS.index(split), 77, index])
+        scene = world.make_edit("ocr", kinds[index % len(kinds)], rng).before
+        wanted.append([block.text for block in world.words_of(scene)])
+        pictures.append(_as_seen(scene, role))
+    said = decode(model, np.stack(pictures), world.read_question(scene)[0], 24, device)
+    rights = []
+    for text, words in zip(said, wanted, strict=True):
+        for heard, word in zip(text.split("/") + [""] * len(words), words, strict=False):
+            heard = heard.ljust(len(word))
+            rights.append([a == b for a, b in zip(heard, word, strict=False)])
+    return rights
+
+
+def _as_seen(scene: world.Scene, role: str) -> np.ndarray:
+    from data import small
+
+    picture = world.render(scene)
+    return (np.asarray(picture) if role == "source" else small(picture))[None]
+
+
+@torch.no_grad()
+def decode(model: FastModel, pictures: np.ndarray, prompt: str, most: int, device: torch.device) -> list[str]:
+    """Greedy replies to one prompt about each of the pictures (N, shown, H, W, 3)."""
+    tokenizer, asked, end = tokens.train_bpe(), encode(prompt), closing()
+    replies = []
+    for first in range(0, len(pictures), 256):
+        shown = torch.from_numpy(pictures[first : first + 256]).to(device)
+        text = torch.zeros(len(shown), TEXT_TOKENS, dtype=torch.long, device=device)
+        start = len(asked) + len(end)
+        text[:, :start] = torch.tensor([*asked, *end], device=device)
+        for place in range(start, min(start + most, TEXT_TOKENS)):
+            text[:, place] = model(shown, text)[:, place - 1].argmax(-1)
+            if (text[:, start : place + 1] == end[0]).any(1).all():  # every reply has ended
+                break
+        for row in text[:, start:].tolist():
+            row = row[: row.index(end[0])] if end[0] in row else row
+            replies.append(tokenizer.decode(row))
+    return replies
+
+
+def first_tokens(
+    model: FastModel, role: str, group: str, kind: str, cases: int, device: torch.device
+) -> float:
+    """How often the last prompt token knows the answer's first token: where, what or which colour."""
+    rows: dict[str, list[Any]] = {"pictures": [], "text": [], "place": [], "wanted": []}
+    for index in range(cases):
+        edit = world.make_edit(group, kind, np.random.default_rng([1, 78, index]))
+        scenes = (*edit.references, edit.before)
+        text, label, _ = reply_rows(edit.prompt, edit.answer)
+        place = len(encode(edit.prompt)) + len(closing()) - 1
+        values = np.concatenate([_as_seen(s, role) for s in scenes]), text, place, label[place]
+        for name, value in zip(rows, values, strict=True):
+            rows[name].append(value)
+    pictures = torch.from_numpy(np.stack(rows["pictures"])).to(device)
+    text = torch.from_numpy(np.stack(rows["text"])).to(device).int()
+    logits = model(pictures, text)[
+        torch.arange(cases, device=device), torch.tensor(rows["place"], device=device)
+    ]
+    return float(
+        (logits.argmax(-1).cpu() == torch.from_numpy(np.stack(rows["wanted"])).long()).float().mean()
+    )
+
+
+def save(model: FastModel, role: str, folder: Path) -> None:
+    """Write the stock model in bf16, with its processor."""
+    import copy
+
+    stock = copy.deepcopy(model.model).cpu()
+    miniature.save_weights(stock, folder)
+    processor = miniature.source_processor() if role == "source" else miniature.target_processor()
+    processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    started = time.time()
+    main()
+    print(f"{time.time() - started:.0f} s in all")

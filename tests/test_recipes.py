@@ -1,0 +1,163 @@
+"""The recipes that train the miniature compute what the stock models compute, and every stage runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vision_bridge import miniature, tokens, world
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "miniature"
+
+
+@pytest.fixture(autouse=True)
+def _recipes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+
+
+@pytest.mark.parametrize("shown", [1, 2])
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_the_fast_forward_equals_the_stock_model(role: str, shown: int) -> None:
+    import data
+    import fast
+
+    model, rows = fast.build(role, seed=0), data.dialogues("test", 0, 2, shown)
+    pictures = rows["full" if role == "source" else "small"]
+    processor = miniature.source_processor() if role == "source" else miniature.target_processor()
+    with torch.no_grad():
+        mine = model.hidden(torch.from_numpy(pictures), torch.from_numpy(rows["text"]).long())
+        for row, text, seen in zip(mine, rows["text"], pictures, strict=True):
+            words = processor.tokenizer.decode(text[text > 0])
+            slots = (f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(shown))
+            prompt = tokens.TEMPLATE_PREFIX + "".join(slots) + words
+            inputs = processor(text=[prompt], images=list(map(Image.fromarray, seen)), return_tensors="pt")
+            stock = model.model.model(**inputs).last_hidden_state[0]
+            assert stock.shape[0] == len(data.opening(shown)[0]) + int((text > 0).sum())
+            torch.testing.assert_close(row[: stock.shape[0]], stock, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", ["ocr", "consistency"])
+def test_the_batched_editor_makes_the_stock_pipelines_picture(
+    group: str, editor: Any, editor_folder: Path
+) -> None:
+    import data
+    from train_dit import load
+
+    case = world.make_cases(group, 1, seed=1, split="validation")[0]
+    options = {"seed": 5, "num_inference_steps": 3, "true_cfg_scale": 4.0}
+    stock = editor.generate(case.pictures, case.prompt, use_qwen3_vision=False, **options)
+    parts = (str(editor_folder / name) for name in ("text_encoder", "vae", "transformer"))
+    batched = load(*parts, seed=0)
+    full = torch.from_numpy(np.stack([np.asarray(picture) for picture in case.pictures]))
+    small = torch.from_numpy(np.stack([data.small(picture) for picture in case.pictures]))
+    text, length = (torch.from_numpy(np.asarray(part))[None] for part in data.prompt_row(case.prompt))
+    with torch.no_grad():
+        references = batched.to_latents(full).reshape(1, -1, 64)
+        states, empty = batched.embed(small[None], text.int())
+        latents = batched.sample(references, states, empty, length, 3, 4.0, seed=5)
+        picture = batched.to_pictures(latents)[0].numpy()
+    assert np.abs(picture.astype(int) - np.asarray(stock).astype(int)).max() <= 1
+
+
+def test_the_prompts_last_tokens_learn_the_answers_first_ones() -> None:
+    import data
+
+    text, label, weight = data.reply_rows("Remove the word.", 'dc"HELLO"')
+    asked, end, answer = (data.encode("Remove the word."), data.closing(), data.encode('dc"HELLO"'))
+    last = len(asked) + len(end) - 1
+    assert text[: last + 1].tolist() == [*asked, *end]
+    assert label[last : last + len(answer)].tolist() == answer  # next token, from the template's last one on
+    assert label[last - 4 : last + 1].tolist() == answer[4::-1]
+    assert set(np.flatnonzero(label >= 0)) == set(np.flatnonzero(weight))
+
+
+def test_the_workers_tokenizer_is_the_shipped_one() -> None:
+    import data
+
+    shipped = tokens.build_tokenizer()
+    text = (
+        tokens.TEMPLATE_PREFIX + 'Remove the word "DTOV".<|im_end|>\n<|im_start|>assistant\ndc"X" naïve 你好'
+    )
+    assert data.encode(text) == shipped(text)["input_ids"]
+
+
+def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
+    import data
+
+    for shown in (1, 2):
+        data.dialogues("train", 0, 150, shown, finding=0.3, primer=20)
+        data.edit_pairs("train", 0, 60, shown)
+
+
+def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """The script's main, in this process, with the rendering in this process too."""
+    import importlib
+
+    import feed
+
+    class Here:
+        """A feed without processes, which would take most of a minute to start."""
+
+        def __init__(self, make: Any, chunk: int, _workers: int, first: int = 0, **_options: Any) -> None:
+            self.make, self.chunk, self.next = make, chunk, first
+
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *_error: object) -> None:
+            pass
+
+        def poll(self, block: bool = False) -> tuple[int, dict[str, np.ndarray]]:
+            self.next += self.chunk
+            return self.next, self.make(self.next, self.chunk)
+
+    monkeypatch.setattr(feed, "Feed", Here)
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "Feed", Here)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    module.main()
+
+
+TINY = ("--steps", 2, "--batch", 2, "--pool", 8, "--workers", 1, "--log-every", 1, "--device", "cpu")
+
+
+def test_training_a_vision_language_model_runs_resumes_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    options = ("--role", "target", "--folder", tmp_path, "--cases", 4, "--two-every", 2)
+    run("train_vlm", monkeypatch, *options, *TINY)
+    run("train_vlm", monkeypatch, *options, *TINY, "--steps", 3)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "target")
+    assert model.config.vision_config.patch_size == 4
+    assert {"letters", "words", "first_token"} <= set(json.loads((tmp_path / "result.json").read_text()))
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_training_the_transformer_runs_and_packs_into_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_folder: Path, editor_folder: Path
+) -> None:
+    import diffusers
+
+    frozen = ("--target", editor_folder / "text_encoder", "--vae", editor_folder / "vae")
+    run("train_dit", monkeypatch, *frozen, "--folder", tmp_path / "dit", "--two-every", 2, *TINY)
+    parts = ("--source", source_folder, *frozen, "--transformer", tmp_path / "dit" / "transformer")
+    run_pack(monkeypatch, *parts, "--output", tmp_path / "packed")
+    pipe = diffusers.QwenImageEditPlusPipeline.from_pretrained(tmp_path / "packed" / "editor")
+    assert len(pipe.tokenizer(tokens.TEMPLATE_PREFIX)["input_ids"]) == 64
+
+
+def run_pack(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    import pack
+
+    monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
+    pack.main()

@@ -1,0 +1,141 @@
+"""The training recipes' loop, feed and 2-D VAE do what their docstrings say."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "miniature"
+
+
+@pytest.fixture(autouse=True)
+def _recipes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+
+
+def make_loop(folder: Path, steps: int = 6, light: bool = False) -> Any:
+    from loop import Loop, Settings
+
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 1))
+
+    def loss(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        noisy = batch["x"] + 0.1 * torch.randn_like(batch["x"])
+        return {"loss": (model(noisy) - batch["x"].sum(-1, keepdim=True)).square().mean()}
+
+    settings = Settings(steps=steps, learning_rate=0.05, warmup=2, log_every=2, seed=3)
+    return Loop(folder, model, loss, settings, light=light)
+
+
+def batches(step: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(5 + step % 2, 4)}  # two layouts
+
+
+def stop_after(loop: Any, steps: int) -> None:
+    """Run as many steps and stop there, as a signal or the clock would."""
+    import os
+    import signal
+
+    def interrupt(step: int, _row: dict[str, float]) -> None:
+        if step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not loop.run(batches, interrupt)
+
+
+def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken = make_loop(tmp_path / "one")
+    assert unbroken.run(batches)
+    stop_after(make_loop(tmp_path / "two"), 4)
+    resumed = make_loop(tmp_path / "two")
+    assert resumed.resume()
+    assert resumed.step == 4
+    assert resumed.run(batches)
+    for name, value in unbroken.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+        assert torch.equal(unbroken.ema_weights()[name], resumed.ema_weights()[name]), name
+
+
+def test_without_moments_the_learning_rate_warms_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(make_loop(tmp_path, light=True), 2)
+    for path in tmp_path.glob("moments-*"):
+        path.unlink()
+    loop, rates = make_loop(tmp_path), []
+    assert loop.resume()
+    loop.run(batches, lambda _step, row: rates.append(row["lr"]))
+    assert "no moments" in capsys.readouterr().out
+    assert rates[0] == pytest.approx(loop.settings.rate(3) * 2 / 100)
+    assert len(list(tmp_path.glob("weights-*"))) == 1  # of the last checkpoint alone
+
+
+def test_averaged_weights_are_swapped_in_and_out_again(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path)
+    loop.run(batches)
+    before = {name: value.clone() for name, value in loop.model.state_dict().items()}
+    with loop.averaged():
+        for name, value in loop.model.state_dict().items():
+            assert torch.equal(value, loop.ema_weights()[name])
+            assert not torch.equal(value, before[name])
+    for name, value in loop.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def numbers(broken: int, first: int, count: int) -> dict[str, np.ndarray]:
+    if first == broken:
+        raise ValueError("the colour is out")
+    return {"index": np.arange(first, first + count)}
+
+
+def test_an_ordered_feed_gives_every_item_in_order_and_cleans_up() -> None:
+    from feed import Feed
+
+    with Feed(partial(numbers, -1), 3, workers=2, first=20, limit=20, ordered=True) as feed:
+        folder = feed._folder
+        taken = list(iter(lambda: feed.poll(block=True), None))
+    assert [first for first, _ in taken] == [20, 23, 26, 29, 32, 35, 38]
+    assert np.concatenate([arrays["index"] for _, arrays in taken]).tolist() == list(range(20, 40))
+    assert not folder.exists()
+
+
+def test_a_feed_raises_what_its_workers_raise() -> None:
+    from feed import Feed
+
+    with (
+        Feed(partial(numbers, 0), 3, workers=1) as feed,
+        pytest.raises(RuntimeError, match="the colour is out"),
+    ):
+        feed.poll(block=True)
+
+
+def test_a_full_pool_overwrites_its_oldest_items() -> None:
+    from feed import Pool
+
+    pool = Pool(5, "cpu")
+    for first in (0, 3, 6):
+        pool.add(numbers(-1, first, 3))
+    assert pool.filled == 5
+    assert sorted(pool.gather(torch.arange(5))["index"].tolist()) == [4, 5, 6, 7, 8]
+
+
+def test_the_2d_vae_is_the_stock_vae_on_single_pictures() -> None:
+    from single_frame import as_images, prepare
+
+    vae = prepare(1)
+    x = torch.rand(1, 3, 1, 48, 32) * 2 - 1
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mode()
+        picture = vae.decode(z).sample
+        with as_images(vae):
+            torch.testing.assert_close(vae.encode(x).latent_dist.mode(), z, atol=1e-4, rtol=0)
+            torch.testing.assert_close(vae.decode(z).sample, picture, atol=1e-4, rtol=0)
+            with pytest.raises(ValueError, match="single frames"):
+                vae.encoder(x.expand(-1, -1, 2, -1, -1))
+        assert torch.equal(vae.decode(z).sample, picture)
