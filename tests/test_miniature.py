@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qwen_vision_bridge import miniature
+from qwen_vision_bridge import miniature, tokens
 
 
 def test_the_template_prefix_is_exactly_64_tokens(shared_pipe: Any) -> None:
     prefix = shared_pipe.prompt_template_encode.partition("{}")[0]
-    assert prefix == miniature.TEMPLATE_PREFIX
+    assert prefix == tokens.TEMPLATE_PREFIX
     assert (
         len(shared_pipe.tokenizer(prefix)["input_ids"]) == 64 == shared_pipe.prompt_template_encode_start_idx
     )
@@ -24,9 +25,9 @@ def test_the_tokenizer_is_of_the_qwen2_format_and_loses_nothing(shared_pipe: Any
     text = 'Replace "CAFÉ" by "你好" — naïve 12%'
     assert type(tokenizer).__name__ == "Qwen2Tokenizer"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    ids = tokenizer.convert_tokens_to_ids(list(miniature.SPECIAL_TOKENS))
-    assert len(set(ids)) == len(miniature.SPECIAL_TOKENS)
-    assert tokenizer(" ".join(miniature.SPECIAL_TOKENS))["input_ids"].count(ids[0]) == 1
+    ids = tokenizer.convert_tokens_to_ids(list(tokens.SPECIAL_TOKENS))
+    assert len(set(ids)) == len(tokens.SPECIAL_TOKENS)
+    assert tokenizer(" ".join(tokens.SPECIAL_TOKENS))["input_ids"].count(ids[0]) == 1
 
 
 def test_words_become_letters_so_that_they_can_be_spelled(shared_pipe: Any) -> None:
@@ -45,13 +46,39 @@ def test_all_files_together_stay_below_40_mb_and_each_below_15(
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_the_builder_is_seeded(tmp_path: Path, source_folder: Path) -> None:
-    same = miniature.build(tmp_path / "same", "source") / "model.safetensors"
-    other = miniature.build(tmp_path / "other", "source", seed=5) / "model.safetensors"
-    shipped = (source_folder / "model.safetensors").read_bytes()
-    if not miniature.is_shipped():
-        assert same.read_bytes() == shipped
-    assert other.read_bytes() != shipped
+def test_the_package_ships_trained_weights_with_their_card(source_folder: Path, editor_folder: Path) -> None:
+    """Trained, not built: the VAE gives a picture back."""
+    import numpy as np
+    from diffusers import AutoencoderKLQwenImage
+
+    from qwen_vision_bridge.metrics import masked_psnr
+    from qwen_vision_bridge.world import make_cases
+
+    assert miniature.is_shipped()
+    assert {source_folder.parent, editor_folder.parent} == {miniature.SHIPPED}
+    picture = np.asarray(make_cases("space", 1, split="novel")[0].image)
+    vae = AutoencoderKLQwenImage.from_pretrained(editor_folder / "vae")
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    with torch.no_grad():
+        back = vae.decode(vae.encode(x.to(vae.dtype)).latent_dist.mode()).sample[0, :, 0].float()
+    pixels = ((back.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    assert masked_psnr(pixels, picture, np.ones(picture.shape[:2], bool)) > 27
+
+
+def test_every_figure_of_the_card_says_how_it_was_made() -> None:
+    rows = json.loads((miniature.SHIPPED / "card.json").read_text())
+    assert {"VAE: PSNR, dB", "reading: letters right, source"} <= {row["name"] for row in rows}
+    for row in rows:
+        assert {"name", "value", "n", "ci_low", "ci_high", "seed", "command", "date", "device"} == set(row)
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_the_builder_is_seeded(tmp_path: Path) -> None:
+    one, same, other = (
+        (miniature.build(tmp_path / name, "source", seed) / "model.safetensors").read_bytes()
+        for name, seed in (("one", 0), ("same", 0), ("other", 5))
+    )
+    assert one == same != other
 
 
 def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(
