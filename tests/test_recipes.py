@@ -100,7 +100,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
     """The script's main, in this process, with the rendering in this process too."""
     import importlib
 
-    import feed
+    import supply
 
     class Here:
         """A feed without processes, which would take most of a minute to start."""
@@ -118,9 +118,8 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
             self.next += self.chunk
             return self.next, self.make(self.next, self.chunk)
 
-    monkeypatch.setattr(feed, "Feed", Here)
     module = importlib.import_module(script)
-    monkeypatch.setattr(module, "Feed", Here)
+    monkeypatch.setattr(supply, "Feed", Here)
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     module.main()
 

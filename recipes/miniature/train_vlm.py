@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from data import TEXT_TOKENS, closing, dialogues, encode, reply_rows
 from fast import FastModel, build
-from feed import Feed, Pool
-from loop import Loop, Settings, plot_log
+from loop import Loop, plot_log
 from stepper import compiled
+from supply import Supply, settings_of, stage_parser
 from torch import Tensor
 
 from qwen_vision_bridge import miniature, tokens, world
@@ -34,21 +34,19 @@ PICTURES = {"source": "full", "target": "small"}
 def main() -> None:
     """Train, measure and save."""
     arguments = _arguments()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(arguments.device)
     seed = arguments.seed + (0 if arguments.role == "source" else 1)
     model = build(arguments.role, seed, arguments.start)
-    settings = Settings(
-        steps=arguments.steps, learning_rate=arguments.learning_rate, minutes=arguments.minutes,
-        cosine_minutes=arguments.cosine_minutes, seed=seed,
-        log_every=arguments.log_every, weight_decay=arguments.weight_decay,
-    )  # fmt: skip
-    with Supply(arguments, arguments.first) as supply:
+    render = partial(_make, arguments.role, arguments.primer, arguments.finding)
+    with Supply(arguments, render) as supply:
         model.to(device)
-        supply.start(device)
+        supply.start()
         compute = partial(loss, model)
         if arguments.compile:
             compute = compiled(compute, supply.batch(0), model)
-        loop = Loop(arguments.folder, model, compute, settings, graphs=not arguments.no_graphs)
+        loop = Loop(
+            arguments.folder, model, compute, settings_of(arguments, seed), graphs=not arguments.no_graphs
+        )
         loop.resume()
         loop.run(supply.batch, None)
     loop.save()
@@ -61,87 +59,24 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = stage_parser(__doc__)
     parser.add_argument("--role", choices=sorted(PICTURES), required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="checkpoints, log and results")
-    parser.add_argument("--output", type=Path, help="the finished model in stock layout")
-    parser.add_argument("--start", help="a stock folder to start from instead of random weights")
-    parser.add_argument("--steps", type=int, default=16_000)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--cosine-minutes", type=float, help="let the rate fall with time, not with steps")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--workers", type=int, default=5)
-    parser.add_argument("--pool", type=int, default=400_000, help="dialogues kept on the device")
-    parser.add_argument("--first", type=int, default=0, help="index of the first sample to render")
     parser.add_argument("--primer", type=int, default=0, help="samples that only ask for one large word")
     parser.add_argument("--finding", type=float, default=0.0, help="how often a named word is to be found")
-    parser.add_argument("--two-every", type=int, default=10, help="every so many steps has two pictures")
     parser.add_argument("--cases", type=int, default=1024, help="held-out pictures to measure on")
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
-    parser.add_argument("--no-graphs", action="store_true")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the loss: a minute, then faster"
-    )
     return parser.parse_args()
 
 
-def make(role: str, shown: int, primer: int, finding: float, first: int, count: int) -> dict[str, np.ndarray]:
+def _make(role: str, primer: int, finding: float, shown: int) -> Any:
+    return partial(rendered, role, primer, finding, shown)
+
+
+def rendered(
+    role: str, primer: int, finding: float, shown: int, first: int, count: int
+) -> dict[str, np.ndarray]:
     """One chunk of training data: pictures as the role sees them."""
     rows = dialogues("train", first, count, shown, primer=primer, finding=finding)
     return {"pictures": rows[PICTURES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
-
-
-class Supply:
-    """Rendered data on the device, filled up while training runs."""
-
-    def __init__(self, arguments: argparse.Namespace, first: int) -> None:
-        self.arguments, self.device = arguments, torch.device("cpu")
-        chunk = min(1024, arguments.pool)
-        small = max(arguments.pool // 8, chunk)
-        one = Feed(
-            partial(make, arguments.role, 1, arguments.primer, arguments.finding),
-            chunk,
-            arguments.workers,
-            first=first,
-        )
-        two = Feed(partial(make, arguments.role, 2, 0, 0.0), chunk, 1, first=first)
-        self.feeds, self.sizes = {1: one, 2: two}, {1: arguments.pool, 2: small}
-        self.pools: dict[int, Pool] = {}
-
-    def __enter__(self) -> Supply:
-        for feed in self.feeds.values():
-            feed.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for feed in self.feeds.values():
-            feed.__exit__(*error)
-
-    def start(self, device: torch.device) -> None:
-        """Wait for the first data."""
-        self.device = device
-        for shown, feed in self.feeds.items():
-            self.pools[shown] = Pool(self.sizes[shown], device)
-            least = min(self.sizes[shown], 4096 if shown == 1 else 1024)
-            while self.pools[shown].filled < least:
-                self.pools[shown].add(feed.poll(block=True)[1])
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """A random batch; now and then new data is taken in first."""
-        if step % 4 == 0:
-            for shown, feed in self.feeds.items():
-                if (chunk := feed.poll()) is not None:
-                    self.pools[shown].add(chunk[1])
-        every = self.arguments.two_every
-        shown = 2 if every and step % every == every - 1 else 1
-        pool = self.pools[shown]
-        return pool.gather(torch.randint(pool.filled, (self.arguments.batch,), device=self.device))
 
 
 def loss(model: FastModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
