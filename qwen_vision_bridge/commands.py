@@ -15,8 +15,8 @@ from .specs import FAMILIES, Family, resolve_family
 OUTPUT = Path("examples_output")
 RANDOM_NOTE = "Note: the miniature's weights are random here, so its pictures are noise; every step is real."
 TRAINING_NOTE = (
-    "Note: the miniature is at an early point of its training: it reads, and finds where to edit, but what "
-    "it draws there is mostly wrong."
+    "Note: the miniature's training is not finished: it reads, moves, recolours and removes, but the words "
+    "it writes are mostly illegible."
 )
 PHOTO_NOTE = "Note: the miniature knows only its own synthetic world; of a photograph it makes little."
 

@@ -43,8 +43,8 @@ SOURCE_TEXT = {
     },
 }
 TARGET_VISION = {
-    "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 4,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 224, "window_size": 32,
+    "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 2,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 224, "window_size": 16,
     "fullatt_block_indexes": [1, 3], "tokens_per_second": 2,
 }
 TARGET_TEXT = {
@@ -138,11 +138,11 @@ def source_processor() -> Any:
 
 
 def target_processor() -> Any:
-    """The target's processor: 8 px a token and no picture above 64² px, which is what makes its eyes weak."""
+    """The target's processor: 4 px a token and no picture above 32² px, which is what makes its eyes weak."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
-    limits = {"shortest_edge": 4 * 8 * 8, "longest_edge": 64 * 64}
+    sizes = {"patch_size": 2, "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"shortest_edge": 4 * 4 * 4, "longest_edge": 32 * 32}
     return Qwen2VLProcessor(
         Qwen2VLImageProcessor(size=limits, **sizes), build_tokenizer(),
         Qwen2VLVideoProcessor(size=limits, **sizes), chat_template=CHAT_TEMPLATE,

@@ -137,7 +137,7 @@ def test_training_a_vision_language_model_runs_resumes_and_saves(
     run("train_vlm", monkeypatch, *options, *TINY, "--steps", 3)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "target")
-    assert model.config.vision_config.patch_size == 4
+    assert model.config.vision_config.patch_size == 2
     assert {"letters", "words", "first_token"} <= set(json.loads((tmp_path / "result.json").read_text()))
     assert (tmp_path / "loss.png").stat().st_size > 1000
 

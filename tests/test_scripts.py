@@ -85,7 +85,7 @@ def test_extraction_takes_a_photograph(
     folder: Path, photo_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example_extraction.main(["--models", "miniature", "--image", str(photo_file), "--prompt", "what?"])
-    assert "torch.Size([1, 54, 256])" in capsys.readouterr().out  # 3:2 in at most 64² px, 8 px a token: 9×6
+    assert "torch.Size([1, 54, 256])" in capsys.readouterr().out  # 3:2 in at most 32² px, 4 px a token: 9×6
     assert not (folder / "examples_output" / "test_input.png").exists()
 
 

@@ -12,7 +12,8 @@ from qwen_vision_bridge import tokens, world
 from qwen_vision_bridge.edits import Edit
 from qwen_vision_bridge.scenes import render
 
-PICTURE, SMALL = 128, 64  # px: what the source, the VAE and the cases have; what the target sees
+# px: what source, VAE and cases have; to what the pipeline and then the target's processor reduce it
+PICTURE, CONDITION, SMALL = 128, 64, 32
 PROMPT_TOKENS = 32  # the longest prompt with the template's end, padded
 TEXT_TOKENS = 64  # the same with the longest answer
 SEEN_AHEAD = 5  # tokens of the template's end; they learn the answer's first tokens
@@ -46,8 +47,9 @@ def closing() -> list[int]:
 
 
 def small(picture: Image.Image) -> np.ndarray:
-    """The picture as the pipeline shows it to the target: uint8 (64, 64, 3)."""
-    return np.asarray(picture.resize((SMALL, SMALL), Image.Resampling.LANCZOS))
+    """The picture as the target sees it in the pipeline: uint8 (32, 32, 3)."""
+    condition = picture.resize((CONDITION, CONDITION), Image.Resampling.LANCZOS)
+    return np.asarray(condition.resize((SMALL, SMALL), Image.Resampling.BICUBIC))
 
 
 def _stream(split: str, purpose: int, index: int) -> np.random.Generator:
@@ -101,7 +103,7 @@ def dialogues(
         primer: samples up to this index show one large word and ask for it: with that, reading begins.
 
     Returns:
-        `full` uint8 (count, shown, 128, 128, 3) and `small` (…, 64, 64, 3); `text` int16 (count, T) from the
+        `full` uint8 (count, shown, 128, 128, 3) and `small` (…, 32, 32, 3); `text` int16 (count, T) from the
         prompt on; `label` (count, T), the token to predict at each place or -1; `weight` uint8 (count, T).
     """
     rows: dict[str, list[np.ndarray]] = {"full": [], "small": [], "text": [], "label": [], "weight": []}
@@ -158,7 +160,7 @@ def edit_pairs(split: str, first: int, count: int, shown: int = 1) -> dict[str, 
     """Instructions with their pictures before and after.
 
     Returns:
-        `full` uint8 (count, shown, 128, 128, 3), the last of each being the one to edit; `small` (…, 64, 64,
+        `full` uint8 (count, shown, 128, 128, 3), the last of each being the one to edit; `small` (…, 32, 32,
         3); `after` (count, 128, 128, 3); `text` int16 (count, P), prompt and template's end; `length`
         (count,), its tokens.
     """

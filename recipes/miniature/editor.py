@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from data import PROMPT_TOKENS, closing, encode, opening
-from fast import FastModel
+from fast import FastModel, compile_modules
 from torch import Tensor, nn
 
 from qwen_vision_bridge import miniature, tokens
@@ -36,6 +37,10 @@ class Editor(nn.Module):
         nothing = torch.tensor([*encode(" "), *closing()])
         self.register_buffer("nothing", nothing, persistent=False)
 
+    def compile_blocks(self, on: bool) -> None:
+        """torch.compile the transformer's blocks, which share one result, or leave them as they are."""
+        compile_modules(self.transformer.transformer_blocks, on)
+
     @torch.no_grad()
     def to_latents(self, pictures: Tensor) -> Tensor:
         """Packed, normalised latents (B, 64, 64) of uint8 pictures (B, 128, 128, 3)."""
@@ -57,7 +62,7 @@ class Editor(nn.Module):
         """What the transformer reads of pictures and prompts, and of the same pictures with no prompt.
 
         Args:
-            small: (B, shown, 64, 64, 3) uint8.
+            small: (B, shown, 32, 32, 3) uint8.
             text: (B, P) ids, prompt and template's end.
 
         Returns:
@@ -132,19 +137,35 @@ class Editor(nn.Module):
 
 
 @contextmanager
-def padded_prompts() -> Iterator[None]:
-    """Spare the stock transformer the search for each prompt's length, whose result it does not use.
+def fast_transformer() -> Iterator[None]:
+    """Spare the stock transformer what neither CUDA graphs nor compilers can take.
 
-    The search moves a number to the device in every call, which no CUDA graph can hold.
+    That is the search for each prompt's length, whose result it does not use and which moves a number to the
+    device in every call, and rotations by complex numbers, which become pairs of real ones.
     """
     from diffusers.models.transformers import transformer_qwenimage as stock
 
-    search = stock.compute_text_seq_len_from_mask
+    kept = stock.compute_text_seq_len_from_mask, stock.apply_rotary_emb_qwen, stock.QwenEmbedRope.forward
+
+    def in_pairs(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.view_as_real(angles) for angles in kept[2](*args, **kwargs))
+
     stock.compute_text_seq_len_from_mask = lambda states, mask: (states.shape[1], None, mask)
+    stock.apply_rotary_emb_qwen = _rotate_pairs
+    stock.QwenEmbedRope.forward = in_pairs
     try:
         yield
     finally:
-        stock.compute_text_seq_len_from_mask = search
+        (
+            stock.compute_text_seq_len_from_mask, stock.apply_rotary_emb_qwen, stock.QwenEmbedRope.forward,
+        ) = kept  # fmt: skip
+
+
+def _rotate_pairs(x: Tensor, angles: Tensor, use_real: bool = False) -> Tensor:
+    """Neighbouring channels of x (B, S, H, D) as complex numbers times those of `angles` (S, D / 2, 2)."""
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles[:, None].unbind(-1)  # (S, 1, D / 2)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(3).type_as(x)
 
 
 def pack(latents: Tensor) -> Tensor:

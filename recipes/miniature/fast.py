@@ -8,6 +8,7 @@ result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,23 +51,27 @@ class FastModel(nn.Module):
         self.visual, self.language = model.model.visual, model.model.language_model
         self.is_source = model.config.model_type == "qwen3_vl"
         self.patch = self.visual.config.patch_size
+        self._block = self._tower_block
+        self._starts: dict[int, list[int]] = {}  # pictures shown → where the tokens of each begin
         for name in ("mean", "std"):
             values = torch.tensor(getattr(image_processor, f"image_{name}"))
             self.register_buffer(f"pixel_{name}", values, persistent=False)
         cos, sin = _tower_rotations(self.visual, self.patch)
-        order = torch.arange(GRID * GRID) if self.is_source else _window_order()
-        back = torch.argsort(order)
-        side = (2 * GRID, 2 * GRID)
-        places = torch.arange(side[0] * side[1]).view(GRID, 2, GRID, 2).permute(0, 2, 1, 3).flatten()
-        for name, value in (("cos", cos), ("sin", sin), ("order", order), ("back", back), ("places", places)):
+        for name, value in (("cos", cos), ("sin", sin)):
             self.register_buffer(f"tower_{name}", value, persistent=False)
         for shown in (1, 2):
             ids = torch.tensor(opening(shown)[0])
             self.register_buffer(f"opening_{shown}", ids, persistent=False)
-            places = (ids == model.config.image_token_id).nonzero()[:, 0]
-            self.register_buffer(f"places_{shown}", places, persistent=False)
+            pads = (ids == model.config.image_token_id).nonzero()[:, 0].view(shown, GRID * GRID)
+            self._starts[shown] = pads[:, 0].tolist()
             positions = _positions(model, ids, shown)
             self.register_buffer(f"positions_{shown}", positions, persistent=False)
+
+    def compile_blocks(self, on: bool) -> None:
+        """torch.compile the repeated parts alone, which share one result each, or leave them as they are."""
+        block = self._tower_block
+        self._block = torch.compile(block, dynamic=False, fullgraph=True) if on else block
+        compile_modules(self.language.layers, on)
 
     def see(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Merged features (B, 64, D) in picture order and DeepStack features, for uint8 (B, H, W, 3)."""
@@ -75,19 +80,23 @@ class FastModel(nn.Module):
         embed = self.visual.patch_embed.proj  # a convolution whose stride is its kernel: a linear map
         x = F.linear(patches, embed.weight.flatten(1), embed.bias)
         if self.is_source:
-            x = x + self.visual.pos_embed.weight[self.tower_places]
+            places = self.visual.pos_embed.weight.view(1, GRID, 2, GRID, 2, -1)  # merge order, from rows
+            x = x + places.transpose(2, 3).reshape(1, length, -1)
         else:
-            x = x.view(batch, GRID * GRID, 4, -1)[:, self.tower_order].reshape(batch, length, -1)
+            x = _to_windows(x)
         taps = []
         for index, block in enumerate(self.visual.blocks):
             windows = 1 if self.is_source or index in TARGET_VISION["fullatt_block_indexes"] else 4
-            x = x + self._attend(block.attn, block.norm1(x), windows)
-            x = x + block.mlp(block.norm2(x))
+            x = self._block(block, x, windows)
             if self.is_source and index in SOURCE_VISION["deepstack_visual_indexes"]:
                 tap = self.visual.deepstack_merger_list[len(taps)]
                 taps.append(tap(x.reshape(batch * length, -1)).view(batch, GRID * GRID, -1))
         merged = self.visual.merger(x.reshape(batch * length, -1)).view(batch, GRID * GRID, -1)
-        return (merged if self.is_source else merged[:, self.tower_back]), taps
+        return (merged if self.is_source else _from_windows(merged)), taps
+
+    def _tower_block(self, block: nn.Module, x: Tensor, windows: int) -> Tensor:
+        x = x + self._attend(block.attn, block.norm1(x), windows)
+        return x + block.mlp(block.norm2(x))
 
     def _attend(self, attention: nn.Module, x: Tensor, windows: int) -> Tensor:
         batch, length, _ = x.shape
@@ -108,15 +117,20 @@ class FastModel(nn.Module):
         batch, shown = pictures.shape[:2]
         features, taps = self.see(pictures.flatten(0, 1))
         ids = getattr(self, f"opening_{shown}")
-        places = getattr(self, f"places_{shown}")
         start = self.language.embed_tokens(ids).to(features.dtype).expand(batch, -1, -1)
-        start = start.index_copy(1, places, features.reshape(batch, shown * GRID * GRID, -1))
         inputs = torch.cat([start, self.language.embed_tokens(text).to(features.dtype)], dim=1)
-        laid = [
-            torch.zeros_like(inputs).index_copy(1, places, tap.reshape(batch, -1, tap.shape[-1]))
-            for tap in taps
-        ]
+        inputs = self._lay(inputs, features, shown)
+        laid = [self._lay(torch.zeros_like(inputs), tap, shown) for tap in taps]
         return inputs, laid, getattr(self, f"positions_{shown}")[..., : inputs.shape[1]]
+
+    def _lay(self, base: Tensor, features: Tensor, shown: int) -> Tensor:
+        """`base` (B, L, D) with the pictures' features (B·shown, 64, D) in the places of their tokens."""
+        features = features.reshape(len(base), shown * GRID * GRID, -1)
+        parts, place = [], 0
+        for seen, start in zip(features.chunk(shown, 1), self._starts[shown], strict=True):
+            parts += [base[:, place:start], seen]
+            place = start + GRID * GRID
+        return torch.cat([*parts, base[:, place:]], dim=1)
 
     def hidden(self, pictures: Tensor, text: Tensor) -> Tensor:
         """Hidden states after the final norm, (B, L, D): the opening first, then the text's places."""
@@ -135,14 +149,31 @@ class FastModel(nn.Module):
         return F.linear(states, self.language.embed_tokens.weight)
 
 
+def compile_modules(modules: Iterable[nn.Module], on: bool) -> None:
+    """torch.compile modules of one kind in place, or undo it."""
+    for module in modules:
+        if on:
+            module.compile(dynamic=False, fullgraph=True)
+        else:
+            module._compiled_call_impl = None
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _window_order() -> Tensor:
-    """Tokens of an 8 × 8 grid, window by window of 4 × 4."""
-    return torch.arange(GRID * GRID).view(2, 4, 2, 4).permute(0, 2, 1, 3).flatten()
+def _to_windows(x: Tensor) -> Tensor:
+    """Patches (B, 256, D) of an 8 × 8 grid of tokens, window by window of 4 × 4 tokens.
+
+    A view and no index: the gradient of an index is slow to gather on a GPU.
+    """
+    return x.view(len(x), 2, 4, 2, 4, 4, -1).transpose(2, 3).reshape(x.shape)
+
+
+def _from_windows(x: Tensor) -> Tensor:
+    """The inverse, of merged tokens (B, 64, D)."""
+    return x.view(len(x), 2, 2, 4, 4, -1).transpose(2, 3).reshape(x.shape)
 
 
 class _Seen(Exception):  # noqa: N818  (no error: it ends a forward pass whose first block has been reached)
@@ -181,7 +212,10 @@ def _positions(model: nn.Module, ids: Tensor, shown: int) -> Tensor:
 
 
 def build(role: str, seed: int, folder: str | None = None) -> FastModel:
-    """The source or target, random from a seed or from a stock folder, on the CPU in fp32."""
+    """The source or target, random from a seed or from a stock folder, on the CPU in fp32.
+
+    A folder's patches may be of another size: their weights are then resized.
+    """
     import transformers
 
     from qwen_vision_bridge import miniature
@@ -189,14 +223,27 @@ def build(role: str, seed: int, folder: str | None = None) -> FastModel:
     processor = miniature.source_processor() if role == "source" else miniature.target_processor()
     kind = "Qwen3VL" if role == "source" else "Qwen2_5_VL"
     model_class = getattr(transformers, f"{kind}ForConditionalGeneration")
+    vision, text = (getattr(miniature, f"{role.upper()}_{part}") for part in ("VISION", "TEXT"))
+    config = miniature.vision_language_config(getattr(transformers, f"{kind}Config"), vision, text)
     if folder:
         model = model_class.from_pretrained(folder, dtype=torch.float32)
+        if model.config.vision_config.patch_size != vision["patch_size"]:
+            model = _with_patches(model, model_class(config).float())
     else:
-        vision, text = (getattr(miniature, f"{role.upper()}_{part}") for part in ("VISION", "TEXT"))
-        config = miniature.vision_language_config(getattr(transformers, f"{kind}Config"), vision, text)
         model = miniature.randomise(model_class(config).float(), seed)
         with torch.no_grad():  # also the output layer: logits of size 1 to begin with
             model.model.language_model.embed_tokens.weight.mul_(0.1)
             if role == "source":  # places, at their full size, drown what is seen there
                 model.model.visual.pos_embed.weight.mul_(0.1)
     return FastModel(model, processor.image_processor)
+
+
+def _with_patches(model: nn.Module, other: nn.Module) -> nn.Module:
+    """`other` with the weights of `model`, whose patches it resizes so that plain areas look the same."""
+    weights = model.state_dict()
+    name = "model.visual.patch_embed.proj.weight"
+    old, side = weights[name], other.state_dict()[name].shape[-1]
+    resized = F.interpolate(old.flatten(0, 1), (side, side), mode="bilinear", antialias=True)
+    weights[name] = resized.view(*old.shape[:3], side, side) * (old.shape[-1] / side) ** 2
+    other.load_state_dict(weights)
+    return other.eval()

@@ -17,21 +17,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import peers
 import torch
 from checkpoint import fill, read_checkpoint, write_checkpoint
 from journal import plot_log, write_row
+from muon import is_hidden
 from stepper import Loss, Stepper
 from torch import Tensor, nn
 
 __all__ = ["Loop", "Settings", "plot_log"]
 
 REWARM_STEPS = 100  # without its moments, Adam's first steps have full size
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How long and how fast; `minutes` bounds one call of `run`, `ema` is the average's final decay.
+
+    `muon` is how many times the rate Muon takes for matrices between hidden states; at 0 AdamW has them too.
+    Peers (see `peers.py`) average what they have every `share_every` steps.
 
     With `cosine_minutes` the learning rate falls with the time trained, over all calls, and not with the
     steps: for a device that is lent by the minute. Such a run is repeatable only as far as its speed is.
@@ -44,6 +48,8 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     ema: float = 0.999
+    muon: float = 0.0
+    share_every: int = 8
     minutes: float | None = None
     cosine_minutes: float | None = None
     log_every: int = 50
@@ -73,9 +79,11 @@ class Loop:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if wrong := [name for name, p in self._trained.items() if p.dtype != torch.float32]:
             raise ValueError(f"parameters are trained in float32, these are not: {wrong[:5]}")
+        hidden = [p for name, p in self._trained.items() if settings.muon and is_hidden(name, p)]
         self._stepper = Stepper(
-            list(self._trained.values()), loss, settings.betas, settings.weight_decay, settings.clip, graphs
-        )
+            list(self._trained.values()), loss, settings.betas, settings.weight_decay, settings.clip, graphs,
+            hidden, settings.muon,
+        )  # fmt: skip
         self.device = self._stepper.device
         self.light = self._stepper.is_cuda if light is None else light
         self.step, self.seconds = 0, 0.0
@@ -102,13 +110,16 @@ class Loop:
         since = (began, self.step)
         limit = math.inf if self.settings.minutes is None else self.settings.minutes * 60
         with _stop_requests() as asked:
-            while self.step < self.settings.steps and not asked and time.perf_counter() - began < limit:
-                torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+            while self.step < self.settings.steps:
+                late = time.perf_counter() - began >= limit
+                if self._share_and_ask(bool(asked) or late):
+                    break
+                torch.manual_seed((self.settings.seed + 7919 * peers.rank()) * 1_000_003 + self.step)
                 rate = self._rate(before + time.perf_counter() - began)
                 decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
                 self._stepper.advance(batches(self.step), rate, decay)
                 self.step += 1
-                if self.step % self.settings.log_every == 0 or self.step == self.settings.steps:
+                if self.step % self.settings.log_every == 0 or self.is_done:
                     self.seconds = before + time.perf_counter() - began
                     row = self._log(rate, *since)
                     if on_log is not None:
@@ -125,6 +136,14 @@ class Loop:
         """Whether all steps are."""
         return self.step >= self.settings.steps
 
+    def _share_and_ask(self, stop: bool) -> bool:
+        """Average with the peers when it is time to; whether any of them wants to stop."""
+        if peers.count() == 1 or self.step % self.settings.share_every:
+            return stop and peers.count() == 1
+        moments = (m for p in self._stepper.parameters for m in self._stepper.moments(p).values())
+        weights = (p.detach() for p in self._stepper.parameters)
+        return peers.average([*weights, *self._stepper.average, *moments], stop)
+
     def _rate(self, seconds: float) -> float:
         rate = self.settings.rate(self.step, seconds)
         if self._rewarm_from is not None:
@@ -138,7 +157,8 @@ class Loop:
         row |= {"lr": rate, "it/s": speed, "seconds": self.seconds}
         if self._stepper.is_cuda:
             row["gpu"] = torch.cuda.memory_reserved(self.device) / 1e9
-        write_row(self.folder, row, self.settings.steps)
+        if peers.rank() == 0:
+            write_row(self.folder, row, self.settings.steps)
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"the loss is {row['loss']} in the steps up to {self.step}")
         return row
@@ -166,16 +186,16 @@ class Loop:
                 torch._foreach_copy_(self._stepper.parameters, kept)
 
     def save(self) -> None:
-        """Write the checkpoint; the one before stays whole until this one is."""
-        moments, updates = {}, 0.0
+        """Write the checkpoint, the first peer's; the one before stays whole until this one is."""
+        if peers.rank():
+            return
+        moments = {}
         for name, p in self._trained.items():
-            if state := self._stepper.optimizer.state.get(p):
-                moments |= {f"{name}/{key}": state[key] for key in MOMENTS}
-                updates = float(state["step"])
+            moments |= {f"{name}/{key}": value for key, value in self._stepper.moments(p).items()}
         average = dict(zip(self._trained, self._stepper.average, strict=True))
         if self.light:
             moments, average = _in_bf16(moments), _in_bf16(average)
-        state = {"step": self.step, "seconds": self.seconds, "updates": updates}
+        state = {"step": self.step, "seconds": self.seconds, "updates": self._stepper.updates}
         kinds = {"weights": self._whole(), "ema": average, "moments": moments}
         write_checkpoint(self.folder, kinds, {**state, "settings": asdict(self.settings)})
 
@@ -211,14 +231,12 @@ class Loop:
             return
         if not updates:  # saved before the first step
             return
+        of: dict[str, dict[str, Tensor]] = {}
+        for key, value in moments.items():
+            name, _, kind = key.rpartition("/")
+            of.setdefault(name, {})[kind] = value
         for name, p in self._trained.items():
-            made = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
-            fill(made, {key: moments[f"{name}/{key}"] for key in MOMENTS})
-            # AdamW counts on the device where it is fused, else on the host
-            count = torch.tensor(
-                updates, dtype=torch.float32, device=self.device if self._stepper.is_cuda else "cpu"
-            )
-            self._stepper.optimizer.state[p] = {"step": count, **made}
+            self._stepper.set_moments(p, of.get(name, {}), updates)
 
 
 def _in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

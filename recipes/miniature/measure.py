@@ -84,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=world.SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=1, help="of the cases")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--scale", type=float, help="guidance; default: the family's")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -112,9 +113,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     with (
         log.open("a") as file,
-        context.Pool(
-            arguments.workers, _start, (arguments.editor, arguments.device, arguments.steps)
-        ) as processes,
+        context.Pool(arguments.workers, _start, (arguments, context.Value("i", 0))) as processes,
     ):
         for row in tqdm(
             processes.imap_unordered(_edit, missing, chunksize=4), total=len(missing), unit="edit"
@@ -136,17 +135,23 @@ def _editor(folder: str, device: str) -> Any:
     return pipeline
 
 
-_settings: tuple[str, str, int] = ("", "cpu", 20)
+_settings: dict[str, Any] = {}
 
 
-def _start(folder: str, device: str, steps: int) -> None:
-    global _settings
-    _settings = (folder, device, steps)
-    if device == "cuda":
+def _start(arguments: argparse.Namespace, started: Any) -> None:
+    """Make a process ready: on CUDA each has one core, and all GPUs have as many processes."""
+    options = {"num_inference_steps": arguments.steps}
+    if arguments.scale is not None:
+        options["true_cfg_scale"] = arguments.scale
+    _settings.update(folder=arguments.editor, device=arguments.device, options=options)
+    if arguments.device == "cuda":
         from look import one_core
 
         one_core()
         torch.set_num_threads(1)
+        with started.get_lock():
+            torch.cuda.set_device(started.value % torch.cuda.device_count())
+            started.value += 1
 
 
 def _edit(job: Job) -> dict[str, Any]:
@@ -155,8 +160,7 @@ def _edit(job: Job) -> dict[str, Any]:
     from qwen_vision_bridge.injection import replace_vision
     from qwen_vision_bridge.judging import judge
 
-    folder, device, steps = _settings
-    pipeline = _editor(folder, device)
+    pipeline = _editor(_settings["folder"], _settings["device"])
     case, other = (
         world.make_cases(job.group, 1, job.seed, split=job.split, kinds=(job.kind,), first=first)[0]
         for first in (job.index, job.index + 1)
@@ -168,7 +172,7 @@ def _edit(job: Job) -> dict[str, Any]:
     eyes = replace_vision(pipeline.pipe, _seen(pipeline, other)) if job.arm == "strange" else nullcontext()
     with eyes:
         shown = case.pictures if case.references else case.image
-        picture = pipeline.generate(shown, prompt, False, seed=job.index, num_inference_steps=steps)
+        picture = pipeline.generate(shown, prompt, False, seed=job.index, **_settings["options"])
     verdict = judge(case, picture)
     return {**row, "right": verdict.right, "reason": verdict.reason, "untouched_ssim": verdict.untouched_ssim}
 

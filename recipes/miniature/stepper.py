@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from checkpoint import fill
+from muon import Muon
 from torch import Tensor, nn
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 WARM_RUNS = 3  # real steps before a capture: they make the optimiser's state and choose the kernels
 
 Loss = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Compilable(Protocol):
+    """A model whose repeated blocks torch.compile can take, one result for all of a kind."""
+
+    def compile_blocks(self, on: bool) -> None: ...
 
 
 @dataclass
@@ -33,30 +43,36 @@ def precision(device: torch.device) -> torch.autocast:
 
 
 class Stepper:
-    """Forward, backward, clipping, AdamW and the weights' average, without one synchronisation.
+    """Forward, backward, clipping, AdamW, Muon and the weights' average, without one synchronisation.
 
-    `loss` returns the same names each time; its random numbers come from the device's default generator, the
-    one that graphs know. A parameter that a batch leaves out has a gradient of zeros, not None.
+    `hidden` are the parameters that Muon trains, at `boost` times the rate; AdamW has the others. `loss`
+    returns the same names each time; its random numbers come from the device's default generator, the one
+    that graphs know. A parameter that a batch leaves out has a gradient of zeros, not None.
     """
 
     def __init__(
         self, parameters: list[nn.Parameter], loss: Loss, betas: tuple[float, float], weight_decay: float,
-        clip: float, graphs: bool,
+        clip: float, graphs: bool, hidden: Sequence[nn.Parameter] = (), boost: float = 1.0,
     ) -> None:  # fmt: skip
         self.device, self._loss, self._clip = parameters[0].device, loss, clip
         self.is_cuda = self.device.type == "cuda"
         self.parameters, self.graphs = parameters, graphs and self.is_cuda
         self.layouts: dict[tuple, Layout] = {}
         self.rate = torch.zeros((), device=self.device)
+        self._boosted = torch.zeros((), device=self.device)
+        self._boost = boost
         self._pull = torch.zeros((), device=self.device)  # 1 − the average's decay
         self.average = [p.detach().clone() for p in parameters]
         for p in parameters:  # graphs write to where gradients were at capture: these are never replaced
             p.grad = torch.zeros_like(p)
         self._gradients = [p.grad for p in parameters]
         vectors = {p for p in parameters if p.squeeze().ndim < 2}  # (C, 1, 1, 1) is a norm's scale in the VAE
+        self.muon = Muon(list(hidden), self._boosted, weight_decay)
+        self._momentum = dict(zip(self.muon.parameters, self.muon.moments, strict=True))
+        rest = [p for p in parameters if p not in set(hidden)]
         groups = [
-            {"params": [p for p in parameters if p not in vectors], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p in vectors], "weight_decay": 0.0},
+            {"params": [p for p in rest if p not in vectors], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p in vectors], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=self.rate, betas=betas,
@@ -71,6 +87,7 @@ class Stepper:
         """One step at a learning rate, with a decay of the average."""
         layout = self._layout(batch)
         self.rate.fill_(rate)
+        self._boosted.fill_(rate * self._boost)
         self._pull.fill_(1 - decay)
         if self.graphs and layout.graph is None and layout.runs >= WARM_RUNS:
             self._capture(layout)
@@ -84,6 +101,33 @@ class Stepper:
         else:
             self._step(layout)
         layout.runs += 1
+
+    @property
+    def updates(self) -> float:
+        """How many updates there were, over all runs."""
+        return max((float(state["step"]) for state in self.optimizer.state.values()), default=0.0)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimiser knows of a parameter's past, by name; empty before the first step."""
+        if parameter in self._momentum:
+            return {"momentum": self._momentum[parameter]}
+        state = self.optimizer.state.get(parameter, {})
+        return {name: state[name] for name in MOMENTS if name in state}
+
+    def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor], updates: float) -> None:
+        """Put back what `moments` gave after as many updates.
+
+        Raises:
+            ValueError: the names of another optimiser.
+        """
+        if parameter in self._momentum:
+            fill({"momentum": self._momentum[parameter]}, moments)
+            return
+        made = {name: torch.zeros_like(parameter.detach()) for name in MOMENTS}
+        fill(made, moments)
+        # AdamW counts on the device where it is fused, else on the host
+        count = torch.tensor(updates, dtype=torch.float32, device=self.device if self.is_cuda else "cpu")
+        self.optimizer.state[parameter] = {"step": count, **made}
 
     def take_means(self) -> dict[str, float]:
         """Mean of every scalar, and of the gradients' `norm`, over the steps since the last call."""
@@ -110,7 +154,9 @@ class Stepper:
         graph = torch.cuda.CUDAGraph()
         shapes = {name: tuple(tensor.shape) for name, tensor in layout.inputs.items()}
         try:
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+            # thread_local: NCCL's own thread may ask for its events meanwhile
+            how = {"pool": self._memory, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **how):
                 self._step(layout)
         except RuntimeError as error:
             traceback.print_exc()
@@ -128,6 +174,7 @@ class Stepper:
         values["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self._clip)
         self.optimizer.step()
+        self.muon.step()
         with torch.no_grad():
             # not _foreach_lerp_: it takes its weight as a number, which a graph would freeze
             pulls = torch._foreach_sub(self.parameters, self.average)
@@ -140,19 +187,29 @@ class Stepper:
             layout.sums.add_(torch.stack(scalars))
 
 
-def compiled(compute: Loss, batch: dict[str, Tensor], model: nn.Module) -> Loss:
-    """`compute` through torch.compile, tried out forward and backward; itself, and loudly, if that fails."""
+def compiles(compute: Loss, batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]) -> bool:
+    """Whether a loss that torch.compile has a part in runs, forward and backward; loudly if not."""
     started = time.perf_counter()
-    fast = torch.compile(compute, dynamic=False)
     try:
-        with precision(next(iter(batch.values())).device):
-            value = fast(batch)["loss"]
-        value.backward()
+        for batch in batches:
+            with precision(parameters[0].device):
+                value = compute(batch)["loss"]
+            value.backward()
     except Exception as error:  # compilers fail in every way there is
         traceback.print_exc()
         print(f"\n!!! torch.compile FAILED, going on without, slower: {error}\n", flush=True)
-        return compute
+        return False
     finally:
-        model.zero_grad(set_to_none=True)
-    print(f"torch.compile took {time.perf_counter() - started:.0f} s, loss {float(value):.4f}", flush=True)
-    return fast
+        for p in parameters:
+            p.grad = None
+    print(f"torch.compile took {time.perf_counter() - started:.0f} s, loss {value.item():.4f}", flush=True)
+    return True
+
+
+def compile_if_possible(
+    model: Compilable, compute: Loss, batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]
+) -> None:
+    """Compile a model's blocks for the loss that uses them, or leave them as they are."""
+    model.compile_blocks(True)
+    if not compiles(compute, batches, parameters):
+        model.compile_blocks(False)

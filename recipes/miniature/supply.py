@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import torch
 from feed import Feed, Pool
 from loop import Settings
@@ -15,6 +16,8 @@ from torch import Tensor
 
 Rows = dict[str, np.ndarray]
 CHUNK = 1024  # items
+PEER_ITEMS = 50_000_000  # between the first items of two peers
+ENOUGH = 60_000  # items; from then on new ones, which cost as much as some steps, are taken in more rarely
 FIRST_CHUNKS = {1: 8, 2: 2}  # as many are there before training begins
 
 
@@ -35,13 +38,14 @@ def stage_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
     parser.add_argument("--workers", type=int, default=5, help="rendering processes")
     parser.add_argument("--pool", type=int, default=400_000, help="items kept on the device")
     parser.add_argument("--first", type=int, default=0, help="index of the first item to render")
+    parser.add_argument("--muon", type=float, default=0.0, help="times the rate for Muon; 0: AdamW alone")
     parser.add_argument("--two-every", type=int, default=10, help="every so many steps has two pictures")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the loss: slow start, then faster"
+        "--compile", action="store_true", help="torch.compile the blocks: slow start, then faster"
     )
     parser.set_defaults(**defaults)
     return parser
@@ -49,7 +53,7 @@ def stage_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
 
 def settings_of(arguments: argparse.Namespace, seed: int) -> Settings:
     """The loop's settings from a stage's flags."""
-    names = ("steps", "learning_rate", "minutes", "cosine_minutes", "log_every", "weight_decay")
+    names = ("steps", "learning_rate", "minutes", "cosine_minutes", "log_every", "weight_decay", "muon")
     return Settings(seed=seed, **{name: getattr(arguments, name) for name in names})
 
 
@@ -63,12 +67,13 @@ class Supply:
     def __init__(
         self, arguments: argparse.Namespace, make: Callable[[int], Callable[[int, int], Rows]]
     ) -> None:
-        self.arguments, self.device = arguments, torch.device(arguments.device)
+        self.arguments, self.device = arguments, peers.device_of(arguments.device)
         chunk = min(CHUNK, arguments.pool)
         of_two = max(arguments.workers // 6, 1)
         workers = {1: max(arguments.workers - of_two, 1), 2: of_two}
         sizes = {1: arguments.pool, 2: max(arguments.pool // 8, chunk)}
-        self.feeds = {n: Feed(make(n), chunk, workers[n], first=arguments.first) for n in (1, 2)}
+        first = arguments.first + PEER_ITEMS * peers.rank()
+        self.feeds = {n: Feed(make(n), chunk, workers[n], first=first) for n in (1, 2)}
         self.pools = {n: Pool(sizes[n], self.device) for n in (1, 2)}
         self._prepare: Callable[[Rows], dict[str, Any]] = dict
 
@@ -88,12 +93,18 @@ class Supply:
             while pool.filled < min(pool.capacity, FIRST_CHUNKS[shown] * CHUNK):
                 pool.add(prepare(self.feeds[shown].poll(block=True)[1]))
 
+    def layouts(self) -> list[dict[str, Tensor]]:
+        """A batch of every kind that `batch` gives."""
+        kinds = (1, 2) if self.arguments.two_every else (1,)
+        first = torch.zeros(self.arguments.batch, dtype=torch.long, device=self.device)
+        return [self.pools[shown].gather(first) for shown in kinds]
+
     def batch(self, step: int) -> dict[str, Tensor]:
         """A random batch; now and then new items are taken in first."""
-        if step % 4 == 0:
-            for shown, feed in self.feeds.items():
-                if (chunk := feed.poll()) is not None:
-                    self.pools[shown].add(self._prepare(chunk[1]))
+        for shown, feed in self.feeds.items():
+            often = self.pools[shown].filled < min(ENOUGH // shown, self.pools[shown].capacity)
+            if step % (4 if often else 48) == 0 and (chunk := feed.poll()) is not None:
+                self.pools[shown].add(self._prepare(chunk[1]))
         every = self.arguments.two_every
         pool = self.pools[2 if every and step % every == every - 1 else 1]
         return pool.gather(torch.randint(pool.filled, (self.arguments.batch,), device=self.device))

@@ -2,8 +2,8 @@
 
     python recipes/miniature/train_dit.py --target runs/target/target --vae runs/vae/vae --folder runs/dit
 
-Run it again to go on from the last checkpoint. Latents and prompt states are worked out once, when a pair is
-rendered, and kept on the device.
+Run it again to go on from the last checkpoint; under `torchrun` every GPU trains and all share. Latents and
+prompt states are worked out once, when a pair is rendered, and kept on the device.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from data import edit_pairs
-from editor import Editor, build_transformer, padded_prompts
+from editor import Editor, build_transformer, fast_transformer
 from fast import build
 from loop import Loop, plot_log
 from single_frame import as_images
-from stepper import compiled
+from stepper import compile_if_possible
 from supply import Supply, settings_of, stage_parser
 from torch import Tensor
 
@@ -33,14 +34,15 @@ CHANGED = 3.0  # how much more a token counts that the edit changes
 def main() -> None:
     """Train and save."""
     arguments = _arguments()
-    with Supply(arguments, _make) as supply:
-        editor = load(arguments.target, arguments.vae, arguments.start, arguments.seed).to(arguments.device)
-        with as_images(editor.vae), padded_prompts():
+    device = peers.device_of(arguments.device)
+    with peers.together(device), Supply(arguments, _make) as supply:
+        editor = load(arguments.target, arguments.vae, arguments.start, arguments.seed).to(device)
+        with as_images(editor.vae), fast_transformer():
             supply.start(partial(prepared, editor))
             trained = editor.transformer
             compute = partial(loss, editor)
             if arguments.compile:
-                compute = compiled(compute, supply.batch(0), trained)
+                compile_if_possible(editor, compute, supply.layouts(), list(trained.parameters()))
             loop = Loop(
                 arguments.folder,
                 trained,
@@ -49,11 +51,13 @@ def main() -> None:
                 graphs=not arguments.no_graphs,
             )
             loop.resume()
-            loop.run(supply.batch, None)
-        loop.save()
-    plot_log(arguments.folder)
-    with loop.averaged():
-        miniature.save_weights(_on_cpu(trained), Path(arguments.output or arguments.folder / "transformer"))
+            loop.run(supply.batch)
+    if peers.rank() == 0:
+        plot_log(arguments.folder)
+        with loop.averaged():
+            miniature.save_weights(
+                _on_cpu(trained), Path(arguments.output or arguments.folder / "transformer")
+            )
 
 
 def _arguments() -> argparse.Namespace:

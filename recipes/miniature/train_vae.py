@@ -24,7 +24,7 @@ from feed import Feed, Pool
 from loop import Loop, Settings, plot_log
 from measure_vae import finish, psnr_of, to_range, worst_percentile
 from single_frame import as_images, prepare
-from stepper import Loss, compiled
+from stepper import Loss, compiles
 from torch import Tensor, nn
 
 from qwen_vision_bridge.records import write_json
@@ -156,7 +156,8 @@ def train(vae: nn.Module, supply: Supply, held_out: Tensor, arguments: argparse.
     compute: Loss = partial(loss, vae)
     with as_images(vae):
         if arguments.compile:
-            compute = compiled(compute, supply(0), vae)
+            fast = torch.compile(compute, dynamic=False)
+            compute = fast if compiles(fast, [supply(0)], list(vae.parameters())) else compute
         loop = Loop(arguments.folder, vae, compute, settings, graphs=not arguments.no_graphs)
         loop.resume()
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from data import TEXT_TOKENS, closing, dialogues, encode, reply_rows
 from fast import FastModel, build
 from loop import Loop, plot_log
-from stepper import compiled
+from stepper import compile_if_possible
 from supply import Supply, settings_of, stage_parser
 from torch import Tensor
 
@@ -43,13 +43,13 @@ def main() -> None:
         supply.start()
         compute = partial(loss, model)
         if arguments.compile:
-            compute = compiled(compute, supply.batch(0), model)
+            compile_if_possible(model, compute, supply.layouts(), list(model.parameters()))
         loop = Loop(
             arguments.folder, model, compute, settings_of(arguments, seed), graphs=not arguments.no_graphs
         )
         loop.resume()
-        loop.run(supply.batch, None)
-    loop.save()
+        loop.run(supply.batch)
+    model.compile_blocks(False)
     plot_log(arguments.folder)
     with loop.averaged():
         results = measure(model, arguments.role, arguments.cases, device)
