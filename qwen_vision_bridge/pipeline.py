@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from .cache import VisionCache
 from .editors import check_device, editor_revision, find_mode, load_pipeline, out_of_memory_named
 from .extractor import VisionCacheExtractor, load_processor
 from .images import ImageLike, load_images
-from .injection import Levels, Site, inject, mrope_positions
+from .injection import Levels, Site, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
@@ -267,6 +268,21 @@ class EnhancedQwenImageEdit:
         if not self.keep_source:
             self.extractor.unload("qwen3")
         return cache
+
+    @contextmanager
+    def keeping_source(self) -> Iterator[None]:
+        """Keep the source tower between the extractions inside the `with`, and free it afterwards."""
+        kept, self.keep_source = self.keep_source, True
+        try:
+            yield
+        finally:
+            self.keep_source = kept
+            if not kept:
+                self.extractor.unload("qwen3")
+
+    def sharing_references(self) -> AbstractContextManager[None]:
+        """Encode each reference picture once for all edits inside the `with`; the pictures stay the same."""
+        return shared_latents(self.pipe)
 
     def describe(self) -> str:
         """Editor and bridge in a few words."""

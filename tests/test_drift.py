@@ -16,7 +16,7 @@ def moved(picture: Image.Image, right: float, down: float, scale: float, degrees
     centre = (np.array(picture.size) - 1) / 2
     turn = SimilarityTransform(scale=scale, rotation=np.radians(degrees))
     whole = SimilarityTransform(translation=-centre) + turn
-    whole += SimilarityTransform(translation=centre + [right, down])
+    whole += SimilarityTransform(translation=centre + np.array([right, down]))
     pixels = warp(np.asarray(picture), whole.inverse, mode="edge", order=3) * 255
     pixels = pixels.clip(0, 255).round().astype(np.uint8)
     pixels[20:50, 30:70] = (255, 0, 0)
