@@ -162,6 +162,7 @@ class Session:
         """Synthetic cases in all arms, compared."""
         from qwen_vision_bridge.comparisons import cases_needed
         from qwen_vision_bridge.evaluation import evaluate
+        from qwen_vision_bridge.report import write_page
         from qwen_vision_bridge.summaries import as_table, write_results
         from qwen_vision_bridge.world import make_cases
 
@@ -175,6 +176,7 @@ class Session:
         found = evaluate(self.pipeline, cases, path, self.arms, announce=print, **options)
         if found is not None:  # the first process alone has the result
             write_results(path, found)
+            write_page(path, found)
             print(as_table(found))
             print(
                 f"Took {found.seconds:.0f} s, {found.done_before} of {len(found.records)} jobs done before."
