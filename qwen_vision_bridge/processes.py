@@ -19,7 +19,8 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(timeout=LONGEST_WAIT)
+            cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+            self._state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
 
     @property
     def index(self) -> int:
