@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--cases", type=int, help="synthetic cases a group in examples 2 to 5; default: enough "
                       "to see 5 points in example 5, else 4")  # fmt: skip
     made.add_argument("--quick", action="store_true", help="2 cases a group and 8 steps: shows that all runs")
+    made.add_argument("--case-folder", type=Path, help="example 5 on cases of your own, see casefiles.py")
+    made.add_argument("--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, "
+                      "gedit or gedit-cn")  # fmt: skip
     made.add_argument("--arm", action="append", default=[], metavar="NAME=BRIDGE[,…]",
                       help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
                       "may be repeated; default: the bridge and its two controls")  # fmt: skip
@@ -83,6 +86,7 @@ class Session:
     def __init__(self, arguments: argparse.Namespace) -> None:
         from qwen_vision_bridge.arms import BASELINE, Arm, parse_arm
         from qwen_vision_bridge.bridge import check_strength
+        from qwen_vision_bridge.casefiles import load_cases
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit, check_steps
         from qwen_vision_bridge.processes import Processes
 
@@ -96,6 +100,9 @@ class Session:
             load_in_4bit=arguments.load_in_4bit, offload=arguments.offload, device=Processes().device,
         )  # fmt: skip
         self.prompt = arguments.prompt or PROMPT
+        self.own_cases: list[Any] = []
+        if arguments.case_folder is not None:
+            self.own_cases = load_cases(arguments.layout, arguments.case_folder)
         self.arms = None
         if arguments.arm:
             given = [parse_arm(text, self.pipeline.family) for text in arguments.arm]
@@ -172,7 +179,8 @@ class Session:
         if arguments.quick:
             options.setdefault("num_inference_steps", 8)
         size = self.pipeline.family.picture_size
-        cases = [case for group in groups for case in make_cases(group, count, arguments.seed, size)]
+        cases = self.own_cases if len(groups) > 1 else []
+        cases = cases or [case for group in groups for case in make_cases(group, count, arguments.seed, size)]
         found = evaluate(self.pipeline, cases, path, self.arms, announce=print, **options)
         if found is not None:  # the first process alone has the result
             write_results(path, found)
