@@ -149,7 +149,7 @@ def load_pie(folder: str | Path) -> list[FileCase]:
 
 def load_gedit(folder: str | Path, language: str = "en") -> list[FileCase]:
     """GEdit-Bench (stepfun-ai/Step1X-Edit): `fullset/<task>/<language>/<key>_SRCIMG.png` as its example
-    script saves them, and `instructions.json`, an object of key to instruction, taken from the dataset's columns.
+    script saves them, and `instructions.json`, an object of key to instruction from the dataset's columns.
 
     Raises:
         FileNotFoundError: one of them is missing. CaseFileError: every picture without an instruction.

@@ -242,7 +242,7 @@ def judge_expectations(
 def caution(rows: Sequence[Difference], headlines: Mapping[str, str]) -> str:
     """What the sample cannot carry, in a sentence or two; "" where 5 points would be seen everywhere."""
     heads = [row for row in rows if row.difficulty == "all" and row.metric == headlines.get(row.level)]
-    fewest = min((row.n for row in rows if row.difficulty == "all"), default=0)
+    fewest = min((row.n for row in heads), default=0)
     worst = max((row.resolvable for row in heads), default=0.0)
     if fewest < FEW:
         return (
