@@ -96,7 +96,15 @@ def test_extraction_takes_a_photograph(
         (2, ["ocr_tests/results.json", "ocr_tests/summary.md"]),
         (3, ["spatial_tests/results.json", "spatial_tests/results.csv"]),
         (4, ["detail_tests/results.json"]),
-        (5, ["full_evaluation/results.json", "full_evaluation/results.csv", "full_evaluation/summary.md"]),
+        (
+            5,
+            [
+                "full_evaluation/results.json",
+                "full_evaluation/results.csv",
+                "full_evaluation/summary.md",
+                "full_evaluation/report.html",
+            ],
+        ),
         (6, ["attention_visualization.png"]),
     ],
 )
