@@ -40,7 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
     )
     made.add_argument("--steps", type=int, help="denoising steps; default: the family's")
-    made.add_argument("--cases", type=int, default=4, help="synthetic cases a group in examples 2 to 5")
+    made.add_argument("--cases", type=int, help="synthetic cases a group in examples 2 to 5; default: enough "
+                      "to see 5 points in example 5, else 4")  # fmt: skip
+    made.add_argument("--quick", action="store_true", help="2 cases a group and 8 steps: shows that all runs")
+    made.add_argument("--case-folder", type=Path, help="example 5 on cases of your own, see casefiles.py")
+    made.add_argument("--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, "
+                      "gedit or gedit-cn")  # fmt: skip
+    made.add_argument("--arm", action="append", default=[], metavar="NAME=BRIDGE[,…]",
+                      help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
+                      "may be repeated; default: the bridge and its two controls")  # fmt: skip
     made.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
     made.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
     made.add_argument(
@@ -76,8 +84,11 @@ class Session:
     """The arguments and the pipeline they ask for, loaded once for any number of examples."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        from qwen_vision_bridge.arms import BASELINE, Arm, parse_arm
         from qwen_vision_bridge.bridge import check_strength
+        from qwen_vision_bridge.casefiles import load_cases
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit, check_steps
+        from qwen_vision_bridge.processes import Processes
 
         check_strength(arguments.strength)
         self.arguments, self.output = arguments, Path(arguments.output)
@@ -86,13 +97,21 @@ class Session:
             self.options["num_inference_steps"] = check_steps(arguments.steps)
         self.pipeline = EnhancedQwenImageEdit(
             choose_models(arguments), bridge=arguments.bridge, load_in_8bit=arguments.load_in_8bit,
-            load_in_4bit=arguments.load_in_4bit, offload=arguments.offload,
+            load_in_4bit=arguments.load_in_4bit, offload=arguments.offload, device=Processes().device,
         )  # fmt: skip
         self.prompt = arguments.prompt or PROMPT
+        self.own_cases: list[Any] = []
+        if arguments.case_folder is not None:
+            self.own_cases = load_cases(arguments.layout, arguments.case_folder)
+        self.arms = None
+        if arguments.arm:
+            given = [parse_arm(text, self.pipeline.family) for text in arguments.arm]
+            self.arms = [Arm(BASELINE), *given]
 
     def run(self, example: int) -> None:
         """Run one example, or with 7 all of them."""
         if example == 7:
+            self.arguments.quick = self.arguments.quick or self.arguments.cases is None  # a tour, not a study
             for number in range(1, 7):
                 self.run(number)
         elif example == 1:
@@ -130,8 +149,7 @@ class Session:
 
     def evaluate(self, groups: Sequence[str], folder: str) -> None:
         """Examples 2 to 5: cases with known answers, or the user's picture with prompts of the group."""
-        from qwen_vision_bridge.evaluation import PHOTO_PROMPTS, TITLES, as_table, evaluate
-        from qwen_vision_bridge.world import make_cases
+        from qwen_vision_bridge.summaries import PHOTO_PROMPTS, TITLES
 
         print(f"\n=== {' · '.join(TITLES[group] for group in groups)} ===")
         path, arguments = self.output / folder, self.arguments
@@ -144,12 +162,33 @@ class Session:
             for row in self.pipeline.benchmark([arguments.image], prompts, path, **self.common()):
                 print(f"  {row['mean_abs_difference']:8.3f} of 255 between the two edits  {row['prompt']}")
         else:
-            size = self.pipeline.family.picture_size
-            cases = [
-                case for group in groups for case in make_cases(group, arguments.cases, arguments.seed, size)
-            ]
-            print(as_table(evaluate(self.pipeline, cases, path, **self.common())))
+            self.measure(groups, path)
         print(f"Saved: {path}/")
+
+    def measure(self, groups: Sequence[str], path: Path) -> None:
+        """Synthetic cases in all arms, compared."""
+        from qwen_vision_bridge.comparisons import cases_needed
+        from qwen_vision_bridge.evaluation import evaluate
+        from qwen_vision_bridge.report import write_page
+        from qwen_vision_bridge.summaries import as_table, write_results
+        from qwen_vision_bridge.world import make_cases
+
+        arguments, options = self.arguments, self.common()
+        enough = cases_needed(0.05) if len(groups) > 1 else 4
+        count = arguments.cases or (2 if arguments.quick else enough)
+        if arguments.quick:
+            options.setdefault("num_inference_steps", 8)
+        size = self.pipeline.family.picture_size
+        cases = self.own_cases if len(groups) > 1 else []
+        cases = cases or [case for group in groups for case in make_cases(group, count, arguments.seed, size)]
+        found = evaluate(self.pipeline, cases, path, self.arms, announce=print, **options)
+        if found is not None:  # the first process alone has the result
+            write_results(path, found)
+            write_page(path, found)
+            print(as_table(found))
+            print(
+                f"Took {found.seconds:.0f} s, {found.done_before} of {len(found.records)} jobs done before."
+            )
 
     def common(self) -> dict[str, Any]:
         """Strength, seed and options of every edit."""

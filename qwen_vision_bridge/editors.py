@@ -6,6 +6,8 @@ The needs are estimates from parameter counts at 1024² with one reference pictu
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -161,6 +163,22 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
     else:
         pipe.to(device)
     return pipe
+
+
+@contextmanager
+def out_of_memory_named(mode: MemoryMode, editor: EditorSpec) -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into one that names the modes and what they need."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        needs = "; ".join(f"{other.name} ≈ {other.gpu_gb(editor):.0f} GB ({other.arguments})"
+                          for other in MEMORY_MODES)  # fmt: skip
+        raise GpuMemoryError(
+            f"the GPU ran out of memory in mode {mode.name}; estimated needs: {needs}"
+        ) from error
 
 
 def editor_revision(editor: EditorSpec) -> str:

@@ -5,6 +5,7 @@ Outside the `with`, and after any exception inside it, the pipeline is bit-ident
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,8 @@ from .cache import VisionCache
 logger = logging.getLogger(__name__)
 
 Grids = tuple[tuple[int, int], ...]
+Levels = Callable[[torch.Tensor, Grids], VisionCache]
+"""From the target tower's own output (N, D) and its grids to what a bridge takes for the source's levels."""
 Site = Literal["tower", "deepstack", "prompt_embeds"]
 SITES = ("tower", "deepstack", "prompt_embeds")
 
@@ -45,14 +48,19 @@ class Injection:
 
 @contextmanager
 def inject(
-    pipe: Any, bridge: VisionBridge, cache: VisionCache, strength: float = 1.0, site: Site = "tower"
+    pipe: Any,
+    bridge: VisionBridge,
+    cache: VisionCache | Levels,
+    strength: float = 1.0,
+    site: Site = "tower",
 ) -> Iterator[Injection]:
     """Let a stock edit pipeline see through a bridge, for both prompts and every picture.
 
     Args:
         pipe: a Qwen-Image-Edit pipeline of diffusers.
         bridge: is moved to the device where the features are.
-        cache: the source's levels, on the grids the pipeline's own processor will use.
+        cache: the source's levels, on the grids the pipeline's own processor will use; or a function that
+            makes levels of the target tower's own output, for controls.
         strength: scales the bridge's update; 0 leaves every bit as it is.
         site: `tower` replaces the target tower's output; `deepstack` adds each level's share of the update at
             the image tokens behind the first language layers, as Qwen3-VL does; `prompt_embeds` adds the
@@ -162,7 +170,9 @@ def mrope_positions(pipe: Any, mode: Literal["fixed", "stock"] = "fixed") -> Ite
 class _Update:
     """The bridge's work in one pipeline call, shared by the hooks of a site."""
 
-    def __init__(self, bridge: VisionBridge, cache: VisionCache, strength: float, record: Injection) -> None:
+    def __init__(
+        self, bridge: VisionBridge, cache: VisionCache | Levels, strength: float, record: Injection
+    ) -> None:
         self.bridge, self.cache, self.strength, self.record = bridge, cache, strength, record
         self.at_image: torch.Tensor | None = None  # (B, T) bool, of the running prompt
         self.parts: list[torch.Tensor] = []  # L × (N, D), of the running prompt
@@ -188,20 +198,45 @@ class _Update:
         return changed
 
     def _levels(self, features: torch.Tensor, grids: Grids) -> list[torch.Tensor]:
-        if grids != self.cache.grids:
+        cache = self.cache(features, grids) if callable(self.cache) else self.cache
+        if grids != cache.grids:
             raise ValueError(
                 f"the pipeline's vision tower works on the grids {grids}, the source features were made for "
-                f"{self.cache.grids}: extract them for these grids"
+                f"{cache.grids}: extract them for these grids"
             )
         self.bridge.to(features.device)
-        return [self.cache.features[name].to(features.device) for name in self.bridge.config.levels]
+        self.record.grids = grids
+        return [cache.features[name].to(features.device) for name in self.bridge.config.levels]
 
     def _note(self, features: torch.Tensor, weights: torch.Tensor) -> None:
         if self.record.calls == 0:
             self.record.level_weights = weights[0].detach().float().cpu()
-            self.record.grids = self.cache.grids
         self.record.calls += 1
         self.record.baselines.append(features.detach())
+
+
+@contextmanager
+def shared_latents(pipe: Any) -> Iterator[None]:
+    """Encode every reference picture once for all calls inside the `with`; the pictures stay bit-identical.
+
+    The pipelines take the mode of the VAE's distribution, so a picture's latents are a function of its
+    pixels alone.
+    """
+    stock, known = pipe._encode_vae_image, {}
+
+    def encode(image: torch.Tensor, generator: Any) -> torch.Tensor:
+        pixels = image.detach().cpu().contiguous()
+        content = hashlib.sha256(pixels.view(torch.uint8).numpy()).hexdigest()
+        key = (content, tuple(image.shape), image.dtype, image.device)
+        if key not in known:
+            known[key] = stock(image=image, generator=generator)
+        return known[key]
+
+    pipe._encode_vae_image = encode
+    try:
+        yield
+    finally:
+        del pipe._encode_vae_image  # the class's own method is seen again
 
 
 @contextmanager

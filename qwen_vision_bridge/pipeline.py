@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from PIL import Image
 
 from .bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
 from .cache import VisionCache
-from .editors import MEMORY_MODES, GpuMemoryError, check_device, editor_revision, find_mode, load_pipeline
+from .editors import check_device, editor_revision, find_mode, load_pipeline, out_of_memory_named
 from .extractor import VisionCacheExtractor, load_processor
 from .images import ImageLike, load_images
-from .injection import Site, inject, mrope_positions
+from .injection import Levels, Site, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
@@ -125,7 +125,7 @@ class EnhancedQwenImageEdit:
     def pipe(self) -> Any:
         """The stock diffusers pipeline, loaded on first use."""
         if self._pipe is None:
-            with _out_of_memory_named(self):
+            with out_of_memory_named(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             made = self._pipe.text_encoder.config.vision_config.out_hidden_size
             if made != self.family.target.out_dim:
@@ -163,8 +163,7 @@ class EnhancedQwenImageEdit:
         pictures, options = self._checked(image, prompt, strength, seed, options)
         if not use_qwen3_vision:
             return self._run(pictures, prompt, seed, options)
-        cache = self.extract_source(pictures)
-        return self._enhanced(cache, pictures, prompt, strength, seed, options)[0]
+        return self._own(self.extract_source(pictures), pictures, prompt, strength, seed, options)[0]
 
     def compare(
         self,
@@ -187,13 +186,44 @@ class EnhancedQwenImageEdit:
         pictures, options = self._checked(image, prompt, strength, seed, options)
         cache = self.extract_source(pictures)  # first, so that the tower has gone when the DiT comes
         baseline = self._run(pictures, prompt, seed, options)
-        enhanced, attention = self._enhanced(cache, pictures, prompt, strength, seed, options)
+        enhanced, attention = self._own(cache, pictures, prompt, strength, seed, options)
         if save_comparison is not None:
             from .plots import comparison_sheet  # draws with matplotlib, which nothing else here needs
 
             sheet = comparison_sheet(pictures, baseline, enhanced, prompt, seed, strength, self.describe())
             write_picture(save_comparison, sheet)
         return Comparison(baseline, enhanced, attention)
+
+    def edit(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str,
+        seed: int = 0,
+        *,
+        bridge: VisionBridge | None = None,
+        source: VisionCache | Levels | None = None,
+        strength: float = 1.0,
+        site: Site = "tower",
+        **options: Any,
+    ) -> tuple[Image.Image, LevelAttention | None]:
+        """One edit with any bridge on features that are there already: what an evaluation's arms need.
+
+        Args:
+            bridge: None gives the baseline, and everything after it is ignored.
+            source, strength, site: as `injection.inject`.
+            image, prompt, seed, options: as `generate`.
+
+        Returns:
+            The picture, and the level weights where there was a bridge.
+        """
+        pictures, options = self._checked(image, prompt, strength, seed, options)
+        if bridge is None:
+            return self._run(pictures, prompt, seed, options), None
+        if source is None:
+            source = self.extract_source(pictures)
+        with inject(self.pipe, bridge, source, strength, site) as record:
+            picture = self._run(pictures, prompt, seed, options)
+        return picture, LevelAttention(record.level_weights, record.grids, bridge.config.levels)
 
     def attend(
         self, image: ImageLike | Sequence[ImageLike], prompt: str, strength: float = 1.0
@@ -202,7 +232,7 @@ class EnhancedQwenImageEdit:
         shortest = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
         pictures, options = self._checked(image, prompt, strength, 0, shortest)
         options["negative_prompt"] = None
-        return self._enhanced(self.extract_source(pictures), pictures, prompt, strength, 0, options)[1]
+        return self._own(self.extract_source(pictures), pictures, prompt, strength, 0, options)[1]
 
     def benchmark(
         self,
@@ -233,11 +263,26 @@ class EnhancedQwenImageEdit:
     def extract_source(self, pictures: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
         grids = self.condition_grids(pictures)
-        with _out_of_memory_named(self):
+        with out_of_memory_named(self.mode, self.family.editor):
             cache = self.extractor.extract_qwen3_vision(list(pictures), grids=grids)
         if not self.keep_source:
             self.extractor.unload("qwen3")
         return cache
+
+    @contextmanager
+    def keeping_source(self) -> Iterator[None]:
+        """Keep the source tower between the extractions inside the `with`, and free it afterwards."""
+        kept, self.keep_source = self.keep_source, True
+        try:
+            yield
+        finally:
+            self.keep_source = kept
+            if not kept:
+                self.extractor.unload("qwen3")
+
+    def sharing_references(self) -> AbstractContextManager[None]:
+        """Encode each reference picture once for all edits inside the `with`; the pictures stay the same."""
+        return shared_latents(self.pipe)
 
     def describe(self) -> str:
         """Editor and bridge in a few words."""
@@ -270,11 +315,12 @@ class EnhancedQwenImageEdit:
         )
         return provenance(seeds, device, **self.made_from(True))
 
-    def _enhanced(
-        self, cache: VisionCache, pictures: list[Image.Image], prompt: str, strength: float, seed: int,
+    def _own(
+        self, source: VisionCache, pictures: list[Image.Image], prompt: str, strength: float, seed: int,
         options: dict[str, Any],
     ) -> tuple[Image.Image, LevelAttention]:  # fmt: skip
-        with inject(self.pipe, self.bridge, cache, strength, self.site) as record:
+        """An edit with the pipeline's own bridge and site; the arguments are checked already."""
+        with inject(self.pipe, self.bridge, source, strength, self.site) as record:
             picture = self._run(pictures, prompt, seed, options)
         return picture, LevelAttention(record.level_weights, record.grids, self.bridge.config.levels)
 
@@ -286,7 +332,7 @@ class EnhancedQwenImageEdit:
         generator = torch.Generator("cpu").manual_seed(seed)
         images = pictures if takes_several(type(pipe).__name__) else pictures[0]
         sizes = picture_sizes(type(pipe), self.family.editor)
-        with _out_of_memory_named(self), mrope_positions(pipe, self.mrope), sizes:
+        with out_of_memory_named(self.mode, self.family.editor), mrope_positions(pipe, self.mrope), sizes:
             return pipe(image=images, prompt=prompt, generator=generator, **options).images[0]
 
     def _checked(
@@ -355,19 +401,6 @@ def check_steps(steps: Any) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"num_inference_steps is a whole number from 2, not {steps!r}")
     return steps
-
-
-@contextmanager
-def _out_of_memory_named(pipeline: EnhancedQwenImageEdit) -> Iterator[None]:
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        needs = "; ".join(f"{mode.name} ≈ {mode.gpu_gb(pipeline.family.editor):.0f} GB ({mode.arguments})"
-                          for mode in MEMORY_MODES)  # fmt: skip
-        raise GpuMemoryError(
-            f"the GPU ran out of memory in mode {pipeline.mode.name}; estimated needs: {needs}"
-        ) from error
 
 
 def _free_gpu_gb(device: torch.device) -> float | None:

@@ -50,16 +50,22 @@ def condition_grids(
     """
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    module = import_module(pipeline_class.__module__)
     px, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
     grids = []
+    for picture in pictures:
+        width, height = condition_size(pipeline_class, editor, picture)
+        height, width = smart_resize(height, width, px, size["shortest_edge"], size["longest_edge"])
+        grids.append((height // px, width // px))
+    return tuple(grids)
+
+
+def condition_size(pipeline_class: type, editor: EditorSpec, picture: Image.Image) -> tuple[int, int]:
+    """(width, height) in px to which the pipeline resizes a picture for its processor."""
+    module = import_module(pipeline_class.__module__)
     with picture_sizes(pipeline_class, editor):
         area = getattr(module, "CONDITION_IMAGE_SIZE", STOCK_AREA)
-        for picture in pictures:
-            width, height = module.calculate_dimensions(area, picture.width / picture.height)[:2]
-            height, width = smart_resize(height, width, px, size["shortest_edge"], size["longest_edge"])
-            grids.append((height // px, width // px))
-    return tuple(grids)
+        width, height = module.calculate_dimensions(area, picture.width / picture.height)[:2]
+    return int(width), int(height)
 
 
 def takes_several(pipeline_class_name: str) -> bool:

@@ -12,15 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.evaluation import (
-    ARMS,
-    HIGHER_IS_BETTER,
-    as_table,
-    bootstrap_interval,
-    evaluate,
-    measure,
-    summarise,
-)
+from qwen_vision_bridge.arms import Arm, default_arms, find_partners, parse_arm, target_levels
+from qwen_vision_bridge.evaluation import evaluate
+from qwen_vision_bridge.measuring import METRICS, measure
+from qwen_vision_bridge.perception import Question, questions_of, score
+from qwen_vision_bridge.summaries import as_table, write_results
 from qwen_vision_bridge.world import GROUPS, make_cases
 
 SHORT = {"num_inference_steps": 2}
@@ -58,121 +54,155 @@ def test_damage_outside_the_edit_is_seen_and_inside_it_is_not() -> None:
     assert measure(case, Image.fromarray(outside))["unedited_ssim"] < 0.7
 
 
-def records(baseline: list[float], enhanced: list[float]) -> list[dict[str, Any]]:
-    return [
-        {"case_id": str(number), "group": "ocr", "arm": arm, "metrics": {"edit_similarity": value}}
-        for number, pair in enumerate(zip(baseline, enhanced, strict=True))
-        for arm, value in zip(ARMS, pair, strict=True)
-    ]
-
-
-def test_identical_arms_differ_by_exactly_zero() -> None:
-    values = list(np.random.default_rng(0).random(40))
-    (row,) = summarise(records(values, values))
-    assert (row.difference, row.ci_low, row.ci_high) == (0, 0, 0)
-
-
-def test_a_planted_gain_is_found_and_the_order_of_cases_does_not_matter() -> None:
-    rng = np.random.default_rng(1)
-    baseline = rng.random(60)
-    made = records(list(baseline), list(baseline + 0.1 + 0.05 * rng.normal(size=60)))
-    (row,) = summarise(made)
-    assert row.ci_low > 0
-    assert row.difference == pytest.approx(0.1, abs=0.03)
-    shuffled = [made[i] for i in rng.permutation(len(made))]
-    assert summarise(shuffled)[0].difference == pytest.approx(row.difference)
-
-
-def test_cases_with_one_arm_only_are_not_paired() -> None:
-    made = records([0.1, 0.2], [0.3, 0.4])[:-1]
-    assert summarise(made)[0].n == 1
-
-
-def test_the_interval_covers_the_mean_about_95_times_in_100() -> None:
-    rng = np.random.default_rng(2)
-    hits = 0
-    for trial in range(200):
-        low, high = bootstrap_interval(rng.normal(0.3, 1, 60), seed=trial, resamples=1000)
-        hits += low <= 0.3 <= high
-    assert 180 <= hits <= 198
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap_interval(np.array([]))
+def stripped(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
 def test_a_run_writes_everything_and_a_second_one_does_nothing(editor: Any, tmp_path: Path) -> None:
-    cases = [case for group in GROUPS for case in make_cases(group, 1, seed=0)]
-    summaries = evaluate(editor, cases, tmp_path, **SHORT)
+    cases = [case for group in GROUPS for case in make_cases(group, 2, seed=0)]
+    found = evaluate(editor, cases, tmp_path, **SHORT)
+    write_results(tmp_path, found)
     data = json.loads((tmp_path / "results.json").read_text())
     assert {"command", "seeds", "family", "versions", "device", "date"} <= data["provenance"].keys()
-    assert len(data["records"]) == 2 * len(cases)
-    assert {row.group for row in summaries} == set(GROUPS)
-    firsts = [next(row.metric for row in summaries if row.group == group) for group in GROUPS]
-    assert firsts == ["right"] * len(GROUPS)
-    assert {record["difficulty"] for record in data["records"]} <= {"easy", "hard"}
-    assert all(record["metrics"]["right"] in (0, 1) for record in data["records"])
-    assert all((tmp_path / record["picture"]).is_file() for record in data["records"])
+    edits = [record for record in data["records"] if record["level"] == "edit"]
+    assert len(edits) == 4 * len(cases)
+    assert not [record["error"] for record in data["records"] if record["error"]]
+    assert {record["arm"] for record in edits} == {"baseline", "bridge", "shuffled", "target-only"}
+    assert {record["level"] for record in data["records"]} == {"edit", "perception"}
+    assert all((tmp_path / record["picture"]).is_file() for record in edits)
+    assert all((tmp_path / r["attention"]).is_file() for r in edits if r["arm"] != "baseline")
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["arm"] for row in rows} == set(ARMS)
-    assert set(HIGHER_IS_BETTER) <= rows[0].keys()
-    assert "95 % interval" in (tmp_path / "summary.md").read_text(encoding="utf-8")
-    table = as_table(summaries).splitlines()
-    assert len(table) == 1 + len(summaries) + 1
-    assert "says nothing about a gain" in table[-1]
+        assert set(METRICS) <= next(csv.DictReader(file)).keys()
+    assert "not resolved by this sample" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "says nothing about a gain" in as_table(found)
 
     calls = []
     handle = editor.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        assert evaluate(editor, cases, tmp_path, **SHORT) == summaries
+        again = evaluate(editor, cases[::-1], tmp_path, **SHORT)
+        assert (again.rows, again.records) == (found.rows, found.records)  # whatever the order of the cases
         assert calls == []
-        evaluate(editor, cases, tmp_path, strength=0.5, **SHORT)
-        assert len(calls) == len(cases) * 2 * 2  # the enhanced arm alone: 2 steps, 2 prompts
+        half = [Arm("baseline"), Arm("half", editor.bridge, "random", 0.5)]
+        evaluate(editor, cases[:1], tmp_path / "other", half, perception=False, **SHORT)
+        assert len(calls) == 2 * 2  # the new arm alone: 2 steps, 2 prompts; the baseline is known
     finally:
         handle.remove()
+
+
+def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_path: Path) -> None:
+    arms = [Arm("baseline"), Arm("off", editor.bridge, "random", 0.0)]
+    found = evaluate(editor, make_cases("space", 2), tmp_path, arms, **SHORT)
+    assert found.rows
+    assert {(row.difference, row.ci_low, row.ci_high) for row in found.rows} == {(0, 0, 0)}
 
 
 def test_a_record_cut_short_by_a_kill_is_run_again_and_the_others_are_kept(
     editor: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cases = make_cases("detail", 2, seed=0)
-    whole = evaluate(editor, cases, tmp_path, **SHORT)
+    whole = evaluate(editor, cases, tmp_path, perception=False, **SHORT)
     log = tmp_path / "results.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
-    assert evaluate(editor, cases, tmp_path, **SHORT) == whole
-    assert "line 4 is cut short" in caplog.text
-    assert len([line for line in log.read_text().splitlines() if line.startswith("{")]) == 5
+    again = evaluate(editor, cases, tmp_path, perception=False, **SHORT)
+    assert stripped(again.records) == stripped(whole.records)
+    assert again.rows == whole.rows
+    assert "line 8 is cut short" in caplog.text
+    assert again.done_before == 7
 
 
-def test_an_edit_sees_every_picture_of_its_prompt_and_its_key_names_them(
+def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
+    editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = make_cases("detail", 2, seed=0)
+    edit = editor.edit
+
+    def fail(pictures: Any, prompt: str, *rest: Any, **options: Any) -> Any:
+        if prompt == bad.prompt:
+            raise ValueError("no such edit")
+        return edit(pictures, prompt, *rest, **options)
+
+    monkeypatch.setattr(editor, "edit", fail)
+    found = evaluate(editor, [good, bad], tmp_path, perception=False, num_inference_steps=3)
+    errors = {record["case_id"]: record["error"] for record in found.records}
+    assert errors == {good.case_id: None, bad.case_id: "ValueError: no such edit"}
+    assert {row.n for row in found.rows} == {1}
+    assert any("no such edit" in line for line in found.left_out)
+
+
+def test_an_edit_sees_every_picture_of_its_prompt_and_one_seed_in_all_arms(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
-    def generate(pictures: Any, *_: Any, **__: Any) -> Image.Image:
-        seen.append(pictures)
-        return case.image
+    def edit(pictures: Any, _prompt: str, seed: int, **_: Any) -> Any:
+        seen.append((pictures, seed))
+        return case.image, None
 
-    monkeypatch.setattr(editor, "generate", generate)
+    monkeypatch.setattr(editor, "edit", edit)
     case = make_cases("consistency", 1, kinds=("same_colour",))[0]
+    arms = default_arms(editor.bridge, "random")[:2]
+    evaluate(editor, [case], tmp_path, arms, perception=False)
+    assert [pictures for pictures, _ in seen] == [case.pictures] * 2
+    assert len({seed for _, seed in seen}) == 1
     turned = replace(case, references=(case.references[0].rotate(90),))
-    evaluate(editor, [case], tmp_path)
-    evaluate(editor, [turned], tmp_path)
-    assert seen == [case.pictures] * 2 + [turned.pictures] * 2
-    done = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len({record["key"] for record in done}) == len(done) == 4
+    evaluate(editor, [turned], tmp_path, arms, perception=False)
+    assert len(seen) == 4
     assert (tmp_path / "consistency" / f"{case.case_id}_reference1.png").is_file()
-    single = make_cases("detail", 1)[0]
-    evaluate(editor, [single], tmp_path)
-    assert seen[-1] is single.image  # the first edit pipeline takes one picture and no list
+
+
+def test_partners_are_a_derangement_on_one_grid_whatever_the_order() -> None:
+    grids = {f"case{i}": ((8, 8),) if i % 3 else ((8, 6),) for i in range(20)} | {"alone": ((2, 2),)}
+    partners = find_partners(grids, 0)
+    assert partners["alone"] is None
+    given = [partner for partner in partners.values() if partner]
+    assert len(set(given)) == len(given) == 20
+    assert all(one != other and grids[one] == grids[other] for one, other in partners.items() if other)
+    assert find_partners(dict(reversed(grids.items())), 0) == partners
+    assert find_partners(grids, 1) != partners
+
+
+def test_target_only_levels_are_the_targets_own_features_turned(editor: Any) -> None:
+    import torch
+
+    features = torch.randn(20, 224, generator=torch.Generator().manual_seed(0))
+    cache = target_levels(editor.bridge.config)(features, ((4, 5),))
+    assert cache.late_features.shape == (1, 20, 256)
+    seen = cache.early_features[0]
+    assert torch.allclose(seen @ seen.T, features @ features.T, atol=1e-2)  # lengths and angles are kept
+
+
+def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_path: Path) -> None:
+    arm = parse_arm("half=random,strength=0.5,site=deepstack,features=shuffled", editor.family)
+    assert (arm.strength, arm.site, arm.features, arm.is_control) == (0.5, "deepstack", "shuffled", True)
+    for text, says in (
+        ("half", "an arm is NAME=BRIDGE"), ("x=random,what=1", "an arm is"),
+        ("x=random,strength=a", "number"),
+        ("x=random,site=moon", "site is one of"), ("x=random,features=none", "features is one of"),
+        ("a/b=random", "name is letters"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            parse_arm(text, editor.family)
+    case = make_cases("detail", 1)[0]
+    with pytest.raises(ValueError, match="one arm is the baseline"):
+        evaluate(editor, [case], tmp_path, [arm])
+    with pytest.raises(ValueError, match="every case needs its own"):
+        evaluate(editor, [case, case], tmp_path)
+    with pytest.raises(ValueError, match="file name"):
+        evaluate(editor, [replace(case, case_id="../up")], tmp_path)
+
+
+def test_replies_are_scored_by_hand_computed_values() -> None:
+    assert score(Question("read", "", "CAFE"), " cafe")["answered"] == 1
+    assert score(Question("read", "", "CAFE"), "CUFE") == {"answered": 0.0, "reply_similarity": 0.75}
+    assert score(Question("locate", "", "aa"), "de")["location_error"] == pytest.approx(5 / 8)  # 3-4-5
+    assert score(Question("locate", "", "aa"), "left")["location_error"] == 2**0.5
+    assert score(Question("count", "", "3"), "5") == {"answered": 0.0, "count_error": 2.0}
+    assert score(Question("count", "", "3"), "many")["count_error"] == 8
+    kinds = {question.kind for case in make_cases("ocr", 4) for question in questions_of(case)}
+    assert kinds == {"read", "locate", "count"}
 
 
 def test_edits_of_another_size_than_the_case_are_refused_by_the_measure() -> None:
     case = make_cases("ocr", 1)[0]
     with pytest.raises(ValueError, match=r"\(64, 64\) px.*\(128, 128\) px"):
         measure(case, Image.new("RGB", (64, 64)))
-
-
-def test_few_cases_are_said_to_prove_nothing_and_many_are_not() -> None:
-    values = list(np.random.default_rng(0).random(40))
-    assert "Only 5 cases" in as_table(summarise(records(values[:5], values[5:10])))
-    assert "Only" not in as_table(summarise(records(values, values[::-1])))

@@ -1,0 +1,83 @@
+"""Records of a run on disk as they come: an append-only JSONL file, and one more for each further process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+NAME = "results.jsonl"
+
+
+class Ledger:
+    """The records of a folder by key.
+
+    A record is one line, written at once when its picture is on disk, so a run that is killed loses nothing
+    but the picture in the making. Process 0 writes `results.jsonl`, process i `results.part-i.jsonl`;
+    `merge` brings them together.
+
+    Args:
+        folder: is made when the first record comes.
+        process: number of the writing process.
+
+    Raises:
+        OSError: a file that cannot be read.
+    """
+
+    def __init__(self, folder: Path, process: int = 0) -> None:
+        self.folder, self.process = folder, process
+        self.records: dict[str, dict[str, Any]] = {}
+        for path in self._files():
+            self.records |= _read(path)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write a record, which holds its own `key`."""
+        name = NAME if self.process == 0 else f"results.part-{self.process}.jsonl"
+        _append(self.folder / name, [record])
+        self.records[record["key"]] = dict(record)
+
+    def merge(self) -> None:
+        """Bring the records of other processes into `results.jsonl` and delete their files.
+
+        Stopped half way it can simply be done again: a record is known by its key.
+        """
+        known = _read(self.folder / NAME) if (self.folder / NAME).is_file() else {}
+        parts = [path for path in self._files() if path.name != NAME]
+        for path in parts:
+            fresh = {key: record for key, record in _read(path).items() if key not in known}
+            _append(self.folder / NAME, list(fresh.values()))
+            known |= fresh
+            path.unlink()
+        self.records |= known
+
+    def _files(self) -> list[Path]:
+        own = [self.folder / NAME] if (self.folder / NAME).is_file() else []
+        return own + sorted(self.folder.glob("results.part-*.jsonl"))
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Records by key; a line cut short by a kill is left out, with a word."""
+    records = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError):
+            logger.warning("%s, line %d is cut short: what it was about runs again", path, number)
+    return records
+
+
+def _append(path: Path, records: list[Mapping[str, Any]]) -> None:
+    if not records:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
+    with path.open("a+b") as file:
+        file.seek(0, 2)
+        file.seek(max(file.tell() - 1, 0))
+        whole = file.read(1) in (b"", b"\n")  # a line cut short is closed before the next begins
+        file.write((("" if whole else "\n") + "".join(lines)).encode())

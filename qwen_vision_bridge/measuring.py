@@ -1,0 +1,149 @@
+"""Which metrics a picture gets: those that its case has the truth for, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import metrics
+from .comparisons import Metric
+from .drift import measure_drift
+from .judging import judge
+from .scenes import COLOURS
+from .world import Case
+
+METRICS = {
+    "right": Metric(True, True),
+    "exact_text": Metric(True, True),
+    "edit_similarity": Metric(True, True),
+    "source_text_left": Metric(False, True),
+    "centroid_error_px": Metric(False),
+    "object_iou": Metric(True, True),
+    "objects_lost": Metric(False),
+    "objects_invented": Metric(False),
+    "relations_kept": Metric(True, True),
+    "box_iou": Metric(True, True),
+    "edited_colour_error": Metric(False),
+    "unedited_ssim": Metric(True, True),
+    "unedited_psnr_db": Metric(True),
+    "unedited_texture": Metric(True, True),
+    "target_difference": Metric(False),
+    "drift_shift_px": Metric(False),
+    "drift_scale_percent": Metric(False),
+    "drift_rotation_deg": Metric(False),
+    "answered": Metric(True, True),
+    "reply_similarity": Metric(True, True),
+    "location_error": Metric(False),
+    "count_error": Metric(False),
+}
+HEADLINES = {"edit": "right", "perception": "answered"}
+DIGITS = 6  # decimals of a recorded metric
+BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
+
+
+def measure(case: Any, picture: Image.Image) -> dict[str, float]:
+    """Every metric that a case has the truth for, of one edited picture.
+
+    Args:
+        case: a `world.Case`, or one from files. What it lacks (target, mask, text, boxes) is not measured.
+        picture: RGB, of the size of the case's picture.
+
+    Raises:
+        ValueError: a picture of another size.
+    """
+    if picture.size != case.image.size:
+        raise ValueError(f"the edit is {picture.size} px, the case {case.case_id} is {case.image.size} px")
+    # Reading is the slowest part: once a picture, and only where a text is expected.
+    reads = case.expected_text is not None and getattr(case, "readable", True)
+    reads = reads and (case.group == "ocr" or case.kind == "same_text" or not isinstance(case, Case))
+    read = metrics.read_text(picture) if reads else None
+    values: dict[str, float | None] = {}
+    if isinstance(case, Case) and case.edit is not None:
+        values["right"] = float(judge(case, picture, read).right)
+    if read is not None:
+        values |= _text(case, read)
+    if case.group == "space" and isinstance(case, Case):
+        values |= _space(case, picture)
+    if boxes := getattr(case, "boxes", ()):
+        values["box_iou"] = _box_iou(picture, boxes)
+    values |= _detail(case, picture) | _drift(case, picture)
+    # The number of threads moves the last digits of long sums; a result must not depend on it.
+    kept = {name: values[name] for name in METRICS if values.get(name) is not None}
+    return {name: round(value, DIGITS) for name, value in kept.items()}
+
+
+def _text(case: Any, read: str) -> dict[str, float | None]:
+    values: dict[str, float | None] = {
+        "exact_text": metrics.exact_text(read, case.expected_text),
+        "edit_similarity": metrics.edit_similarity(read, case.expected_text),
+    }
+    if getattr(case, "text_is_part", False):  # the picture says more than the text that was to change
+        found = metrics.normalise_text(case.expected_text) in metrics.normalise_text(read)
+        values = {"exact_text": float(found)}
+    if case.source_text:
+        values["source_text_left"] = metrics.source_text_left(read, case.source_text, case.expected_text)
+    return values
+
+
+def _space(case: Case, picture: Image.Image) -> dict[str, float | None]:
+    expected = case.expected_objects
+    if not expected:
+        return {"objects_invented": metrics.objects_invented(picture, expected)}
+    return {
+        "centroid_error_px": metrics.centroid_error(picture, expected),
+        "object_iou": metrics.object_iou(picture, case.target, expected),
+        "objects_lost": metrics.objects_lost(picture, expected),
+        "objects_invented": metrics.objects_invented(picture, expected),
+        "relations_kept": metrics.relations_kept(picture, expected),
+    }
+
+
+def _detail(case: Any, picture: Image.Image) -> dict[str, float | None]:
+    values: dict[str, float | None] = {}
+    mask, target = case.edit_mask, case.target
+    if mask is not None and not mask.all():
+        unedited = metrics.shrink(~mask)
+        values = {
+            "unedited_ssim": metrics.masked_ssim(picture, case.image, unedited),
+            "unedited_psnr_db": min(metrics.masked_psnr(picture, case.image, unedited), BEST_PSNR),
+            "unedited_texture": metrics.texture_kept(picture, case.image, unedited),
+        }
+    if target is not None:
+        values["target_difference"] = metrics.mean_abs_difference(picture, target)
+        if mask is not None and mask.any():
+            values["edited_colour_error"] = metrics.colour_difference(picture, target, mask)
+    return values
+
+
+def _drift(case: Any, picture: Image.Image) -> dict[str, float | None]:
+    drift = measure_drift(picture, case.image)
+    if drift is None:
+        return {}
+    return {
+        "drift_shift_px": drift.shift_px,
+        "drift_scale_percent": abs(drift.scale - 1) * 100,
+        "drift_rotation_deg": abs(drift.rotation_deg),
+    }
+
+
+def _box_iou(picture: Image.Image, boxes: Sequence[tuple[str, tuple[float, float, float, float]]]) -> float:
+    """Mean IoU of each expected box (colour; left, top, right, bottom in px) and its colour's best patch."""
+    from scipy.ndimage import find_objects, label
+
+    nearest = metrics.colour_map(picture)
+    best = []
+    for colour, (left, top, right, bottom) in boxes:
+        patches, _ = label(nearest == list(COLOURS).index(colour))
+        overlaps = [0.0]
+        for down, across in find_objects(patches):
+            width = min(right, across.stop) - max(left, across.start)
+            height = min(bottom, down.stop) - max(top, down.start)
+            shared = max(width, 0) * max(height, 0)
+            areas = (right - left) * (bottom - top)
+            areas += (across.stop - across.start) * (down.stop - down.start)
+            overlaps.append(shared / (areas - shared))
+        best.append(max(overlaps))
+    return float(np.mean(best))

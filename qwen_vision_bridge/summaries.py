@@ -1,0 +1,143 @@
+"""What a run found, as files for machines and as tables for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .comparisons import Difference, Expectation, caution, judge_expectations
+from .evaluation import Evaluation
+from .measuring import HEADLINES, METRICS
+from .records import write_json, write_whole
+
+PLAIN = (
+    "level", "case_id", "group", "kind", "difficulty", "arm", "prompt", "seed", "seconds", "picture", "reply",
+    "answer", "error",
+)  # fmt: skip
+TITLES = {
+    "ocr": "OCR capability",
+    "space": "Spatial reasoning",
+    "detail": "Detail preservation",
+    "consistency": "Consistency between pictures",
+}
+PHOTO_PROMPTS = {
+    "ocr": (
+        'Change the text to "HELLO"',
+        'Add the words "Grüße aus Köln" at the top',
+        "把文字改成“你好”",
+        "Remove all text",
+    ),
+    "space": ("Move the main object to the left", "Move the main object to the right", "Mirror the scene"),
+    "detail": (
+        "Change the colour of the background",
+        "Remove the background",
+        "Make it look like a pencil drawing",
+    ),
+    "consistency": (),  # takes several pictures
+}
+
+
+def write_results(folder: str | Path, found: Evaluation) -> None:
+    """Write `results.json`, `results.csv` and `summary.md`, each whole or not at all."""
+    folder = Path(folder)
+    data = {
+        "provenance": found.provenance,
+        "seconds": round(found.seconds, 1),
+        "records_of_an_earlier_run": found.done_before,
+        "arms": found.arms,
+        "expectations": [row._asdict() for row in expectations(found)],
+        "caution": caution(found.rows, HEADLINES),
+        "left_out": found.left_out,
+        "summary": [_finite(row) for row in found.rows],
+        "records": found.records,
+    }
+    write_json(folder / "results.json", data)
+    for name, text in (("results.csv", _as_csv(found)), ("summary.md", _as_markdown(found))):
+        write_whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+def expectations(found: Evaluation) -> list[Expectation]:
+    """The seed's expected gains beside the measured ones, for the arms that are no controls."""
+    hopeful = [arm["name"] for arm in found.arms if arm.get("features") == "own"]
+    return judge_expectations(found.rows, HEADLINES, hopeful)
+
+
+def headline_rows(found: Evaluation) -> list[Difference]:
+    """One row a level, group and arm: the headline metric over all its cases."""
+    return [row for row in found.rows if row.difficulty == "all" and row.metric == HEADLINES.get(row.level)]
+
+
+def as_table(found: Evaluation) -> str:
+    """The headlines as a short plain table, with a word of caution where there are few cases."""
+    lines = [f"{'level':11} {'group':12} {'arm':12} {'n':>4} {'baseline':>9} {'arm':>7} {'difference':>11} "
+             "95 % interval      p  win/tie/loss"]  # fmt: skip
+    for row in headline_rows(found):
+        lines.append(
+            f"{row.level:11} {row.group:12} {row.arm:12} {row.n:4d} {row.baseline:9.3f} {row.value:7.3f} "
+            f"{row.difference:+11.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}] {row.p_value:6.3f}  "
+            f"{row.wins}/{row.ties}/{row.losses}"
+        )
+    failed = sum(record["error"] is not None for record in found.records)
+    lines += [f"{failed} of {len(found.records)} jobs failed: see results.json"] if failed else []
+    return "\n".join([*lines, *filter(None, [caution(found.rows, HEADLINES)])])
+
+
+def _finite(row: Difference) -> dict[str, object]:
+    """A row as JSON takes it: what no sample of one pair can resolve is null."""
+    data = row._asdict()
+    return {**data, "resolvable": None if data["resolvable"] == float("inf") else data["resolvable"]}
+
+
+def _as_csv(found: Evaluation) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [*PLAIN, *METRICS])
+    writer.writeheader()
+    for record in found.records:
+        plain = {name: _inert(record.get(name)) for name in PLAIN}
+        writer.writerow({**plain, **record["metrics"]})
+    return buffer.getvalue()
+
+
+def _inert(value: object) -> object:
+    """Text that a spreadsheet shows and does not run: a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+
+def _as_markdown(found: Evaluation) -> str:
+    lines = ["# Evaluation", ""]
+    if warning := caution(found.rows, HEADLINES):
+        lines += [f"**{warning}**", ""]
+    lines += ["## Expected and measured", "",
+              "| level | group | arm | expected | n | measured | 95 % interval | |",
+              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines += [
+        f"| {row.level} | {row.group} | {row.arm} | +{row.expected_low:.2f} to +{row.expected_high:.2f} | "
+        f"{row.n} | {row.difference:+.3f} | {row.ci_low:+.3f} to {row.ci_high:+.3f} | {row.verdict} |"
+        for row in expectations(found)
+    ]
+    lines += _difference_table(found.rows)
+    lines += ["", "Points of the share that is right. Paired differences from the baseline, percentile "
+              "bootstrap over cases; an interval that holds 0 shows no difference. *Resolvable* is the "
+              "smallest difference that a sample like this finds 4 times in 5.", ""]  # fmt: skip
+    lines += [f"- left out: {line}" for line in found.left_out]
+    provenance = json.dumps(found.provenance, indent=2, ensure_ascii=False)
+    return "\n".join([*lines, "", "```json", provenance, "```", ""])
+
+
+def _difference_table(rows: Sequence[Difference]) -> list[str]:
+    lines = ["", "## All differences", "",
+             "| level | group | cases | arm | metric | better | n | baseline | arm | difference | "
+             "95 % interval | p | win/tie/loss | resolvable |",
+             "|" + " --- |" * 14]  # fmt: skip
+    for row in rows:
+        better = "higher" if row.higher_is_better else "lower"
+        lines.append(
+            f"| {row.level} | {row.group} | {row.difficulty} | {row.arm} | {row.metric} | {better} | {row.n} "
+            f"| {row.baseline:.3f} | {row.value:.3f} | {row.difference:+.3f} | {row.ci_low:+.3f} to "
+            f"{row.ci_high:+.3f} | {row.p_value:.3f} | {row.wins}/{row.ties}/{row.losses} | "
+            f"{row.resolvable:.3f} |"
+        )
+    return lines

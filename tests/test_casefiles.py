@@ -1,0 +1,125 @@
+"""Cases from files: every fault is named with file and line, and benchmarks are read as they come."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vision_bridge.casefiles import (
+    CaseFileError,
+    decode_runs,
+    load_folder,
+    load_gedit,
+    load_pie,
+    load_textedit,
+)
+from qwen_vision_bridge.measuring import measure
+
+GOOD = {"id": "a", "image": "a.png", "prompt": "<script>alert(1)</script>"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photo: Image.Image) -> Path:
+    inner = tmp_path / "cases"
+    inner.mkdir()
+    for path in (inner / "a.png", tmp_path / "outside.png"):
+        photo.save(path)
+    Image.new("L", (10, 10), 255).save(inner / "small.png")
+    mask = np.zeros((160, 240), np.uint8)
+    mask[:80] = 255
+    Image.fromarray(mask).save(inner / "mask.png")
+    return inner
+
+
+def write(folder: Path, *rows: Any) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "cases.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_a_photograph_gets_the_metrics_that_need_no_truth_and_no_others(folder: Path) -> None:
+    write(folder, GOOD)
+    (case,) = load_folder(folder)
+    assert case.prompt == GOOD["prompt"]  # as it is: escaping is the page's work
+    drift = {"drift_shift_px", "drift_scale_percent", "drift_rotation_deg"}
+    assert set(measure(case, case.image)) == drift
+    write(folder, {**GOOD, "mask": "mask.png", "target": "a.png", "group": "detail", "difficulty": "hard"})
+    (case,) = load_folder(folder)
+    more = {"unedited_ssim", "unedited_psnr_db", "unedited_texture"}
+    assert set(measure(case, case.image)) == drift | more | {"target_difference", "edited_colour_error"}
+
+
+def test_every_fault_is_named_with_file_and_line(folder: Path) -> None:
+    faults = [
+        ("{broken", "Expecting property name"),
+        ({**GOOD, "image": "absent.png", "id": "b"}, "no such picture"),
+        ({**GOOD, "mask": "small.png", "id": "c"}, r"the mask is (10, 10) px, its picture (240, 160)"),
+        (GOOD, "the id 'a' is that of"),
+        ({**GOOD, "image": "../outside.png", "id": "d"}, "leads out of"),
+        ({**GOOD, "id": "<b>"}, "is no file name"),
+        ({"id": "e", "image": "a.png"}, "the field 'prompt' is missing"),
+        ({**GOOD, "id": "f", "promt": "x"}, "unknown field 'promt'"),
+        ({**GOOD, "id": "g", "boxes": [{"colour": "red", "box": [0, 0, 999, 9]}]}, "a box is a colour"),
+        ("[1]", "needed is a JSON object"),
+    ]
+    write(folder, GOOD, *(row for row, _ in faults))
+    with pytest.raises(CaseFileError) as raised:
+        load_folder(folder)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == len(faults)
+    for number, (line, (_, says)) in enumerate(zip(lines, faults, strict=True), start=2):
+        assert line.startswith(f"{folder / 'cases.jsonl'}, line {number}: ")
+        assert says in line
+    with pytest.raises(FileNotFoundError, match=r"cases\.jsonl"):
+        load_folder(folder.parent)
+
+
+def test_textedit_is_read_as_its_repository_lays_it_out(tmp_path: Path, photo: Image.Image) -> None:
+    row = {
+        "id": 3, "prompt": "Replace the text 'A' with 'B'.", "source_text": "A", "target_text": "B",
+        "original_image": "1.1.1/image/original/x.png", "gt_image": "1.1.1/image/gt/x.png", "gt_caption": "",
+    }  # fmt: skip
+    for part in ("original", "gt"):
+        (tmp_path / "data/1.1.1/image" / part).mkdir(parents=True)
+        photo.save(tmp_path / "data/1.1.1/image" / part / "x.png")
+    (tmp_path / "eval_prompts/miniset").mkdir(parents=True)
+    (tmp_path / "eval_prompts/miniset/1.1.1.jsonl").write_text(json.dumps(row))
+    (case,) = load_textedit(tmp_path)
+    assert (case.case_id, case.expected_text, case.text_is_part) == ("textedit-1.1.1-3", "B", True)
+    with pytest.raises(FileNotFoundError, match="fullset"):
+        load_textedit(tmp_path, "fullset")
+
+
+def test_pie_masks_are_decoded_and_their_rim_is_edited(tmp_path: Path, photo: Image.Image) -> None:
+    mask = decode_runs([513, 3, 2 * 512 + 5, 2], (512, 512))
+    assert mask[1, 1:4].all()
+    assert not mask[1, 4:-1].any()
+    assert mask[2, 5:7].all()
+    assert mask[0].all()
+    assert mask[:, -1].all()
+    entry = {"image_path": "0_random_140/x.jpg", "original_prompt": "a [cat]", "editing_prompt": "a [dog]",
+             "editing_instruction": "Make it a dog", "editing_type_id": "0", "mask": [513, 3]}  # fmt: skip
+    (tmp_path / "annotation_images/0_random_140").mkdir(parents=True)
+    photo.resize((512, 512)).save(tmp_path / "annotation_images/0_random_140/x.jpg")
+    (tmp_path / "mapping_file.json").write_text(json.dumps({"000": entry}, indent=1))
+    (case,) = load_pie(tmp_path)
+    assert (case.case_id, case.prompt, case.edit_mask.dtype) == ("pie-000", "Make it a dog", bool)
+    bad = {"000": entry, "001": {**entry, "mask": [999999, 1]}}
+    (tmp_path / "mapping_file.json").write_text(json.dumps(bad, indent=None, separators=(",\n", ": ")))
+    with pytest.raises(CaseFileError, match=r"line 8, entry '001': the mask's runs do not fit"):
+        load_pie(tmp_path)
+
+
+def test_gedit_folders_are_read_with_their_instructions(tmp_path: Path, photo: Image.Image) -> None:
+    (tmp_path / "fullset/text_change/en").mkdir(parents=True)
+    photo.save(tmp_path / "fullset/text_change/en/k1_SRCIMG.png")
+    (tmp_path / "instructions.json").write_text(json.dumps({"k1": "Change the text"}))
+    (case,) = load_gedit(tmp_path)
+    assert (case.case_id, case.group, case.prompt) == ("gedit-en-k1", "ocr", "Change the text")
+    (tmp_path / "instructions.json").write_text("{}")
+    with pytest.raises(CaseFileError, match="the field 'k1' is missing"):
+        load_gedit(tmp_path)

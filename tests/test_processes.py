@@ -1,0 +1,101 @@
+"""Two processes find what one finds, record by record, and a kill loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_vision_bridge.ledger import Ledger
+
+RUN = """
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+import torch
+from qwen_vision_bridge.arms import Arm
+from qwen_vision_bridge.bridge import VisionBridge, BridgeConfig
+from qwen_vision_bridge.evaluation import evaluate
+from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.summaries import write_results
+from qwen_vision_bridge.world import make_cases
+
+
+class StandIn:
+    family, device = FAMILIES["miniature"], torch.device("cpu")
+
+    def made_from(self, enhanced):
+        return {"family": "stand-in", "source": "none"}
+
+    def provenance(self, seeds):
+        return {"seeds": seeds}
+
+    def keeping_source(self):
+        return nullcontext()
+
+    sharing_references = keeping_source
+
+    def extract_source(self, pictures):
+        return None
+
+    def edit(self, pictures, prompt, seed, bridge=None, **_):
+        picture = pictures[-1] if isinstance(pictures, list) else pictures
+        return picture if bridge is None else picture.rotate(seed % 7), None
+
+
+arms = [Arm("baseline"), Arm("turned", VisionBridge(BridgeConfig.for_family(FAMILIES["miniature"])), "x")]
+cases = make_cases("space", 5) + make_cases("detail", 4)
+found = evaluate(StandIn(), cases, sys.argv[1], arms, perception=False)
+if found is not None:
+    from pathlib import Path
+    from qwen_vision_bridge.processes import Processes
+    Path(sys.argv[1], "dealt").write_text(f"dealt to {Processes().count}")
+    write_results(sys.argv[1], found)
+"""
+
+
+def results(folder: Path) -> dict[str, Any]:
+    data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for record in data["records"]:
+        del record["seconds"]
+    return {name: data[name] for name in ("records", "summary", "arms")}
+
+
+def test_two_processes_equal_one_record_by_record(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--main_process_port", "0"]  # fmt: skip
+    for command, name in (([sys.executable], "one"), (launch, "two")):
+        # Without --multi_gpu accelerate starts one process on a CPU; with this it leaves the GPUs alone.
+        home = {
+            "ACCELERATE_USE_CPU": "true",
+            "QWEN_VISION_BRIDGE_HOME": str(tmp_path / f"home-{name}"),
+        }  # no baselines of the other run
+        subprocess.run(
+            [*command, str(script), str(tmp_path / name)], env={**os.environ, **home}, check=True, timeout=240
+        )
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+    assert "dealt to 2" in (tmp_path / "two" / "dealt").read_text()
+    assert len(results(tmp_path / "two")["records"]) == 18
+    assert not list((tmp_path / "two").glob("results.part-*"))
+
+
+def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -> None:
+    first, second = Ledger(tmp_path), Ledger(tmp_path, process=1)
+    first.append({"key": "a"})
+    second.append({"key": "b"})
+    second.append({"key": "a"})
+    part = tmp_path / "results.part-1.jsonl"
+    left = part.read_bytes()
+    first.merge()
+    part.write_bytes(left)  # as a kill between writing and deleting leaves it
+    again = Ledger(tmp_path)
+    assert again.records.keys() == {"a", "b"}
+    again.merge()
+    lines = [json.loads(line)["key"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert lines == ["a", "b"]
+    assert not part.exists()
