@@ -15,7 +15,7 @@ from qwen_vision_bridge.miniature import locate
 from qwen_vision_bridge.specs import FAMILIES
 
 FAMILY = FAMILIES["miniature"]
-PX, AREA = FAMILY.target.token_px, FAMILY.editor.condition_area  # no picture is seen larger than AREA px²
+PX, AREA = FAMILY.target.token_px, 32 * 32  # px²: no picture is seen larger, see miniature.target_processor
 
 
 @pytest.fixture

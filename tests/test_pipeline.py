@@ -86,7 +86,7 @@ def test_several_reference_pictures_are_one_edit(editor: Any, photo: Image.Image
     pictures = [photo.resize((240, 80)), photo.resize((128, 128)), photo.resize((80, 240))]
     result = editor.compare(pictures, PROMPT, **SHORT)
     px = FAMILIES["miniature"].target.token_px
-    sides = ((32, 96), (64, 64), (96, 32))  # px² of the family's condition area, in whole 32 px
+    sides = ((16, 52), (32, 32), (52, 16))  # within the target's 32² px, in whole tokens
     grids = tuple((height // px, width // px) for height, width in sides)
     assert result.attention.grids == editor.condition_grids(pictures) == grids
     assert [weights.shape for weights in result.attention.maps()] == [(*grid, 3) for grid in grids]
