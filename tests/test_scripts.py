@@ -67,7 +67,7 @@ def test_extraction_prints_the_promised_lines(folder: Path, capsys: pytest.Captu
     assert example_extraction.main(["--models", "miniature"]) == 0
     out = capsys.readouterr().out
     family = FAMILIES["miniature"]
-    tokens = family.editor.condition_area // family.target.token_px**2
+    tokens = 32 * 32 // family.target.token_px**2
     for line in (
         "Loading Qwen3-VL model...", "Qwen3-VL cache extracted successfully",
         f"  Early features: torch.Size([1, {tokens}, 256])",
@@ -225,7 +225,7 @@ def test_bad_arguments_exit_2_with_one_line(
 
 
 def test_small_and_extreme_pictures_exit_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for size, says in (((5, 5), "one vision token"), ((14 * 300, 14), "200:1")):
+    for size, says in (((3, 3), "one vision token"), ((14 * 300, 14), "200:1")):
         Image.new("RGB", size).save(folder / "odd.png")
         code, error = outcome(
             example_extraction.main, ["--image", "odd.png", "--models", "miniature"], capsys
