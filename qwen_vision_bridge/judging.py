@@ -91,7 +91,9 @@ def judge(case: Case, picture: Image.Image, reading: str | None = None) -> Verdi
 def is_move(edit: Edit) -> bool:
     """Whether an edit moves shapes and does nothing else to them."""
     before, after = edit.before.objects, edit.after.objects
-    first, second = (Counter((o.kind, o.colour, o.radius) for o in objects) for objects in (before, after))
+    first, second = (
+        Counter((o.kind, o.colour, o.radius, o.mark) for o in objects) for objects in (before, after)
+    )
     return first == second and set(before) != set(after)
 
 

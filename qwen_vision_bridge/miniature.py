@@ -47,6 +47,7 @@ TARGET_VISION = {
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 224, "window_size": 16,
     "fullatt_block_indexes": [1, 3], "tokens_per_second": 2,
 }
+TARGET_PX = 32  # its processor passes no larger picture: 4 px a token
 TARGET_TEXT = {
     "hidden_size": 224, "intermediate_size": 448, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
@@ -138,11 +139,12 @@ def source_processor() -> Any:
 
 
 def target_processor() -> Any:
-    """The target's processor: 4 px a token and no picture above 32² px, which is what makes its eyes weak."""
+    """The target's processor: no picture above TARGET_PX², which is what makes its eyes weak."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-    sizes = {"patch_size": 2, "merge_size": 2, "temporal_patch_size": 2}
-    limits = {"shortest_edge": 4 * 4 * 4, "longest_edge": 32 * 32}
+    patch = TARGET_VISION["patch_size"]
+    sizes = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"shortest_edge": 4 * (2 * patch) ** 2, "longest_edge": TARGET_PX**2}
     return Qwen2VLProcessor(
         Qwen2VLImageProcessor(size=limits, **sizes), build_tokenizer(),
         Qwen2VLVideoProcessor(size=limits, **sizes), chat_template=CHAT_TEMPLATE,

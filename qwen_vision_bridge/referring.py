@@ -12,7 +12,7 @@ import numpy as np
 
 from .edits import PLACES, SMALL, Edit, goal_of, phrase, square, the, with_words
 from .layout import LETTERS, PAIR_COLOURS, Disc, Draw, objects_at
-from .scenes import CAP_HEIGHT, COLOURS, SceneObject, TextBlock, corners_of, ink_on
+from .scenes import CAP_HEIGHT, COLOURS, MARKS, SceneObject, TextBlock, corners_of, ink_on
 
 ROWS = {2: ("at the top", "at the bottom"), 3: ("at the top", "in the middle", "at the bottom")}
 PLAIN = ("circle", "square")  # shapes with room for a letter
@@ -189,6 +189,23 @@ def _marked(draw: Draw) -> Riddle:
     return Riddle(objects, f'the shape with the letter "{letters[0]}"', labels)
 
 
+def _drawn_on(draw: Draw, kind: str) -> Riddle:
+    """The circle with certain stripes or dots on it, which would cut a square in two, among three."""
+    marks = draw.rng.permutation([mark for mark in MARKS if mark.endswith(kind)]).tolist()
+    radii = draw.between(0.115, 0.13, len(marks)) * min(draw.zoom, 1.2)
+    plain = objects_at(draw.alike(len(marks), ("circle",)), draw.discs(radii.tolist()))
+    objects = tuple(replace(item, mark=mark) for item, mark in zip(plain, marks, strict=True))
+    return Riddle(objects, f"the shape with {marks[0]}")
+
+
+def _striped(draw: Draw) -> Riddle:
+    return _drawn_on(draw, "stripes")
+
+
+def _dotted(draw: Draw) -> Riddle:
+    return _drawn_on(draw, "dots")
+
+
 def _label(letter: str, item: SceneObject, font_px: float) -> TextBlock:
     (x, y), half = item.centre, 0.6 * font_px
     return TextBlock(letter, (x - half, y - half, x + half, y + half), font_px, ink_on(COLOURS[item.colour]))
@@ -201,4 +218,6 @@ _RIDDLES = {
     "beneath": _beneath,
     "odd_colour": _odd_colour,
     "marked": _marked,
+    "striped": _striped,
+    "dotted": _dotted,
 }

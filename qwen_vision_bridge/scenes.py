@@ -43,12 +43,14 @@ def ink_on(behind: RGB) -> RGB:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A flat shape: `kind` of SHAPES, `colour` of COLOURS, centre of its area, distance of its tips."""
+    """A flat shape: `kind` of SHAPES, `colour` of COLOURS, centre of its area, distance of its tips, and
+    what is drawn on its middle: one of MARKS, or nothing."""
 
     kind: str
     colour: str
     centre: tuple[float, float]
     radius: float
+    mark: str = ""
 
     @property
     def name(self) -> str:
@@ -125,6 +127,32 @@ _OUTLINES: dict[str, np.ndarray] = {
 SHAPES = tuple(_OUTLINES)
 
 
+def _stripes(degrees: float) -> tuple[np.ndarray, ...]:
+    """Three parallel stripes, together about round; upright at 0 degrees, clockwise."""
+    pitch, reach = 0.3, 0.47  # as wide as they are long, out of focus
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    made = []
+    for x in (-pitch, 0.0, pitch):
+        left, right = x - pitch / 4, x + pitch / 4
+        y = np.sqrt(reach**2 - x**2)
+        upright = np.array([(left, -y), (right, -y), (right, y), (left, y)])
+        made.append(upright @ np.array([(cos, sin), (-sin, cos)]))
+    return tuple(made)
+
+
+def _dots(count: int) -> tuple[np.ndarray, ...]:
+    """Dots in a row: as wide together, and as much ink, however many they are."""
+    circle = _OUTLINES["circle"] * 0.18 / np.sqrt(count)
+    return tuple(circle + np.array([x, 0]) for x in np.linspace(-0.42, 0.42, count))
+
+
+# In a shape's radius. Told apart by what is finer than 5 px of 128 alone: a reduced picture does not show it.
+MARKS: dict[str, tuple[np.ndarray, ...]] = {
+    "vertical stripes": _stripes(0), "horizontal stripes": _stripes(90), "slanted stripes": _stripes(45),
+    "two dots": _dots(2), "three dots": _dots(3), "four dots": _dots(4),
+}  # fmt: skip
+
+
 def corners_of(item: SceneObject) -> np.ndarray:
     """The corners (K, 2) of a shape, px; a circle has 48."""
     return _OUTLINES[item.kind] * item.radius + item.centre
@@ -173,6 +201,8 @@ def render(scene: Scene) -> Image.Image:
         colour, smaller = COLOURS[item.colour], replace(item, radius=0.92 * item.radius)
         _fill(canvas, corners_of(item), tuple(level * 55 // 100 for level in colour))
         _fill(canvas, corners_of(smaller), colour)  # the dark rim keeps yellow visible on beige
+        for outline in MARKS.get(item.mark, ()):
+            _fill(canvas, outline * item.radius + item.centre, tuple(level * 55 // 100 for level in colour))
     for block in scene.texts:
         _draw_text(canvas, block)
     return canvas

@@ -57,7 +57,8 @@ HARD: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
         ),
     },
     "space": dict.fromkeys(
-        ("size", "outermost", "second", "beneath", "odd_colour", "marked"), referring.which_shape
+        ("size", "outermost", "second", "beneath", "odd_colour", "marked", "striped", "dotted"),
+        referring.which_shape,
     ),
     "detail": {"match_colour": edits.match_colour, "keep_object": edits.keep_object},
     "consistency": dict.fromkeys(("same_text", "same_colour", "same_background"), consistency.same_as),
@@ -202,6 +203,7 @@ def locate_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     words = [(f'the word "{block.text}"', block.centre) for block in words_of(scene) if block.text]
     labels = [(f'the letter "{block.text}"', block.centre) for block in scene.texts if len(block.text) == 1]
     things = [(f"the {item.name}", item.centre) for item in scene.objects]
+    things += [(f"the shape with {item.mark}", item.centre) for item in scene.objects if item.mark]
     options = words + labels + things
     if not options:
         return "How many shapes are there?", "0"

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isqrt
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from qwen_vision_bridge import tokens, world
+from qwen_vision_bridge import miniature, tokens, world
 from qwen_vision_bridge.edits import Edit
 from qwen_vision_bridge.scenes import render
+from qwen_vision_bridge.specs import FAMILIES
 
-# px: what source, VAE and cases have; to what the pipeline and then the target's processor reduce it
-PICTURE, CONDITION, SMALL = 128, 64, 32
+PICTURE = 128  # px a side: what source, VAE and cases have
+CONDITION = isqrt(FAMILIES["miniature"].editor.condition_area or 0)  # px: to what the pipeline reduces it,
+SMALL = miniature.TARGET_PX  # and then the target's processor
 PROMPT_TOKENS = 32  # the longest prompt with the template's end, padded
 TEXT_TOKENS = 64  # the same with the longest answer
 SEEN_AHEAD = 5  # tokens of the template's end; they learn the answer's first tokens
 ONE_PICTURE = [(g, kind) for g in ("ocr", "space", "detail") for kind in world.KINDS[g]]
 TWO_PICTURES = [("consistency", kind) for kind in world.KINDS["consistency"]]
-FINDING = [("ocr", kind) for kind in world.REFERRING_WORDS] + [("space", "marked")] * 2
+FINDING = [
+    *(("ocr", kind) for kind in world.REFERRING_WORDS),
+    *(("space", kind) for kind in ("marked", "striped", "dotted")),
+]
 WRITING = ("change_text", "append_letter", "copy_text")  # the hardest pixels: drawn more often
 
 
@@ -46,10 +52,11 @@ def closing() -> list[int]:
     return encode("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def small(picture: Image.Image) -> np.ndarray:
-    """The picture as the target sees it in the pipeline: uint8 (32, 32, 3)."""
-    condition = picture.resize((CONDITION, CONDITION), Image.Resampling.LANCZOS)
-    return np.asarray(condition.resize((SMALL, SMALL), Image.Resampling.BICUBIC))
+def small(picture: Image.Image, alone: bool = False) -> np.ndarray:
+    """The picture as the target sees it in the pipeline, or `alone`: uint8 (SMALL, SMALL, 3)."""
+    if not alone:
+        picture = picture.resize((CONDITION, CONDITION), Image.Resampling.LANCZOS)
+    return np.asarray(picture.resize((SMALL, SMALL), Image.Resampling.BICUBIC))
 
 
 def _stream(split: str, purpose: int, index: int) -> np.random.Generator:
@@ -92,6 +99,7 @@ def dialogues(
     asked: float = 0.5,
     primer: int = 0,
     finding: float = 0.0,
+    alone: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Pictures with an instruction or a question and its answer.
 
@@ -100,11 +108,14 @@ def dialogues(
         asked: how often it is a question about the picture, not an instruction.
         finding: how often it asks for a word or letter that the prompt names, mostly well legible: comparing
             what is asked with what is seen is a skill of its own, which reading does not bring.
+        alone: how often the target sees the picture as its own processor gives it, not as the pipeline does,
+            which may reduce it more: then it knows what finer features mean than it gets in the pipeline.
         primer: samples up to this index show one large word and ask for it: with that, reading begins.
 
     Returns:
-        `full` uint8 (count, shown, 128, 128, 3) and `small` (…, 32, 32, 3); `text` int16 (count, T) from the
-        prompt on; `label` (count, T), the token to predict at each place or -1; `weight` uint8 (count, T).
+        `full` uint8 (count, shown, 128, 128, 3) and `small` (…, SMALL, SMALL, 3); `text` int16 (count, T)
+        from the prompt on; `label` (count, T), the token to predict at each place or -1; `weight` uint8
+        (count, T).
     """
     rows: dict[str, list[np.ndarray]] = {"full": [], "small": [], "text": [], "label": [], "weight": []}
     for index in range(first, first + count):
@@ -126,7 +137,8 @@ def dialogues(
             prompt, answer = _prompt(edit, rng), edit.answer
         seen = [render(other) for other in (*edit.references, scene)]
         rows["full"].append(np.stack([np.asarray(picture) for picture in seen]))
-        rows["small"].append(np.stack([small(picture) for picture in seen]))
+        finer = rng.random() < alone
+        rows["small"].append(np.stack([small(picture, finer) for picture in seen]))
         for name, row in zip(("text", "label", "weight"), reply_rows(prompt, answer), strict=True):
             rows[name].append(row)
     return {name: np.stack(values) for name, values in rows.items()}
@@ -160,8 +172,8 @@ def edit_pairs(split: str, first: int, count: int, shown: int = 1) -> dict[str, 
     """Instructions with their pictures before and after.
 
     Returns:
-        `full` uint8 (count, shown, 128, 128, 3), the last of each being the one to edit; `small` (…, 32, 32,
-        3); `after` (count, 128, 128, 3); `text` int16 (count, P), prompt and template's end; `length`
+        `full` uint8 (count, shown, 128, 128, 3), the last of each being the one to edit; `small` (…, SMALL,
+        SMALL, 3); `after` (count, 128, 128, 3); `text` int16 (count, P), prompt and template's end; `length`
         (count,), its tokens.
     """
     rows: dict[str, list[Any]] = {"full": [], "small": [], "after": [], "text": [], "length": []}

@@ -37,7 +37,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     seed = arguments.seed + (0 if arguments.role == "source" else 1)
     model = build(arguments.role, seed, arguments.start)
-    render = partial(_make, arguments.role, arguments.primer, arguments.finding)
+    render = partial(_make, arguments.role, arguments.primer, arguments.finding, arguments.alone)
     with Supply(arguments, render) as supply:
         model.to(device)
         supply.start()
@@ -63,19 +63,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--role", choices=sorted(PICTURES), required=True)
     parser.add_argument("--primer", type=int, default=0, help="samples that only ask for one large word")
     parser.add_argument("--finding", type=float, default=0.0, help="how often a named word is to be found")
+    parser.add_argument(
+        "--alone", type=float, default=0.0, help="how often the target sees what its own processor gives"
+    )
     parser.add_argument("--cases", type=int, default=1024, help="held-out pictures to measure on")
     return parser.parse_args()
 
 
-def _make(role: str, primer: int, finding: float, shown: int) -> Any:
-    return partial(rendered, role, primer, finding, shown)
+def _make(role: str, primer: int, finding: float, alone: float, shown: int) -> Any:
+    return partial(rendered, role, primer, finding, alone, shown)
 
 
 def rendered(
-    role: str, primer: int, finding: float, shown: int, first: int, count: int
+    role: str, primer: int, finding: float, alone: float, shown: int, first: int, count: int
 ) -> dict[str, np.ndarray]:
     """One chunk of training data: pictures as the role sees them."""
-    rows = dialogues("train", first, count, shown, primer=primer, finding=finding)
+    rows = dialogues("train", first, count, shown, primer=primer, finding=finding, alone=alone)
     return {"pictures": rows[PICTURES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
 
 
