@@ -2,13 +2,15 @@
 
 The Plus pipeline has module constants, read at call time, for the picture that the vision tower sees (384²
 px) and for the one that the VAE encodes (1024²). The first pipeline has an inline 1024·1024 and feeds one
-picture to both. Every side is rounded to 32 px.
+picture to both. Every side is rounded to 32 px, unless an editor of small pictures asks for less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image
 from .specs import EditorSpec
 
 STOCK_AREA = 1024 * 1024  # px², the default of both pipelines' outputs
+STOCK_STEP = 32  # px, to whose multiples they round
 
 
 @contextmanager
@@ -27,8 +30,7 @@ def picture_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
     if hasattr(module, "CONDITION_IMAGE_SIZE"):
         changes = {"CONDITION_IMAGE_SIZE": editor.condition_area, "VAE_IMAGE_SIZE": editor.vae_area}
     if editor.vae_area is not None:
-        stock, area_of = module.calculate_dimensions, {STOCK_AREA: editor.vae_area}
-        changes["calculate_dimensions"] = lambda area, ratio: stock(area_of.get(area, area), ratio)
+        changes["calculate_dimensions"] = partial(_dimensions, module.calculate_dimensions, editor)
     changes = {name: value for name, value in changes.items() if value is not None}
     before = {name: getattr(module, name) for name in changes}
     try:
@@ -38,6 +40,14 @@ def picture_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+def _dimensions(stock: Callable[..., Any], editor: EditorSpec, area: int, ratio: float) -> Any:
+    """diffusers' own `calculate_dimensions` with the editor's area for the stock one, and its rounding."""
+    if area == editor.condition_area and editor.condition_step != STOCK_STEP:
+        step = editor.condition_step
+        return tuple(round(math.sqrt(side) / step) * step for side in (area * ratio, area / ratio))
+    return stock(editor.vae_area if area == STOCK_AREA else area, ratio)
 
 
 def condition_grids(

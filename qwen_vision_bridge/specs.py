@@ -137,6 +137,8 @@ class EditorSpec:
     """px² of the picture that the target tower sees; None leaves diffusers' own constant."""
     vae_area: int | None = None
     """px² of the picture that the VAE encodes and of the output; None leaves diffusers' own constant."""
+    condition_step: int = 32
+    """px: the sides of the picture that the target tower sees are multiples of it; 32 is diffusers' own."""
     transformer_params: float = 20.43
     """10⁹ parameters of the DiT; 0 where it is too small to plan for."""
     encoder_params: float = 8.29
@@ -207,6 +209,7 @@ EDITORS: dict[str, EditorSpec] = {
             "QwenImageEditPlusPipeline",
             64 * 64,
             128 * 128,
+            8,
             0.0,
             0.0,
         ),

@@ -11,11 +11,11 @@ from PIL import Image
 
 from qwen_vision_bridge import extractor as extractor_module
 from qwen_vision_bridge.extractor import VisionCacheExtractor
-from qwen_vision_bridge.miniature import locate
+from qwen_vision_bridge.miniature import TARGET_PX, locate
 from qwen_vision_bridge.specs import FAMILIES
 
 FAMILY = FAMILIES["miniature"]
-PX, AREA = FAMILY.target.token_px, 32 * 32  # px²: no picture is seen larger, see miniature.target_processor
+PX, AREA = FAMILY.target.token_px, TARGET_PX**2  # px²: no picture is seen larger
 
 
 @pytest.fixture

@@ -139,15 +139,12 @@ def test_features_for_another_grid_are_refused(
         encode(pipe, photo.resize((48, 16)))
 
 
-def test_capturing_reads_without_changing(pipe: Any, seen_by_tower: Image.Image) -> None:
+def test_capturing_reads_without_changing(pipe: Any, editor: Any, seen_by_tower: Image.Image) -> None:
     stock = encode(pipe, seen_by_tower)
     with capture_vision(pipe) as record:
         assert torch.equal(encode(pipe, seen_by_tower), stock)
-    area = min(
-        seen_by_tower.width * seen_by_tower.height, pipe.processor.image_processor.size["longest_edge"]
-    )
-    tokens = area // FAMILY.target.token_px**2
-    assert record.baselines[0].shape == (tokens, FAMILY.target.out_dim)
+    ((rows, columns),) = editor.condition_grids([seen_by_tower])
+    assert record.baselines[0].shape == (rows * columns, FAMILY.target.out_dim)
 
 
 def test_replaced_vision_is_all_that_the_text_encoder_sees(pipe: Any, seen_by_tower: Image.Image) -> None:
@@ -228,6 +225,11 @@ def test_picture_sizes_are_set_for_the_call_and_put_back() -> None:
         raise KeyboardInterrupt
     with picture_sizes(diffusers.QwenImageEditPipeline, FAMILY.editor):
         assert first.calculate_dimensions(1024 * 1024, 1.0)[:2] == (128, 128)
+    with picture_sizes(plus_class, FAMILY.editor):  # the picture for the tower is rounded less than others
+        area = FAMILY.editor.condition_area
+        assert plus.calculate_dimensions(area, 1.0) == (area**0.5, area**0.5)
+        assert {side % 32 for side in plus.calculate_dimensions(area, 1.5)} != {0}
+        assert plus.calculate_dimensions(1024 * 1024, 1.5)[:2] == (160, 96)
     with picture_sizes(diffusers.QwenImageEditPlusPipeline, FAMILIES["qwen"].editor):
         assert before[0] == plus.CONDITION_IMAGE_SIZE
     after = (

@@ -88,6 +88,18 @@ def test_the_workers_tokenizer_is_the_shipped_one() -> None:
     assert data.encode(text) == shipped(text)["input_ids"]
 
 
+def test_the_target_alone_sees_what_its_own_processor_gives() -> None:
+    import data
+
+    rows = data.dialogues("test", 0, 3, alone=1.0)
+    inputs = miniature.target_processor().image_processor(list(rows["full"][:, 0]), return_tensors="pt")
+    same = miniature.target_processor().image_processor(list(rows["small"][:, 0]), return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], same["pixel_values"], atol=0.02, rtol=0)
+    reduced = data.dialogues("test", 0, 3)
+    assert (reduced["text"] == rows["text"]).all()
+    assert (reduced["small"] != rows["small"]).any()
+
+
 def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
     import data
 
@@ -137,7 +149,7 @@ def test_training_a_vision_language_model_runs_resumes_and_saves(
     run("train_vlm", monkeypatch, *options, *TINY, "--steps", 3)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "target")
-    assert model.config.vision_config.patch_size == 2
+    assert model.config.vision_config.patch_size == miniature.TARGET_VISION["patch_size"]
     assert {"letters", "words", "first_token"} <= set(json.loads((tmp_path / "result.json").read_text()))
     assert (tmp_path / "loss.png").stat().st_size > 1000
 

@@ -20,6 +20,7 @@ import check_environment
 import example_end_to_end
 import example_extraction
 from qwen_vision_bridge.commands import run
+from qwen_vision_bridge.miniature import TARGET_PX
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.world import GROUPS
 
@@ -67,7 +68,7 @@ def test_extraction_prints_the_promised_lines(folder: Path, capsys: pytest.Captu
     assert example_extraction.main(["--models", "miniature"]) == 0
     out = capsys.readouterr().out
     family = FAMILIES["miniature"]
-    tokens = 32 * 32 // family.target.token_px**2
+    tokens = (TARGET_PX // family.target.token_px) ** 2
     for line in (
         "Loading Qwen3-VL model...", "Qwen3-VL cache extracted successfully",
         f"  Early features: torch.Size([1, {tokens}, 256])",

@@ -25,8 +25,9 @@ import torch
 from qwen_vision_bridge import world
 from qwen_vision_bridge.evaluation import bootstrap_interval
 from qwen_vision_bridge.records import write_json
+from qwen_vision_bridge.sizes import condition_size
 
-PARTS = ("vae", "reading", "edits")
+PARTS = {"vae": "VAE:", "reading": "reading:", "cost": "cost:", "edits": ""}  # how their figures' names begin
 EXPLICIT = ("change_text",)
 PLACED = ("move_left", "move_right", "move_top", "move_bottom", "move_centre", "move_corner", "move_beside",
           "swap", "align")  # fmt: skip
@@ -56,6 +57,7 @@ def main() -> None:
         "edits": lambda: edit_rows(run(arguments)),
         "reading": lambda: reading_rows(arguments),
         "vae": lambda: vae_rows(arguments),
+        "cost": lambda: cost_rows(arguments),
     }
     rows = [row for part in arguments.parts for row in parts[part]()]
     made = {
@@ -64,11 +66,18 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": _device_name(arguments.device),
     }
-    write_json(arguments.output, [{**row, **made} for row in rows])
+    kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    kept = [row for row in kept if part_of(row["name"]) not in arguments.parts]
+    write_json(arguments.output, [*kept, *({**row, **made} for row in rows)])
     for row in rows:
         print(
             f"{row['name']:44} {row['value']:7.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}] n {row['n']}"
         )
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a figure belongs to."""
+    return next(part for part, start in PARTS.items() if name.startswith(start))
 
 
 def _arguments() -> argparse.Namespace:
@@ -80,7 +89,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="card.json")
     parser.add_argument("--cases", type=int, default=512, help="at least so many a group")
     parser.add_argument("--groups", nargs="+", choices=world.GROUPS, default=list(world.GROUPS))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to measure; the card keeps its other figures: new weights want a new card",
+    )
     parser.add_argument("--split", choices=world.SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=1, help="of the cases")
     parser.add_argument("--steps", type=int, default=20)
@@ -181,7 +196,8 @@ def _edit(job: Job) -> dict[str, Any]:
 def _seen(pipeline: Any, case: world.Case) -> torch.Tensor:
     """The target tower's features of a case's pictures, as the pipeline would take them."""
     pipe = pipeline.pipe
-    small = [pipe.image_processor.resize(picture, 64, 64) for picture in case.pictures]
+    width, height = condition_size(type(pipe), pipeline.family.editor, case.image)
+    small = [pipe.image_processor.resize(picture, height, width) for picture in case.pictures]
     inputs = pipe.processor.image_processor(images=small, return_tensors="pt").to(pipeline.device)
     pixels = inputs["pixel_values"].to(pipe.text_encoder.dtype)
     return pipe.text_encoder.model.visual(pixels, grid_thw=inputs["image_grid_thw"]).pooler_output
@@ -259,6 +275,14 @@ def reading_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row_of(f"reading: letters right, {role}", [np.mean(word) for word in rights]))
         rows.append(row_of(f"reading: words right, {role}", [float(all(word)) for word in rights]))
     return rows
+
+
+def cost_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Loading, time and memory of an edit on two threads of this machine's processor."""
+    from cost import named, repeated
+
+    found = repeated(arguments.source, arguments.editor, arguments.steps)
+    return [row_of(name, values) for name, values in named(found).items()]
 
 
 def _device_name(device: str) -> str:
