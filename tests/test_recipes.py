@@ -88,10 +88,10 @@ def test_the_workers_tokenizer_is_the_shipped_one() -> None:
     assert data.encode(text) == shipped(text)["input_ids"]
 
 
-def test_the_target_alone_sees_what_its_own_processor_gives() -> None:
+def test_a_picture_that_is_not_reduced_first_is_what_the_targets_own_processor_gives() -> None:
     import data
 
-    rows = data.dialogues("test", 0, 3, alone=1.0)
+    rows = data.dialogues("test", 0, 3, sides=(data.PICTURE,))
     inputs = miniature.target_processor().image_processor(list(rows["full"][:, 0]), return_tensors="pt")
     same = miniature.target_processor().image_processor(list(rows["small"][:, 0]), return_tensors="pt")
     torch.testing.assert_close(inputs["pixel_values"], same["pixel_values"], atol=0.02, rtol=0)

@@ -52,10 +52,13 @@ def closing() -> list[int]:
     return encode("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def small(picture: Image.Image, alone: bool = False) -> np.ndarray:
-    """The picture as the target sees it in the pipeline, or `alone`: uint8 (SMALL, SMALL, 3)."""
-    if not alone:
-        picture = picture.resize((CONDITION, CONDITION), Image.Resampling.LANCZOS)
+def small(picture: Image.Image, side: int = CONDITION) -> np.ndarray:
+    """The picture as the target sees it, uint8 (SMALL, SMALL, 3).
+
+    Args:
+        side: px to which it is reduced first: CONDITION by the pipeline, PICTURE where it is not reduced.
+    """
+    picture = picture.resize((side, side), Image.Resampling.LANCZOS)
     return np.asarray(picture.resize((SMALL, SMALL), Image.Resampling.BICUBIC))
 
 
@@ -99,7 +102,7 @@ def dialogues(
     asked: float = 0.5,
     primer: int = 0,
     finding: float = 0.0,
-    alone: float = 0.0,
+    sides: tuple[int, ...] = (CONDITION,),
 ) -> dict[str, np.ndarray]:
     """Pictures with an instruction or a question and its answer.
 
@@ -108,8 +111,8 @@ def dialogues(
         asked: how often it is a question about the picture, not an instruction.
         finding: how often it asks for a word or letter that the prompt names, mostly well legible: comparing
             what is asked with what is seen is a skill of its own, which reading does not bring.
-        alone: how often the target sees the picture as its own processor gives it, not as the pipeline does,
-            which may reduce it more: then it knows what finer features mean than it gets in the pipeline.
+        sides: to which of them, drawn at random, pictures are reduced before the target sees them. With
+            larger ones than the pipeline's it knows what finer features mean than it gets there.
         primer: samples up to this index show one large word and ask for it: with that, reading begins.
 
     Returns:
@@ -137,8 +140,8 @@ def dialogues(
             prompt, answer = _prompt(edit, rng), edit.answer
         seen = [render(other) for other in (*edit.references, scene)]
         rows["full"].append(np.stack([np.asarray(picture) for picture in seen]))
-        finer = rng.random() < alone
-        rows["small"].append(np.stack([small(picture, finer) for picture in seen]))
+        side = sides[int(rng.integers(len(sides)))]
+        rows["small"].append(np.stack([small(picture, side) for picture in seen]))
         for name, row in zip(("text", "label", "weight"), reply_rows(prompt, answer), strict=True):
             rows[name].append(row)
     return {name: np.stack(values) for name, values in rows.items()}

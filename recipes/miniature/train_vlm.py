@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from data import TEXT_TOKENS, closing, dialogues, encode, reply_rows
+from data import CONDITION, PICTURE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
 from fast import FastModel, build
 from loop import Loop, plot_log
 from stepper import compile_if_possible
@@ -37,7 +37,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     seed = arguments.seed + (0 if arguments.role == "source" else 1)
     model = build(arguments.role, seed, arguments.start)
-    render = partial(_make, arguments.role, arguments.primer, arguments.finding, arguments.alone)
+    render = partial(_make, arguments.role, arguments.primer, arguments.finding, tuple(arguments.sides))
     with Supply(arguments, render) as supply:
         model.to(device)
         supply.start()
@@ -64,21 +64,26 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--primer", type=int, default=0, help="samples that only ask for one large word")
     parser.add_argument("--finding", type=float, default=0.0, help="how often a named word is to be found")
     parser.add_argument(
-        "--alone", type=float, default=0.0, help="how often the target sees what its own processor gives"
+        "--sides",
+        type=int,
+        nargs="+",
+        default=[CONDITION],
+        help="px to which the target's pictures are "
+        f"reduced first, one drawn for each sample; {PICTURE}: not reduced",
     )
     parser.add_argument("--cases", type=int, default=1024, help="held-out pictures to measure on")
     return parser.parse_args()
 
 
-def _make(role: str, primer: int, finding: float, alone: float, shown: int) -> Any:
-    return partial(rendered, role, primer, finding, alone, shown)
+def _make(role: str, primer: int, finding: float, sides: tuple[int, ...], shown: int) -> Any:
+    return partial(rendered, role, primer, finding, sides, shown)
 
 
 def rendered(
-    role: str, primer: int, finding: float, alone: float, shown: int, first: int, count: int
+    role: str, primer: int, finding: float, sides: tuple[int, ...], shown: int, first: int, count: int
 ) -> dict[str, np.ndarray]:
     """One chunk of training data: pictures as the role sees them."""
-    rows = dialogues("train", first, count, shown, primer=primer, finding=finding, alone=alone)
+    rows = dialogues("train", first, count, shown, primer=primer, finding=finding, sides=sides)
     return {"pictures": rows[PICTURES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
 
 
@@ -111,16 +116,25 @@ def measure(model: FastModel, role: str, cases: int, device: torch.device) -> di
 
 
 def read_letters(
-    model: FastModel, role: str, cases: int, device: torch.device, split: str = "validation"
+    model: FastModel,
+    role: str,
+    cases: int,
+    device: torch.device,
+    split: str = "validation",
+    side: int = CONDITION,
 ) -> list[list[bool]]:
-    """For every word in `cases` held-out pictures, which letters are read right, by greedy decoding."""
+    """For every word in `cases` held-out pictures, which letters are read right, by greedy decoding.
+
+    Args:
+        side: px to which the target's pictures are reduced first.
+    """
     pictures, wanted = [], []
     kinds = [kind for kind in world.KINDS["ocr"] if kind != "spell_digit"]
     for index in range(cases):
         rng = np.random.default_rng([world.SPLITS.index(split), 77, index])
         scene = world.make_edit("ocr", kinds[index % len(kinds)], rng).before
         wanted.append([block.text for block in world.words_of(scene)])
-        pictures.append(_as_seen(scene, role))
+        pictures.append(_as_seen(scene, role, side))
     said = decode(model, np.stack(pictures), world.read_question(scene)[0], 24, device)
     rights = []
     for text, words in zip(said, wanted, strict=True):
@@ -130,11 +144,9 @@ def read_letters(
     return rights
 
 
-def _as_seen(scene: world.Scene, role: str) -> np.ndarray:
-    from data import small
-
+def _as_seen(scene: world.Scene, role: str, side: int = CONDITION) -> np.ndarray:
     picture = world.render(scene)
-    return (np.asarray(picture) if role == "source" else small(picture))[None]
+    return (np.asarray(picture) if role == "source" else small(picture, side))[None]
 
 
 @torch.no_grad()
