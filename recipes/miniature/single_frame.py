@@ -19,15 +19,18 @@ from qwen_vision_bridge import miniature
 TOLERANCE = 1e-3
 
 
-def prepare(seed: int) -> nn.Module:
-    """The stock VAE with seeded weights, on the CPU; what a single picture never meets is zero.
+def prepare(seed: int, start: str | None = None) -> nn.Module:
+    """The stock VAE, seeded or from a folder, on the CPU; what a single picture never meets is zero.
 
     Raises:
         RuntimeError: the zeros or the 2-D path change what the stock model does.
     """
     from diffusers import AutoencoderKLQwenImage
 
-    vae = miniature.randomise(AutoencoderKLQwenImage(**miniature.VAE), seed)
+    if start:
+        vae = AutoencoderKLQwenImage.from_pretrained(start, torch_dtype=torch.float32).eval()
+    else:
+        vae = miniature.randomise(AutoencoderKLQwenImage(**miniature.VAE), seed)
     x = torch.rand(2, 3, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     before = _stock(vae, x)
     with torch.no_grad():

@@ -42,7 +42,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     rendered = render("validation", arguments.cases, arguments.workers)
-    vae = prepare(arguments.seed)
+    vae = prepare(arguments.seed, arguments.start)
     device = torch.device(arguments.device)
     with ExitStack() as stack:
         make = partial(make_pictures, "train")
@@ -67,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints, log and results")
     parser.add_argument("--output", type=Path, help="the finished VAE in stock layout (FOLDER/vae)")
+    parser.add_argument("--start", help="a stock folder to start from instead of random weights")
     parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--minutes", type=float, help="stop training after as many")
     parser.add_argument("--cosine-minutes", type=float, help="let the rate fall with time, not with steps")
