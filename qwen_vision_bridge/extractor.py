@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from .attention import VisionAttention, check_vision_attention, tower_attention
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
 from .checkpoints import open_checkpoint
 from .hub import hub_file
@@ -45,6 +46,8 @@ class VisionCacheExtractor:
             prompt included.
         language_layers: for `scope="language"`, after how many layers of the source the early, mid and late
             levels are taken; None is a quarter, a half and three quarters of them.
+        vision_attention: `"batched"` lets the towers attend to all stretches of a length at once, `"stock"`
+            leaves transformers' loop over windows and pictures; equal up to rounding.
         feature_cache: keep features on disk: True for the default folder, a path for another, False for none.
         keep_models: let both models stay in memory.
 
@@ -64,13 +67,14 @@ class VisionCacheExtractor:
         target: str | Path | None = None,
         scope: Scope = "vision",
         language_layers: Sequence[int] | None = None,
+        vision_attention: VisionAttention = "batched",
         feature_cache: bool | str | Path = True,
         keep_models: bool = False,
     ) -> None:
         self.family = resolve_family(family, source=source, target=target)
         if scope not in ("vision", "language"):
             raise ValueError(f'scope is "vision" or "language", not {scope!r}')
-        self.scope = scope
+        self.scope, self.vision_attention = scope, check_vision_attention(vision_attention)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if load_in_8bit:
@@ -189,7 +193,10 @@ class VisionCacheExtractor:
         provenance = self._provenance(role, pictures, prompt)
         if self.feature_cache and (found := self.feature_cache.get(provenance, grids)):
             return found.to(self.device)
-        features = run(pictures, prompt, grids)
+        tower = self._model(role)
+        tower = tower.model.visual if self.scope == "language" else tower
+        with tower_attention(tower, self.vision_attention):
+            features = run(pictures, prompt, grids)
         cache = VisionCache({name: value[None] for name, value in features.items()}, grids, provenance)
         if self.feature_cache:
             try:
@@ -208,6 +215,7 @@ class VisionCacheExtractor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantisation": "int8" if self.load_in_8bit else "none",
             "device": self.device.type,
+            "vision_attention": self.vision_attention,
             "pictures": " ".join(image_digest(picture) for picture in pictures),
         }
         if self.scope == "language":

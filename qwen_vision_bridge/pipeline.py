@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .attention import VisionAttention, check_vision_attention
 from .bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
 from .cache import VisionCache
 from .editors import check_device, editor_revision, find_mode, load_pipeline, out_of_memory_named
 from .extractor import VisionCacheExtractor, load_processor
 from .images import ImageLike, load_images
-from .injection import Levels, Site, inject, mrope_positions, shared_latents
+from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
@@ -75,6 +76,8 @@ class EnhancedQwenImageEdit:
         device: None is CUDA where there is one, else the CPU.
         dtype: None is bfloat16 on CUDA and float32 on a CPU.
         mrope: `"fixed"` gives the text encoder three-axis positions, `"stock"` leaves diffusers' behaviour.
+        vision_attention: `"batched"` lets both vision towers attend to all stretches of a length at once,
+            `"stock"` leaves transformers' loop over them; baseline and enhanced alike.
         site: where the bridge goes in, see `injection.inject`.
         keep_source: keep the source tower in memory between calls.
         feature_cache: as `VisionCacheExtractor`.
@@ -99,6 +102,7 @@ class EnhancedQwenImageEdit:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         mrope: str = "fixed",
+        vision_attention: VisionAttention = "batched",
         site: Site = "tower",
         keep_source: bool = False,
         feature_cache: bool | str | Path = True,
@@ -113,10 +117,12 @@ class EnhancedQwenImageEdit:
         if mrope not in ("fixed", "stock"):
             raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
         self.mrope, self.site, self.keep_source = mrope, site, keep_source
+        self.vision_attention = check_vision_attention(vision_attention)
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
         self.extractor = VisionCacheExtractor(
-            self.family, load_in_8bit=False, device=self.device, dtype=self.dtype, feature_cache=feature_cache
-        )
+            self.family, load_in_8bit=False, device=self.device, dtype=self.dtype,
+            vision_attention=vision_attention, feature_cache=feature_cache,
+        )  # fmt: skip
         self._pipe = pipe
         self._processor: Any = None  # of the editor, known before the pipeline is loaded
         self._editor_revision: str | None = None
@@ -298,6 +304,7 @@ class EnhancedQwenImageEdit:
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
             "adapters": self._pipe.get_list_adapters() if self._pipe is not None else {},
             "mrope": self.mrope,
+            "vision_attention": self.vision_attention,
             "memory_mode": self.mode.name,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -332,7 +339,13 @@ class EnhancedQwenImageEdit:
         generator = torch.Generator("cpu").manual_seed(seed)
         images = pictures if takes_several(type(pipe).__name__) else pictures[0]
         sizes = picture_sizes(type(pipe), self.family.editor)
-        with out_of_memory_named(self.mode, self.family.editor), mrope_positions(pipe, self.mrope), sizes:
+        towers = batched_vision(pipe, self.vision_attention)
+        with (
+            out_of_memory_named(self.mode, self.family.editor),
+            mrope_positions(pipe, self.mrope),
+            towers,
+            sizes,
+        ):
             return pipe(image=images, prompt=prompt, generator=generator, **options).images[0]
 
     def _checked(
