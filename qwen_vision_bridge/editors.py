@@ -6,7 +6,7 @@ The needs are estimates from parameter counts at 1024² with one reference pictu
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from .checkpoints import folder_digest
 from .hub import hub_file
+from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
 from .miniature import locate
 from .specs import EditorSpec, Family
 
@@ -24,10 +25,6 @@ OFFLOADS = ("model", "group", "sequential")
 WORKING_GB = 6.0  # activations, VAE decoding and the CUDA context at 1024²
 BYTES = {None: 2.0, 8: 1.05, 4: 0.58}  # a parameter's bytes by bits, with the scales that quantisation adds
 UNQUANTISED_ENCODER_B = 1.77  # of the text encoder: tower and embeddings, which stay in 16 bits
-
-
-class GpuMemoryError(OSError):
-    """The GPU cannot hold what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class MemoryMode:
         given += [f'offload="{self.offload}"'] if self.offload else []
         return ", ".join(given) or "none"
 
-    def _sizes(self, editor: EditorSpec) -> tuple[float, float]:
+    def part_sizes(self, editor: EditorSpec) -> tuple[float, float]:
         """GB of the DiT's weights and of the text encoder's."""
         kept = min(UNQUANTISED_ENCODER_B, editor.encoder_params)
         encoder = (editor.encoder_params - kept) * BYTES[self.bits] + kept * 2.0
@@ -55,11 +52,11 @@ class MemoryMode:
 
     def weights_gb(self, editor: EditorSpec) -> float:
         """GB of all weights, 10⁹ bytes: what an offloading mode keeps in CPU memory."""
-        return sum(self._sizes(editor))
+        return sum(self.part_sizes(editor))
 
     def gpu_gb(self, editor: EditorSpec) -> float:
         """Estimated peak GB on the GPU, 10⁹ bytes; see the module's text."""
-        transformer, encoder = self._sizes(editor)
+        transformer, encoder = self.part_sizes(editor)
         if self.offload is None:
             return transformer + encoder + WORKING_GB
         if self.offload == "model":
@@ -74,9 +71,16 @@ MEMORY_MODES = (
     MemoryMode("8-bit + model offload", bits=8, offload="model"),
     MemoryMode("4-bit", bits=4),
     MemoryMode("4-bit + model offload", bits=4, offload="model"),
+    MemoryMode("4-bit + group offload", bits=4, offload="group"),
     MemoryMode("group offload", offload="group"),
     MemoryMode("sequential offload", offload="sequential"),
 )
+
+
+PREFERENCE = (  # fastest first
+    "plain", "8-bit", "model offload", "8-bit + model offload", "4-bit", "4-bit + model offload",
+    "4-bit + group offload", "group offload", "sequential offload",
+)  # fmt: skip
 
 
 def find_mode(load_in_8bit: bool, load_in_4bit: bool, offload: str | None) -> MemoryMode:
@@ -93,7 +97,8 @@ def find_mode(load_in_8bit: bool, load_in_4bit: bool, offload: str | None) -> Me
     for mode in MEMORY_MODES:
         if (mode.bits, mode.offload) == (bits, offload):
             return mode
-    raise ValueError(f"{bits}-bit weights go with model offload or none, not with {offload!r} offload")
+    fitting = [str(mode.offload) for mode in MEMORY_MODES if mode.bits == bits]
+    raise ValueError(f"{bits}-bit weights go with offload {', '.join(fitting)}, not with {offload!r}")
 
 
 def check_device(mode: MemoryMode, device: Any, family: Family, free_gb: float | None) -> None:
@@ -136,7 +141,6 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         FileNotFoundError, OSError, ValueError: what is missing, damaged or out of reach, in one line.
     """
     import diffusers
-    import torch
 
     options: dict[str, Any] = {"dtype": dtype, "revision": editor.revision}
     if mode.bits:
@@ -149,9 +153,9 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         )  # fails at once where the hub is away
     try:
         pipe = getattr(diffusers, editor.pipeline_class).from_pretrained(location, **options)
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise OSError(f"{editor.name} could not be loaded from {location}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     if mode.offload == "model":
@@ -166,19 +170,33 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
 
 
 @contextmanager
-def out_of_memory_named(mode: MemoryMode, editor: EditorSpec) -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into one that names the modes and what they need."""
-    import torch
+def out_of_memory_named(
+    mode: MemoryMode, editor: EditorSpec, release: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Turn a lack of GPU memory into one line that names the mode that would fit; the process stays usable.
 
-    try:
+    Args:
+        release: see `memory.freed_after_out_of_memory`.
+    """
+    with freed_after_out_of_memory(lambda: _advice(mode, editor), release):
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        needs = "; ".join(f"{other.name} ≈ {other.gpu_gb(editor):.0f} GB ({other.arguments})"
-                          for other in MEMORY_MODES)  # fmt: skip
-        raise GpuMemoryError(
-            f"the GPU ran out of memory in mode {mode.name}; estimated needs: {needs}"
-        ) from error
+
+
+def _advice(mode: MemoryMode, editor: EditorSpec) -> str:
+    """What to do when a mode turned out too large: the fastest of the smaller ones first."""
+    planned = editor if editor.transformer_params else EditorSpec("released", "", "")
+    smaller = [other for other in MEMORY_MODES if other.gpu_gb(planned) < mode.gpu_gb(planned)]
+    smaller.sort(key=lambda other: PREFERENCE.index(other.name))
+    told = [
+        f"{other.name} ({other.arguments}"
+        + (f", about {other.gpu_gb(editor):.0f} GB)" if planned is editor else ")")
+        for other in smaller
+    ]
+    said = f"the GPU ran out of memory in mode {mode.name}"
+    if not told:
+        return f"{said}, the smallest there is: close other programs on the GPU, or make a smaller picture"
+    others = f"; smaller still: {'; '.join(told[1:])}" if told[1:] else ""
+    return f"{said}; this needs less: {told[0]}{others}"
 
 
 def editor_revision(editor: EditorSpec) -> str:

@@ -20,6 +20,7 @@ from .extractor import VisionCacheExtractor, load_processor
 from .images import ImageLike, load_images
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
+from .plans import MemoryPlan, say
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
 from .specs import Family, resolve_family
@@ -64,7 +65,7 @@ class EnhancedQwenImageEdit:
 
     The stock pipeline is in `.pipe`, loaded on first use and untouched outside a call: LoRAs and schedulers
     are set on it as ever. The target's own features are taken where the pipeline computes them; the source
-    tower is loaded for the extraction and freed before the DiT runs unless `keep_source` is set.
+    tower is loaded for the extraction, and freed before the DiT runs where memory is short.
 
     Args:
         family: `"qwen"`, `"miniature"`, or a `Family`.
@@ -79,7 +80,8 @@ class EnhancedQwenImageEdit:
         vision_attention: `"batched"` lets both vision towers attend to all stretches of a length at once,
             `"stock"` leaves transformers' loop over them; baseline and enhanced alike.
         site: where the bridge goes in, see `injection.inject`.
-        keep_source: keep the source tower in memory between calls.
+        keep_source: keep the source tower in memory between calls; None leaves it to the memory plan, which
+            keeps it on a GPU with room for it and frees it before the DiT runs elsewhere.
         feature_cache: as `VisionCacheExtractor`.
         pipe: a stock pipeline that is loaded already, used as it is.
 
@@ -104,7 +106,7 @@ class EnhancedQwenImageEdit:
         mrope: str = "fixed",
         vision_attention: VisionAttention = "batched",
         site: Site = "tower",
-        keep_source: bool = False,
+        keep_source: bool | None = None,
         feature_cache: bool | str | Path = True,
         pipe: Any = None,
     ) -> None:
@@ -116,7 +118,9 @@ class EnhancedQwenImageEdit:
             check_device(self.mode, self.device, self.family, _free_gpu_gb(self.device))
         if mrope not in ("fixed", "stock"):
             raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
-        self.mrope, self.site, self.keep_source = mrope, site, keep_source
+        self.mrope, self.site = mrope, site
+        self.plan = MemoryPlan(self.mode, self.family, _total_gpu_gb(self.device))
+        self.keep_source = self.plan.keeps_source if keep_source is None else keep_source
         self.vision_attention = check_vision_attention(vision_attention)
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
         self.extractor = VisionCacheExtractor(
@@ -131,6 +135,8 @@ class EnhancedQwenImageEdit:
     def pipe(self) -> Any:
         """The stock diffusers pipeline, loaded on first use."""
         if self._pipe is None:
+            if self.device.type == "cuda":
+                say(self.plan)
             with out_of_memory_named(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             made = self._pipe.text_encoder.config.vision_config.out_hidden_size
@@ -269,7 +275,7 @@ class EnhancedQwenImageEdit:
     def extract_source(self, pictures: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
         grids = self.condition_grids(pictures)
-        with out_of_memory_named(self.mode, self.family.editor):
+        with out_of_memory_named(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
             cache = self.extractor.extract_qwen3_vision(list(pictures), grids=grids)
         if not self.keep_source:
             self.extractor.unload("qwen3")
@@ -339,13 +345,10 @@ class EnhancedQwenImageEdit:
         generator = torch.Generator("cpu").manual_seed(seed)
         images = pictures if takes_several(type(pipe).__name__) else pictures[0]
         sizes = picture_sizes(type(pipe), self.family.editor)
-        towers = batched_vision(pipe, self.vision_attention)
-        with (
-            out_of_memory_named(self.mode, self.family.editor),
-            mrope_positions(pipe, self.mrope),
-            towers,
-            sizes,
-        ):
+        positions, towers = mrope_positions(pipe, self.mrope), batched_vision(pipe, self.vision_attention)
+        # After an error diffusers leaves on the GPU what offloading had brought there.
+        named = out_of_memory_named(self.mode, self.family.editor, pipe.maybe_free_model_hooks)
+        with named, positions, towers, sizes:
             return pipe(image=images, prompt=prompt, generator=generator, **options).images[0]
 
     def _checked(
@@ -418,3 +421,7 @@ def check_steps(steps: Any) -> int:
 
 def _free_gpu_gb(device: torch.device) -> float | None:
     return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
+
+
+def _total_gpu_gb(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[1] / 1e9 if device.type == "cuda" else 0.0
