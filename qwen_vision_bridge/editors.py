@@ -16,6 +16,7 @@ from .checkpoints import folder_digest
 from .hub import hub_file
 from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
 from .miniature import locate
+from .quantisation import ENCODER_KEPT, quantisation_config, quantise_to_4_bit
 from .specs import EditorSpec, Family
 
 logger = logging.getLogger(__name__)
@@ -143,8 +144,9 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
     import diffusers
 
     options: dict[str, Any] = {"dtype": dtype, "revision": editor.revision}
-    if mode.bits:
-        options["quantization_config"] = _quantisation(mode.bits, dtype)
+    layerwise = mode.bits == 4 and mode.offload == "group"
+    if mode.bits and not layerwise:
+        options["quantization_config"] = quantisation_config(mode.bits, dtype)
     location = locate(editor.repo)
     logger.info("loading %s (%s) from %s", editor.name, mode.name, location)
     if not Path(location).is_dir():
@@ -157,6 +159,9 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         if is_out_of_memory(error):
             raise
         raise OSError(f"{editor.name} could not be loaded from {location}: {_first_line(error)}") from error
+    if layerwise:
+        quantise_to_4_bit(pipe.transformer, device, dtype)
+        quantise_to_4_bit(pipe.text_encoder, device, dtype, ENCODER_KEPT)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     if mode.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -209,21 +214,6 @@ def editor_revision(editor: EditorSpec) -> str:
 
     found = try_to_load_from_cache(editor.repo, "model_index.json", revision=editor.revision)
     return Path(found).parent.name if isinstance(found, str) else "not cached"
-
-
-def _quantisation(bits: int, dtype: Any) -> Any:
-    from diffusers import BitsAndBytesConfig as DiffusersConfig
-    from diffusers import PipelineQuantizationConfig
-    from transformers import BitsAndBytesConfig as TransformersConfig
-
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if bits == 4:
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    # The tower's output is what the bridge adds to, so it stays in 16 bits; "visual" alone would not match.
-    encoder = TransformersConfig(**settings, llm_int8_skip_modules=["model.visual", "lm_head"])
-    return PipelineQuantizationConfig(
-        quant_mapping={"transformer": DiffusersConfig(**settings), "text_encoder": encoder}
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from .hub import hub_file
 from .images import ImageLike, image_digest, load_images
 from .miniature import locate
 from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
-from .towers import load_tower, load_whole, require_cuda_for_8bit
+from .towers import compile_blocks, load_tower, load_whole, require_cuda_for_8bit
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class VisionCacheExtractor:
             levels are taken; None is a quarter, a half and three quarters of them.
         vision_attention: `"batched"` lets the towers attend to all stretches of a length at once, `"stock"`
             leaves transformers' loop over windows and pictures; equal up to rounding.
+        compiled: let `torch.compile` fuse the towers' blocks: for many batches of one size, slow to begin
+            with, equal up to rounding.
         feature_cache: keep features on disk: True for the default folder, a path for another, False for none.
         keep_models: let both models stay in memory.
 
@@ -68,6 +70,7 @@ class VisionCacheExtractor:
         scope: Scope = "vision",
         language_layers: Sequence[int] | None = None,
         vision_attention: VisionAttention = "batched",
+        compiled: bool = False,
         feature_cache: bool | str | Path = True,
         keep_models: bool = False,
     ) -> None:
@@ -75,6 +78,7 @@ class VisionCacheExtractor:
         if scope not in ("vision", "language"):
             raise ValueError(f'scope is "vision" or "language", not {scope!r}')
         self.scope, self.vision_attention = scope, check_vision_attention(vision_attention)
+        self.compiled = compiled
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if load_in_8bit:
@@ -140,6 +144,36 @@ class VisionCacheExtractor:
         pictures = load_images(image, self.family.target.token_px)
         grids = tuple(self.target_grid(picture) for picture in pictures)
         return self._cached("qwen25", pictures, prompt, grids, self._run_target)
+
+    def extract_batch(
+        self, role: Literal["qwen3", "qwen25"], pictures: Sequence[Image.Image], grids: Sequence[Grid]
+    ) -> list[VisionCache]:
+        """Many pictures through one tower in one go, past the feature cache: a cache a picture.
+
+        Args:
+            role: which tower.
+            pictures: as `load_images` gives them.
+            grids: (gh, gw) of each, as `target_grid` says.
+
+        Raises:
+            ValueError: with `scope="language"`, whose features hang on a prompt.
+        """
+        if self.scope != "vision":
+            raise ValueError('batches are for scope="vision": the language model reads one prompt at a time')
+        run = self._run_source if role == "qwen3" else self._run_target
+        with tower_attention(self._model(role), self.vision_attention):
+            features = run(list(pictures), "", tuple(grids))
+        packed = {name: value[None] for name, value in features.items()}
+        return VisionCache(packed, tuple(grids), self.provenance(role)).split()
+
+    def provenance(self, role: Literal["qwen3", "qwen25"]) -> dict[str, str]:
+        """Everything about the models that decides the features of a picture."""
+        made = self._provenance(role, [], "")
+        return {key: value for key, value in made.items() if key != "pictures"}
+
+    def warm(self, role: Literal["qwen3", "qwen25"]) -> None:
+        """Load a model now and not at the first picture."""
+        self._model(role)
 
     def compare_caches(self, qwen3_cache: VisionCache, qwen25_cache: VisionCache) -> CacheComparison:
         """Token match, dimensions and their ratio, and each level's mean, spread, CKA and outliers."""
@@ -215,7 +249,7 @@ class VisionCacheExtractor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantisation": "int8" if self.load_in_8bit else "none",
             "device": self.device.type,
-            "vision_attention": self.vision_attention,
+            "vision_attention": self.vision_attention + (", compiled" if self.compiled else ""),
             "pictures": " ".join(image_digest(picture) for picture in pictures),
         }
         if self.scope == "language":
@@ -297,6 +331,8 @@ class VisionCacheExtractor:
                 self._models[role] = load_whole(self._spec(role), *options)
             else:
                 self._models[role] = load_tower(self._spec(role), *options).model
+                if self.compiled:
+                    compile_blocks(self._models[role])
         return self._models[role]
 
     def _image_processor(self, role: str) -> Any:
