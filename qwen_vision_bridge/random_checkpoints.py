@@ -110,7 +110,7 @@ def write_editor(
 ) -> int:
     """Write a whole Qwen-Image-Edit pipeline in diffusers' layout, with random bf16 weights.
 
-    `text_encoder/` is a checkpoint of Qwen2.5-VL-7B of its own, processor included.
+    `text_encoder/` is a whole checkpoint of Qwen2.5-VL-7B, processor included; one that is there is kept.
 
     Args:
         layers, dit_layers: of language model and transformer, None for the released numbers.
@@ -121,7 +121,9 @@ def write_editor(
     """
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-    total = write_checkpoint("Qwen2.5-VL-7B", folder / "text_encoder", layers, seed, tiny)
+    total = 0
+    if not (folder / "text_encoder" / "config.json").is_file():
+        total = write_checkpoint("Qwen2.5-VL-7B", folder / "text_encoder", layers, seed, tiny)
     write_processor("Qwen2.5-VL-7B", folder / "processor")
     build_tokenizer().save_pretrained(folder / "tokenizer")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
