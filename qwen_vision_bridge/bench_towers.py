@@ -247,6 +247,7 @@ def _bridge_inputs(
     return levels, torch.randn(1, tokens, config.target_dim, **options)
 
 
+@torch.no_grad()
 def _bridge_errors(bench: Bench, config: BridgeConfig, made: VisionBridge, given: Any) -> None:
     """Relative error of the update against double precision, inputs alike."""
     levels, baseline = given

@@ -138,7 +138,7 @@ def test_a_part_in_a_process_of_its_own_gets_the_same_settings() -> None:
 
 
 def test_every_number_that_has_to_be_shown_has_a_part() -> None:
-    needed = "extraction source-tower target-tower bridge seed-numbers edits mode-24 mode-16 devices".split()
+    needed = ("extraction", "source-tower", "target-tower", "bridge", "seed-numbers", "edits", "devices")
     assert set(needed) <= set(bench_parts.PARTS)
     assert [name for name, part in bench_parts.PARTS.items() if part.alone] == [
         "mode-16", "mode-24", "mode-12", "mode-48",
