@@ -9,7 +9,7 @@ import operator
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,38 +135,43 @@ class Bench:
         """Remember that a part is finished."""
         write_json(self.output / "parts.json", {**self._marks(), f"{part}, {self.device_name}": self._key()})
 
-    def load_family(self, editor: bool = False) -> Family:
+    def load_family(self, editor: bool = False, whole: bool = False) -> Family:
         """The models; with random weights, what of them is needed is written first.
 
         Args:
             editor: whether the whole editor is needed, not only the two towers.
+            whole: whether the source's language model is needed too.
         """
         given, roles = self.settings, {}
         if given.random_weights:
-            roles = self._write(editor)
+            roles = self._write(editor, whole)
         roles |= {role: value for role in ("source", "target", "editor") if (value := getattr(given, role))}
         family = resolve_family(given.family, **roles)
         if given.side != PIPELINE_SIDE:
             family = replace(family, editor=replace(family.editor, vae_area=given.side**2))
         return family
 
-    def _write(self, editor: bool) -> dict[str, str]:
-        from .random_checkpoints import write_checkpoint, write_editor
+    def _write(self, editor: bool, whole: bool) -> dict[str, str]:
+        from .random_checkpoints import drop_language_shards, is_complete, write_checkpoint, write_editor
 
-        source, whole = self.settings.folder / "source", self.settings.folder / "editor"
-        target, tiny = whole / "text_encoder", self.settings.tiny
-        for name, folder in (("Qwen3-VL-8B", source), ("Qwen2.5-VL-7B", target)):
-            if not (folder / "config.json").is_file():
-                started = time.perf_counter()
-                size = write_checkpoint(name, folder, tiny=tiny)
-                print(f"{name}: {size / 1e9:.1f} GB written in {time.perf_counter() - started:.0f} s")
+        source, pipeline = self.settings.folder / "source", self.settings.folder / "editor"
+        target, tiny = pipeline / "text_encoder", self.settings.tiny
+
+        def report(name: str, write: Callable[[], int]) -> None:
+            started = time.perf_counter()
+            size = write()
+            print(f"{name}: {size / 1e9:.1f} GB written in {time.perf_counter() - started:.0f} s", flush=True)
+
+        if not is_complete(source, towers_only=not whole):
+            report("Qwen3-VL-8B", lambda: write_checkpoint("Qwen3-VL-8B", source, tiny=tiny))
+        if not is_complete(target):
+            report("Qwen2.5-VL-7B", lambda: write_checkpoint("Qwen2.5-VL-7B", target, tiny=tiny))
         roles = {"source": str(source), "target": str(target)}
         if editor:
-            if not (whole / "model_index.json").is_file():
-                started = time.perf_counter()
-                size = write_editor(whole, tiny=tiny)
-                print(f"editor: {size / 1e9:.1f} GB written in {time.perf_counter() - started:.0f} s")
-            roles["editor"] = str(whole)
+            if not (pipeline / "model_index.json").is_file():
+                drop_language_shards(source)  # all of it together is more than /dev/shm holds by default
+                report("Qwen-Image-Edit-2509", lambda: write_editor(pipeline, tiny=tiny))
+            roles["editor"] = str(pipeline)
         return roles
 
     def _marks(self) -> dict[str, str]:

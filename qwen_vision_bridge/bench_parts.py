@@ -30,12 +30,12 @@ class Part(NamedTuple):
 
 
 PARTS: dict[str, Part] = {
-    "extraction": Part(bench_towers.extraction, 60),
+    "extraction": Part(bench_towers.extraction, 100),
     "target-tower": Part(bench_towers.target_tower, 10),
     "source-tower": Part(bench_towers.source_tower, 60),
     "bridge": Part(bench_towers.bridge, 25),
     "seed-numbers": Part(bench_towers.seed_numbers, 10),
-    "edits": Part(bench_edits.edits, 240),
+    "edits": Part(bench_edits.edits, 300),
     **{
         f"mode-{card}": Part(lambda bench, card=card: bench_edits.memory_mode(bench, card), 75, alone=True)
         for card in sorted(bench_edits.cards(), key=lambda card: (card not in (24, 16), card))

@@ -31,7 +31,7 @@ SEED_LINES = (  # of the notes that this toolkit was made from, at the released 
 
 def extraction(bench: Bench) -> None:
     """Ready to extract: both towers alone, against both whole models in 8 bits; bytes, seconds, memory."""
-    family, released = bench.load_family(), bench.released
+    family, released = bench.load_family(whole=True), bench.released
     ready: list[float] = []
     for number in range(4):
         free_cuda()

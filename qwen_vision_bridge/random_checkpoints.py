@@ -19,6 +19,7 @@ import torch
 
 from .miniature import SCHEDULER, write_model_index
 from .tokens import CHAT_TEMPLATE, build_tokenizer
+from .towers import TOWER_PREFIX
 
 SHARD_BYTES = 4_900_000_000
 NOISE = 8 * 2**20  # values in the block of noise
@@ -141,6 +142,27 @@ def write_editor(
         total += write_weights(folder / name, "diffusion_pytorch_model", iter(shapes), seed + 1)
     write_model_index(folder / "model_index.json")
     return total
+
+
+def is_complete(folder: Path, towers_only: bool = False) -> bool:
+    """Whether a checkpoint was written to its end and all its shards are there, or all that its tower needs."""
+    if not (folder / "config.json").is_file():
+        return False
+    return all((folder / shard).is_file() for shard in _shards(folder, towers_only))
+
+
+def drop_language_shards(folder: Path) -> None:
+    """Delete a sharded checkpoint's files that hold nothing of its tower."""
+    for shard in _shards(folder, False) - _shards(folder, True):
+        (folder / shard).unlink(missing_ok=True)
+
+
+def _shards(folder: Path, towers_only: bool) -> set[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {"model.safetensors"}
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return {shard for name, shard in weight_map.items() if TOWER_PREFIX.match(name) or not towers_only}
 
 
 def model_config(model: str, layers: int | None = None, tiny: bool = False) -> dict[str, Any]:

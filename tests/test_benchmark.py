@@ -19,6 +19,8 @@ from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.random_checkpoints import (
     CONFIGS,
     TRANSFORMER,
+    drop_language_shards,
+    is_complete,
     model_config,
     vision_language_shapes,
     write_checkpoint,
@@ -177,6 +179,11 @@ def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
     for file in set(index["weight_map"].values()):
         with safe_open(tmp_path / file, framework="pt") as opened:
             assert all(index["weight_map"][name] == file for name in opened.keys())  # noqa: SIM118
+    assert is_complete(tmp_path)
+    drop_language_shards(tmp_path)
+    assert is_complete(tmp_path, towers_only=True)
+    assert not is_complete(tmp_path)
+    assert load_tower(resolve_family("qwen", source=tmp_path).source).total_bytes < tower.total_bytes
 
 
 def test_the_figure_shows_both_arms(tmp_path: Path) -> None:

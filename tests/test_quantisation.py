@@ -40,6 +40,8 @@ def test_group_offloading_leaves_4_bit_weights_as_they_are(level: str) -> None:
     blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
     cpu = torch.device("cpu")
     apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type=level, **blocks)
+    hooked = [layer._diffusers_hook for layer in (model[0], model[2]) if hasattr(layer, "_diffusers_hook")]
+    assert len(hooked) == (2 if level == "leaf_level" else len(hooked))  # as any other linear layer is
     for _ in range(2):
         assert torch.equal(model(inputs), expected)
 
