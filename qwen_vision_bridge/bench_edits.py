@@ -27,6 +27,7 @@ ARMS = {"baseline": {"use_qwen3_vision": False}, "enhanced": {}}
 
 def edits(bench: Bench) -> None:
     """Whole edits in turn, the stages inside them, and what the bridge adds in memory."""
+    _import_pipeline(bench)
     editor = _load(bench, MEMORY_MODES[0], keep_source=True)
     picture = _picture(bench)
     _stages(bench, editor, picture)
@@ -81,11 +82,13 @@ def _stages(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -
                 continue  # warm-up
             for stage, seconds in stages.seconds().items():
                 found[name].setdefault(stage, []).extend(seconds)
-                peaks[name][stage] = max(peaks[name].get(stage, 0.0), stages.peaks.get(stage, math.nan))
+                peaks[name][stage] = max(peaks[name].get(stage, -1.0), stages.peaks.get(stage, -1.0))
     for name, stages_found in found.items():
         for stage, seconds in stages_found.items():
             bench.add(f"stage, {stage}, {name}", seconds, "ms", scale=1e3)
-            bench.add(f"stage, {stage}, {name}, peak GPU memory", peaks[name][stage], "GB", scale=1e-9)
+            if bench.cuda:
+                peak = peaks[name][stage]
+                bench.add(f"stage, {stage}, {name}, peak GPU memory", peak, "GB", scale=1e-9)
 
 
 def _memory(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -> None:
@@ -170,6 +173,7 @@ def memory_mode(bench: Bench, card_gb: int) -> None:
 
 
 def _capped(bench: Bench, mode: MemoryMode, name: str) -> None:
+    _import_pipeline(bench)
     picture, steps = _picture(bench), 2 * SHORT
     with peak_memory(bench.device) as peak:
         editor, seconds = timed(lambda: _load(bench, mode, None), bench.device)
@@ -205,6 +209,13 @@ def _load(bench: Bench, mode: MemoryMode, keep_source: bool | None) -> EnhancedQ
         bench.add("load, whole editor", seconds, "s")
         bench.add("load, whole editor, peak GPU memory", peak[0], "GB", scale=1e-9)
     return editor
+
+
+def _import_pipeline(bench: Bench) -> None:
+    """diffusers and its pipeline come on first use, which is no part of loading a model."""
+    import diffusers
+
+    getattr(diffusers, bench.load_family(editor=True).editor.pipeline_class)
 
 
 def _picture(bench: Bench) -> Image.Image:

@@ -145,7 +145,7 @@ def write_editor(
 
 
 def is_complete(folder: Path, towers_only: bool = False) -> bool:
-    """Whether a checkpoint was written to its end and all its shards are there, or all that its tower needs."""
+    """Whether a checkpoint was written to its end and its shards (or those of its tower alone) are there."""
     if not (folder / "config.json").is_file():
         return False
     return all((folder / shard).is_file() for shard in _shards(folder, towers_only))
