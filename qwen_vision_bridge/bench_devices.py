@@ -44,9 +44,9 @@ def _folder(bench: Bench) -> Path:
     if not (folder / "all").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        side = bench.load_family().picture_size
+        picture = sample_picture(bench.load_family().picture_size)
         for number in range(min(32, bench.settings.pictures)):
-            sample_picture(side, number).save(folder / f"{number:06d}.png")
+            picture.rotate(11 * number).save(folder / f"{number:06d}.png")
         for number in range(
             32, bench.settings.pictures
         ):  # copies: features are made of every file all the same

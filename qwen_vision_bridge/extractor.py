@@ -14,10 +14,10 @@ from PIL import Image
 from .attention import VisionAttention, check_vision_attention, tower_attention
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
 from .checkpoints import open_checkpoint
-from .hub import hub_file
 from .images import ImageLike, image_digest, load_images
-from .miniature import locate
+from .processors import load_processor
 from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
+from .states import source_states
 from .towers import compile_blocks, load_tower, load_whole, require_cuda_for_8bit
 
 logger = logging.getLogger(__name__)
@@ -267,7 +267,8 @@ class VisionCacheExtractor:
         ]
         model = self._model("qwen3")
         if self.scope == "language":
-            return self._source_hidden_states(model, locked, prompt)
+            inputs = self._language_inputs("qwen3", locked, prompt, do_resize=False)
+            return source_states(model, inputs, self.language_layers)
         inputs = self._image_processor("qwen3")(images=locked, do_resize=False, return_tensors="pt")
         output = model(
             inputs["pixel_values"].to(self.device, self.dtype), inputs["image_grid_thw"].to(self.device)
@@ -292,21 +293,6 @@ class VisionCacheExtractor:
         if len(features) != sum(rows * columns for rows, columns in grids):
             raise RuntimeError(f"{self.family.target.name} made {len(features)} tokens for the grids {grids}")
         return {"vision": features}
-
-    def _source_hidden_states(
-        self, model: Any, locked: list[Image.Image], prompt: str
-    ) -> dict[str, torch.Tensor]:
-        inputs = self._language_inputs("qwen3", locked, prompt, do_resize=False)
-        at_image = inputs["input_ids"] == model.config.image_token_id  # (1, T)
-        tower = model.model.visual(inputs["pixel_values"].to(self.dtype), inputs["image_grid_thw"])
-        states = model.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-        features = {}
-        for name, layer in zip(LEVEL_NAMES, self.language_layers, strict=True):
-            features[name] = states[layer][at_image]  # (N, D), as the layer left it
-            # The first layers' outputs are recorded before DeepStack adds its level to them.
-            if layer <= len(tower.deepstack_features) and layer < len(states) - 1:
-                features[name] = features[name] + tower.deepstack_features[layer - 1].to(features[name].dtype)
-        return {**features, "merged": states[-1][at_image]}
 
     def _language_inputs(self, role: str, pictures: list[Image.Image], prompt: str, **options: Any) -> Any:
         processor = self._processor(role)
@@ -346,27 +332,6 @@ class VisionCacheExtractor:
                 spec.repo, spec.processor_subfolder, spec.revision, images_only
             )
         return self._processors[key]
-
-
-def load_processor(
-    repo: str, subfolder: str = "", revision: str | None = None, images_only: bool = True
-) -> Any:
-    """A checkpoint's image processor, or its whole processor with tokenizer and chat template.
-
-    Raises:
-        OSError: the folder has none, or the hub cannot be reached.
-    """
-    from transformers import AutoImageProcessor, AutoProcessor
-
-    loader = AutoImageProcessor if images_only else AutoProcessor
-    location = locate(repo)
-    if not Path(location).is_dir():
-        hub_file(repo, "preprocessor_config.json", subfolder, revision)  # fails at once where the hub is away
-    try:
-        return loader.from_pretrained(location, subfolder=subfolder, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"no processor could be loaded from {repo}/{subfolder} ({reason})") from error
 
 
 def _checked_layers(given: Sequence[int] | None, depth: int) -> tuple[int, ...]:

@@ -16,11 +16,12 @@ from .attention import VisionAttention, check_vision_attention
 from .bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
 from .cache import VisionCache
 from .editors import check_device, editor_revision, find_mode, load_pipeline, out_of_memory_named
-from .extractor import VisionCacheExtractor, load_processor
+from .extractor import VisionCacheExtractor
 from .images import ImageLike, load_images
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
 from .plans import MemoryPlan, say
+from .processors import load_processor
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
 from .specs import Family, resolve_family
