@@ -41,7 +41,7 @@ PARTS: dict[str, Part] = {
         for card in sorted(bench_edits.cards(), key=lambda card: (card not in (24, 16), card))
     },
     "stream": Part(bench_devices.stream, 60),
-    "devices": Part(bench_devices.devices, 240),
+    "devices": Part(bench_devices.devices, 330),
 }
 
 
