@@ -72,7 +72,7 @@ def _evaluation(bench: Bench, count: int) -> float:
     """Seconds of an evaluation of the miniature, from its first case to its results."""
     output = bench.settings.folder / f"evaluation-{count}"
     shutil.rmtree(output, ignore_errors=True)
-    script = ["example_end_to_end.py", "--models", "miniature", "--example", "2", "--bridge", "random",
+    script = ["example_end_to_end.py", "--models", "miniature", "--example", "3", "--bridge", "random",
               "--cases", str(bench.settings.cases), "--output", str(output)]  # fmt: skip
     seconds = float(TOOK.findall(_launch(script, count, bench))[-1])
     bench.add(f"evaluation of the miniature, {bench.settings.cases} cases, {_named(count)}", seconds, "s")

@@ -32,9 +32,10 @@ class Part(NamedTuple):
 PARTS: dict[str, Part] = {
     "extraction": Part(bench_towers.extraction, 100),
     "target-tower": Part(bench_towers.target_tower, 10),
-    "source-tower": Part(bench_towers.source_tower, 60),
+    "source-tower": Part(bench_towers.source_tower, 40),
     "bridge": Part(bench_towers.bridge, 25),
     "seed-numbers": Part(bench_towers.seed_numbers, 10),
+    "compiled-tower": Part(bench_towers.compiled_tower, 60),
     "edits": Part(bench_edits.edits, 300),
     **{
         f"mode-{card}": Part(lambda bench, card=card: bench_edits.memory_mode(bench, card), 75, alone=True)

@@ -124,11 +124,34 @@ def source_tower(bench: Bench) -> None:
     best = 0.0
     for batch in BATCHES if cuda else BATCHES[:2]:
         best = max(best, _batched(bench, tower, spec, batch, rate, ""))
-    compile_blocks(tower, "inductor" if cuda else "eager")
-    best = max(best, _batched(bench, tower, spec, 32 if cuda else 8, rate, ", compiled"))
-    released = bench.released
-    bench.add(f"source tower, {16 * spec.token_px}² pictures, best batch", best, "pictures/s",
-              ">= 150" if released else "")  # fmt: skip
+    _best(bench, spec, best)
+
+
+def compiled_tower(bench: Bench) -> None:
+    """Whether `torch.compile` pays for the source tower in batches."""
+    spec, cuda = bench.load_family().source, bench.cuda
+    rate, batch = _matrix_rate(bench), 32 if cuda else 8
+    tower = load_tower(spec, bench.device, bench.dtype).model
+    plain = _batched(bench, tower, spec, batch, rate, "")
+    _, seconds = timed(lambda: _compile_and_run(bench, tower, spec, batch), bench.device)
+    bench.add("source tower: compiling, first batch included", seconds, "s")
+    compiled = _batched(bench, tower, spec, batch, rate, ", compiled")
+    bench.add(f"source tower, batch of {batch}: compiled over plain", compiled / plain, "times")
+    known = [row["value"] for row in bench.rows if row["name"] == _best_name(spec)]
+    _best(bench, spec, max([compiled, plain, *known]))
+
+
+def _compile_and_run(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int) -> None:
+    compile_blocks(tower, "inductor" if bench.cuda else "eager")
+    _forward(tower, spec, batch, 16, bench)("batched")
+
+
+def _best(bench: Bench, spec: ModelSpec, best: float) -> None:
+    bench.add(_best_name(spec), best, "pictures/s", ">= 150" if bench.released else "")
+
+
+def _best_name(spec: ModelSpec) -> str:
+    return f"source tower, {16 * spec.token_px}² pictures, best batch"
 
 
 def _batched(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int, rate: float, how: str) -> float:

@@ -11,7 +11,7 @@
 set -eu
 : "${FOLDER:=/dev/shm/qwen-vision-bridge}" "${OUTPUT:=$FOLDER/benchmarks}" "${MINUTES:=9}" "${MORE:=}"
 case "${1:-}" in
-    towers) parts=extraction,target-tower,source-tower,bridge,seed-numbers,stream ;;
+    towers) parts=extraction,target-tower,source-tower,bridge,seed-numbers,stream,compiled-tower ;;
     edits) parts=edits ;;
     modes) parts=mode-16,mode-24,mode-12,mode-48 ;;
     devices) parts=devices ;;
