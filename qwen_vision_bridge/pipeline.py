@@ -83,6 +83,8 @@ class EnhancedQwenImageEdit:
         site: where the bridge goes in, see `injection.inject`.
         keep_source: keep the source tower in memory between calls; None leaves it to the memory plan, which
             keeps it on a GPU with room for it and frees it before the DiT runs elsewhere.
+        compiled: let `torch.compile` fuse the source tower's blocks and the bridge: slow to begin with, equal
+            up to rounding.
         feature_cache: as `VisionCacheExtractor`.
         pipe: a stock pipeline that is loaded already, used as it is.
 
@@ -108,6 +110,7 @@ class EnhancedQwenImageEdit:
         vision_attention: VisionAttention = "batched",
         site: Site = "tower",
         keep_source: bool | None = None,
+        compiled: bool = False,
         feature_cache: bool | str | Path = True,
         pipe: Any = None,
     ) -> None:
@@ -126,8 +129,11 @@ class EnhancedQwenImageEdit:
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
         self.extractor = VisionCacheExtractor(
             self.family, load_in_8bit=False, device=self.device, dtype=self.dtype,
-            vision_attention=vision_attention, feature_cache=feature_cache,
+            vision_attention=vision_attention, compiled=compiled, feature_cache=feature_cache,
         )  # fmt: skip
+        if compiled:
+            self.bridge.compile()
+        self.compiled = compiled
         self._pipe = pipe
         self._processor: Any = None  # of the editor, known before the pipeline is loaded
         self._editor_revision: str | None = None
@@ -319,6 +325,7 @@ class EnhancedQwenImageEdit:
             made["source"] = {"repo": family.source.repo, "revision": self.extractor.revision("qwen3")}
             digest = bridge_digest(self.bridge)
             made["bridge"] = {"name": self.bridge_name, "site": self.site, "digest": digest}
+            made["compiled"] = self.compiled
         return made
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:

@@ -91,6 +91,41 @@ def test_without_cuda_there_is_no_peak() -> None:
     assert math.isnan(peak[0])
 
 
+def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
+    tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_vision_bridge.pipeline.load_pipeline", lambda *_: pipe)
+    monkeypatch.setattr(bench_edits, "SHORT", 2)
+    made = bench(tmp_path, side=64, steps=2, repeats=2)
+    bench_edits.edits(made)
+    bench_edits.memory_mode(made, 24)
+    found = {row["name"]: row for row in made.rows}
+    where = "whole edit at 64², 2 steps with guidance"
+    assert found[f"{where}, enhanced ÷ baseline"]["n"] == 2
+    assert found[f"{where}, stock pipeline as installed"]["value"] > 0
+    for arm, stages in {"baseline": 5, "enhanced": 7}.items():
+        assert sum(name.startswith("stage, ") and name.endswith(arm) for name in found) == stages
+    assert found["plain: strength 0 has the stock picture's bits"]["value"] == 1
+    assert found["plain: a random bridge changes the picture"]["value"] == 1
+    assert found["24 GB mode (plain): an enhanced edit completes inside the cap"]["value"] == 1
+    assert not any("GPU memory" in name for name in found)  # which a CPU has none of
+
+
+def test_a_mode_that_does_not_fit_is_a_row_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qwen_vision_bridge.pipeline.load_pipeline", exhausted)
+    made = bench(tmp_path, side=64)
+    bench_edits.memory_mode(made, 16)
+    assert [(row["name"], row["value"]) for row in made.rows] == [
+        ("16 GB mode (plain): an enhanced edit completes inside the cap", 0)
+    ]
+    assert "ran out of memory in mode plain; this needs less" in capsys.readouterr().out
+
+
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Three stand-ins for parts, the second of which fails; returns which ran."""
