@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, help="denoising steps of a whole edit; default: the family's")
     made.add_argument("--repeats", type=int, default=3, help="whole edits an arm")
     made.add_argument("--pictures", type=int, default=1024, help="files of the folder that is streamed")
-    made.add_argument("--cases", type=int, default=24, help="cases of the evaluation that devices share")
+    made.add_argument("--cases", type=int, default=40, help="cases of the evaluation that devices share")
     made.add_argument("--minutes", type=float, help="begin no part that this time does not do for")
     made.add_argument("--output", type=Path, default=Path("benchmarks"))
     made.add_argument("--again", action="store_true", help="do finished parts again")

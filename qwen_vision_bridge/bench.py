@@ -49,7 +49,7 @@ class Settings:
     """Whole edits an arm; single stages are measured more often."""
     pictures: int = 1024
     """Pictures of the folder for streams."""
-    cases: int = 24
+    cases: int = 40
     """Synthetic cases of the evaluation that is shared between devices."""
 
 

@@ -158,7 +158,7 @@ def memory_mode(bench: Bench, card_gb: int) -> None:
     name = f"{card_gb} GB mode ({mode.name})"
     if bench.cuda:
         total = torch.cuda.mem_get_info(bench.device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, card_gb * 1e9 / total), bench.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, card_gb * 1e9 / total))
     fits = 0.0
     try:
         _capped(bench, mode, name)
@@ -167,7 +167,7 @@ def memory_mode(bench: Bench, card_gb: int) -> None:
         print(f"  {name}: {error}")
     finally:
         if bench.cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
+            torch.cuda.set_per_process_memory_fraction(1.0)
     wanted = "== 1" if bench.cuda and card_gb in (24, 16) else ""
     bench.add(f"{name}: an enhanced edit completes inside the cap", fits, "", wanted)
 
