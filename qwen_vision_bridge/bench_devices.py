@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from .bench import Bench
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +26,7 @@ def stream(bench: Bench) -> None:
 
 def devices(bench: Bench) -> None:
     """The same folder, and an evaluation of the miniature, on one device and on two."""
-    from .processes import visible_devices
-
-    if bench.cuda and visible_devices() < 2:
+    if bench.cuda and torch.cuda.device_count() < 2:
         print("  two devices are needed, one is here: nothing is measured")
         return
     folder, bar = _folder(bench), ">= 1.8" if bench.cuda else ""

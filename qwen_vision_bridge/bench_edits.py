@@ -16,7 +16,7 @@ from .editors import MEMORY_MODES, MemoryMode
 from .injection import batched_vision, mrope_positions
 from .memory import GpuMemoryError, free_cuda
 from .pipeline import EnhancedQwenImageEdit
-from .plans import CARDS_GB, best_mode
+from .placement import CARDS_GB, best_mode
 from .sizes import picture_sizes
 from .timing import Stages, in_turn, peak_memory, summarise, timed
 

@@ -127,7 +127,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _draw(bench: Bench) -> None:
     """The figure of the stages, where they were measured."""
-    from .plots import stage_figure
+    from .bench_figure import stage_figure
 
     for device in dict.fromkeys(row["device"] for row in bench.rows):
         rows = [row for row in bench.rows if row["device"] == device and row["name"].startswith("stage, ")]

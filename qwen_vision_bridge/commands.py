@@ -99,7 +99,7 @@ def quieten_libraries() -> None:
     """Leave the screen to the script: warnings in one line, no bars for files of a few MB, no telemetry."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qwen_vision_bridge.towers").setLevel(logging.INFO)  # how many bytes were read
-    logging.getLogger("qwen_vision_bridge.plans").setLevel(logging.INFO)  # what will lie where
+    logging.getLogger("qwen_vision_bridge.placement").setLevel(logging.INFO)  # what will lie where
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

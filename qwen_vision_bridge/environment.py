@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .editors import MEMORY_MODES
-from .plans import best_mode, plan_for
+from .placement import best_mode, plan_for
 from .specs import FAMILIES, cache_home
 
 MINIATURE_RAM_GB = 2.0

@@ -20,7 +20,7 @@ from .extractor import VisionCacheExtractor
 from .images import ImageLike, load_images
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
-from .plans import MemoryPlan, say
+from .placement import MemoryPlan, say
 from .processors import load_processor
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several

@@ -50,10 +50,3 @@ class Processes:
         """Wait until every process is here."""
         if self._state is not None:
             self._state.wait_for_everyone()
-
-
-def visible_devices() -> int:
-    """How many CUDA devices this process sees."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

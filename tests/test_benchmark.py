@@ -222,7 +222,7 @@ def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
 
 
 def test_the_figure_shows_both_arms(tmp_path: Path) -> None:
-    from qwen_vision_bridge.plots import stage_figure
+    from qwen_vision_bridge.bench_figure import stage_figure
 
     rows = [
         {"name": f"stage, {stage}, {arm}{memory}", "value": 3.0}

@@ -17,7 +17,7 @@ from qwen_vision_bridge import pipeline as pipeline_module
 from qwen_vision_bridge.editors import MEMORY_MODES, PREFERENCE, find_mode
 from qwen_vision_bridge.memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.plans import CARDS_GB, MemoryPlan, plan_for
+from qwen_vision_bridge.placement import CARDS_GB, MemoryPlan, plan_for
 from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
