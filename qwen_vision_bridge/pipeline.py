@@ -20,7 +20,7 @@ from .extractor import VisionCacheExtractor
 from .images import ImageLike, load_images
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
-from .placement import MemoryPlan, say
+from .placement import MemoryPlan, card_gb, say
 from .processors import load_processor
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
@@ -123,7 +123,7 @@ class EnhancedQwenImageEdit:
         if mrope not in ("fixed", "stock"):
             raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
         self.mrope, self.site = mrope, site
-        self.plan = MemoryPlan(self.mode, self.family, _total_gpu_gb(self.device))
+        self.plan = MemoryPlan(self.mode, self.family, card_gb(self.device))
         self.keep_source = self.plan.keeps_source if keep_source is None else keep_source
         self.vision_attention = check_vision_attention(vision_attention)
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
@@ -429,7 +429,3 @@ def check_steps(steps: Any) -> int:
 
 def _free_gpu_gb(device: torch.device) -> float | None:
     return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
-
-
-def _total_gpu_gb(device: torch.device) -> float:
-    return torch.cuda.mem_get_info(device)[1] / 1e9 if device.type == "cuda" else 0.0

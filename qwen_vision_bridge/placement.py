@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from .editors import MEMORY_MODES, PREFERENCE, WORKING_GB, MemoryMode
 from .specs import Family
 
@@ -78,3 +80,8 @@ def say(plan: MemoryPlan) -> None:
     if plan.family.editor.transformer_params:
         for line in plan.lines():
             logger.info(line)
+
+
+def card_gb(device: torch.device) -> float:
+    """Memory of a GPU in 10⁹ bytes; 0 for a CPU."""
+    return torch.cuda.mem_get_info(device)[1] / 1e9 if device.type == "cuda" else 0.0
