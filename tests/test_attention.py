@@ -53,8 +53,9 @@ def test_batched_attention_equals_the_loop_within_rounding(
     with tower_attention(tower):
         once, again = outputs(tower, grids), outputs(tower, grids)  # worked out, then from what was kept
     tower.to("cpu")
+    limit = 2e-5 if device == "cpu" else 1e-3  # other shapes may go to other kernels there
     for expected, first, second in zip(stock, once, again, strict=True):
-        torch.testing.assert_close(first, expected, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(first, expected, atol=limit, rtol=limit)
         assert torch.equal(first, second)
 
 
