@@ -93,8 +93,9 @@ def seed_numbers(bench: Bench) -> None:
 
     family, printed = bench.load_family(), io.StringIO()
     roles = ["--source", family.source.repo, "--target", family.target.repo]
+    output = bench.settings.folder / "example"
     with contextlib.redirect_stdout(printed):
-        example_extraction.main(["--models", bench.settings.family, *roles, "--output", str(bench.output)])
+        example_extraction.main(["--models", bench.settings.family, *roles, "--output", str(output)])
     found = [wanted in printed.getvalue() for wanted in SEED_LINES]
     released = bench.released
     bench.add("lines of the seed notes in the extraction example's output", sum(found), f"of {len(found)}",
