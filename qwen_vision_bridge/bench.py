@@ -87,7 +87,11 @@ class Bench:
 
     def left(self) -> float:
         """Seconds of the time budget that are left."""
-        return self.minutes * 60 - (time.monotonic() - self.started)
+        return self.minutes * 60 - self.elapsed()
+
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
 
     def add(
         self,

@@ -68,8 +68,10 @@ def run_parts(arguments: argparse.Namespace) -> int:
             left_out.append(name)
             continue
         print(f"-- {name}", flush=True)
+        began = bench.elapsed()
         if not _done(bench, name, arguments, len(names) > 1):
             failed.append(name)
+        print(f"   {name} took {bench.elapsed() - began:.0f} s", flush=True)
     bench = Bench(bench.settings, bench.output, device)  # with the rows of parts that ran elsewhere
     _draw(bench)
     print(f"\n{table(bench.rows, barred=True)}\n{arguments.output}/results.json: {len(bench.rows)} rows")
