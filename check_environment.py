@@ -19,9 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="plan for a GPU of that size instead")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
-    report = inspect_machine()
+    report = inspect_machine(arguments.gpu_memory)
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=2))
         return 0 if report.ok else 1
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for family in report.families:
         how = f"mode: {family.memory_mode} (arguments: {family.arguments})" if family.runs else "cannot run"
         print(f"{'ok  ' if family.runs else 'note'} family {family.family:13} {how}; {family.reason}")
+        for line in family.plan:
+            print(f"     {line}")
     print("Ready." if report.ok else "Nothing can run here yet: see the lines marked FAIL.")
     return 0 if report.ok else 1
 

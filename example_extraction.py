@@ -1,20 +1,32 @@
-"""Extract the vision features of one picture from Qwen3-VL and Qwen2.5-VL, compare them, size the bridge."""
+"""Extract the vision features of one picture from Qwen3-VL and Qwen2.5-VL, compare them, size the bridge.
+
+With --folder: the features of every picture below a folder, in safetensors shards, going on where it stopped.
+Under `accelerate launch` several processes share the pictures.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from qwen_vision_bridge.commands import check_inputs, choose_models, parser, run
 
 PROMPT = "Describe the picture."
+ROLES = {"source": "qwen3", "target": "qwen25"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Extract, compare, print."""
     made = parser(__doc__, PROMPT)
     made.add_argument("--target", help="another Qwen2.5-VL: registered name, hub id or local folder")
+    made.add_argument("--folder", type=Path, help="extract every picture below this folder into --output")
+    made.add_argument("--encoder", choices=[*ROLES, "both"], default="source", help="whose, with --folder")
+    made.add_argument("--compile", action="store_true", help="torch.compile the tower, with --folder")
     arguments = made.parse_args(argv)
     check_inputs(arguments)
+    if arguments.folder is not None:
+        return extract_all(arguments)
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
     from qwen_vision_bridge.extractor import VisionCacheExtractor
     from qwen_vision_bridge.records import write_picture
@@ -53,6 +65,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, level in comparison.levels.items():
         cka = f"{level.cka:.3f} ({level.cka_shuffled:.3f})"
         print(f"{name:9} {level.mean:7.3f} {level.spread:8.3f}  {cka:28}  {level.outlier_share:.2%}")
+    return 0
+
+
+def extract_all(arguments: argparse.Namespace) -> int:
+    """Every picture of a folder into shards; the rate and what was left out are printed at the end."""
+    if not arguments.folder.is_dir():
+        raise FileNotFoundError(f"no such folder of pictures: {arguments.folder}")
+    from qwen_vision_bridge.extractor import VisionCacheExtractor
+    from qwen_vision_bridge.processes import Processes
+    from qwen_vision_bridge.stream import extract_folder
+
+    device = Processes().device
+    extractor = VisionCacheExtractor(
+        choose_models(arguments), device=device, compiled=arguments.compile, feature_cache=False
+    )
+    for name in ROLES if arguments.encoder == "both" else [arguments.encoder]:
+        done = extract_folder(extractor, arguments.folder, arguments.output / name, ROLES[name])
+        if done is None:  # the first process tells
+            continue
+        for file, reason in done.skipped.items():
+            print(f"left out: {file}: {reason}")
+        print(
+            f"{name}: {done.done} of {done.pictures} pictures in {done.seconds:.1f} s, "
+            f"{done.pictures_per_second:.1f} pictures/s, in {done.folder}/"
+        )
     return 0
 
 

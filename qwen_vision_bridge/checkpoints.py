@@ -130,7 +130,10 @@ class HubCheckpoint(Checkpoint):
                 except OSError as error:
                     logger.warning("%s; fetching those tensors anew", error)
             tensors = self._fetch(pattern)
-            atomic_save(tensors, kept)
+            try:
+                atomic_save(tensors, kept)
+            except OSError as error:  # a full disk, say: what was fetched is fine
+                logger.warning("this tower is not kept for the next time: %s", error)
         return tensors
 
     def _shards(self) -> dict[str, str]:
@@ -218,9 +221,16 @@ def open_hub_checkpoint(spec: ModelSpec) -> Checkpoint:
 
 
 def atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file beside its place and rename it in, so that no reader meets half a file."""
+    """Write a safetensors file beside its place and rename it in, so that no reader meets half a file.
+
+    Raises:
+        OSError: it cannot be written, for want of room for example; nothing is left behind.
+    """
     whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-    write_whole(path, lambda file: save_file(whole, file, metadata))
+    try:
+        write_whole(path, lambda file: save_file(whole, file, metadata))
+    except SafetensorError as error:  # how the library reports a failed write
+        raise OSError(f"{path} could not be written ({error})") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .images import load_images
+from .memory import is_out_of_memory
 from .specs import FAMILIES, Family, resolve_family
 
 OUTPUT = Path("examples_output")
@@ -17,6 +18,10 @@ RANDOM_NOTE = "Note: the miniature's weights are random here, so its pictures ar
 TRAINING_NOTE = (
     "Note: the miniature's training is not finished: it reads, moves, recolours and removes, but the words "
     "it writes are mostly illegible."
+)
+NO_MEMORY = (
+    "the GPU ran out of memory: close other programs on it, give smaller pictures, or look at "
+    "`check_environment.py` for a memory mode that fits"
 )
 PHOTO_NOTE = "Note: the miniature knows only its own synthetic world; of a photograph it makes little."
 
@@ -50,6 +55,11 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         if "--debug" in sys.argv:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "--debug" in sys.argv or not is_out_of_memory(error):
+            raise
+        print(f"error: {NO_MEMORY}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
 
@@ -89,6 +99,7 @@ def quieten_libraries() -> None:
     """Leave the screen to the script: warnings in one line, no bars for files of a few MB, no telemetry."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qwen_vision_bridge.towers").setLevel(logging.INFO)  # how many bytes were read
+    logging.getLogger("qwen_vision_bridge.placement").setLevel(logging.INFO)  # what will lie where
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

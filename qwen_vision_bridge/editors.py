@@ -6,7 +6,7 @@ The needs are estimates from parameter counts at 1024² with one reference pictu
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from .checkpoints import folder_digest
 from .hub import hub_file
+from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
 from .miniature import locate
+from .quantisation import ENCODER_KEPT, quantisation_config, quantise_to_4_bit
 from .specs import EditorSpec, Family
 
 logger = logging.getLogger(__name__)
@@ -24,10 +26,6 @@ OFFLOADS = ("model", "group", "sequential")
 WORKING_GB = 6.0  # activations, VAE decoding and the CUDA context at 1024²
 BYTES = {None: 2.0, 8: 1.05, 4: 0.58}  # a parameter's bytes by bits, with the scales that quantisation adds
 UNQUANTISED_ENCODER_B = 1.77  # of the text encoder: tower and embeddings, which stay in 16 bits
-
-
-class GpuMemoryError(OSError):
-    """The GPU cannot hold what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class MemoryMode:
         given += [f'offload="{self.offload}"'] if self.offload else []
         return ", ".join(given) or "none"
 
-    def _sizes(self, editor: EditorSpec) -> tuple[float, float]:
+    def part_sizes(self, editor: EditorSpec) -> tuple[float, float]:
         """GB of the DiT's weights and of the text encoder's."""
         kept = min(UNQUANTISED_ENCODER_B, editor.encoder_params)
         encoder = (editor.encoder_params - kept) * BYTES[self.bits] + kept * 2.0
@@ -55,11 +53,11 @@ class MemoryMode:
 
     def weights_gb(self, editor: EditorSpec) -> float:
         """GB of all weights, 10⁹ bytes: what an offloading mode keeps in CPU memory."""
-        return sum(self._sizes(editor))
+        return sum(self.part_sizes(editor))
 
     def gpu_gb(self, editor: EditorSpec) -> float:
         """Estimated peak GB on the GPU, 10⁹ bytes; see the module's text."""
-        transformer, encoder = self._sizes(editor)
+        transformer, encoder = self.part_sizes(editor)
         if self.offload is None:
             return transformer + encoder + WORKING_GB
         if self.offload == "model":
@@ -74,9 +72,16 @@ MEMORY_MODES = (
     MemoryMode("8-bit + model offload", bits=8, offload="model"),
     MemoryMode("4-bit", bits=4),
     MemoryMode("4-bit + model offload", bits=4, offload="model"),
+    MemoryMode("4-bit + group offload", bits=4, offload="group"),
     MemoryMode("group offload", offload="group"),
     MemoryMode("sequential offload", offload="sequential"),
 )
+
+
+PREFERENCE = (  # fastest first
+    "plain", "8-bit", "model offload", "8-bit + model offload", "4-bit", "4-bit + model offload",
+    "4-bit + group offload", "group offload", "sequential offload",
+)  # fmt: skip
 
 
 def find_mode(load_in_8bit: bool, load_in_4bit: bool, offload: str | None) -> MemoryMode:
@@ -93,7 +98,8 @@ def find_mode(load_in_8bit: bool, load_in_4bit: bool, offload: str | None) -> Me
     for mode in MEMORY_MODES:
         if (mode.bits, mode.offload) == (bits, offload):
             return mode
-    raise ValueError(f"{bits}-bit weights go with model offload or none, not with {offload!r} offload")
+    fitting = [str(mode.offload) for mode in MEMORY_MODES if mode.bits == bits]
+    raise ValueError(f"{bits}-bit weights go with offload {', '.join(fitting)}, not with {offload!r}")
 
 
 def check_device(mode: MemoryMode, device: Any, family: Family, free_gb: float | None) -> None:
@@ -136,11 +142,11 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         FileNotFoundError, OSError, ValueError: what is missing, damaged or out of reach, in one line.
     """
     import diffusers
-    import torch
 
     options: dict[str, Any] = {"dtype": dtype, "revision": editor.revision}
-    if mode.bits:
-        options["quantization_config"] = _quantisation(mode.bits, dtype)
+    layerwise = mode.bits == 4 and mode.offload == "group"
+    if mode.bits and not layerwise:
+        options["quantization_config"] = quantisation_config(mode.bits, dtype)
     location = locate(editor.repo)
     logger.info("loading %s (%s) from %s", editor.name, mode.name, location)
     if not Path(location).is_dir():
@@ -149,10 +155,13 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
         )  # fails at once where the hub is away
     try:
         pipe = getattr(diffusers, editor.pipeline_class).from_pretrained(location, **options)
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise OSError(f"{editor.name} could not be loaded from {location}: {_first_line(error)}") from error
+    if layerwise:
+        quantise_to_4_bit(pipe.transformer, device, dtype)
+        quantise_to_4_bit(pipe.text_encoder, device, dtype, ENCODER_KEPT)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     if mode.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -166,19 +175,33 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
 
 
 @contextmanager
-def out_of_memory_named(mode: MemoryMode, editor: EditorSpec) -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into one that names the modes and what they need."""
-    import torch
+def out_of_memory_named(
+    mode: MemoryMode, editor: EditorSpec, release: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Turn a lack of GPU memory into one line that names the mode that would fit; the process stays usable.
 
-    try:
+    Args:
+        release: see `memory.freed_after_out_of_memory`.
+    """
+    with freed_after_out_of_memory(lambda: _advice(mode, editor), release):
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        needs = "; ".join(f"{other.name} ≈ {other.gpu_gb(editor):.0f} GB ({other.arguments})"
-                          for other in MEMORY_MODES)  # fmt: skip
-        raise GpuMemoryError(
-            f"the GPU ran out of memory in mode {mode.name}; estimated needs: {needs}"
-        ) from error
+
+
+def _advice(mode: MemoryMode, editor: EditorSpec) -> str:
+    """What to do when a mode turned out too large: the fastest of the smaller ones first."""
+    planned = editor if editor.transformer_params else EditorSpec("released", "", "")
+    smaller = [other for other in MEMORY_MODES if other.gpu_gb(planned) < mode.gpu_gb(planned)]
+    smaller.sort(key=lambda other: PREFERENCE.index(other.name))
+    told = [
+        f"{other.name} ({other.arguments}"
+        + (f", about {other.gpu_gb(editor):.0f} GB)" if planned is editor else ")")
+        for other in smaller
+    ]
+    said = f"the GPU ran out of memory in mode {mode.name}"
+    if not told:
+        return f"{said}, the smallest there is: close other programs on the GPU, or make a smaller picture"
+    others = f"; smaller still: {'; '.join(told[1:])}" if told[1:] else ""
+    return f"{said}; this needs less: {told[0]}{others}"
 
 
 def editor_revision(editor: EditorSpec) -> str:
@@ -191,21 +214,6 @@ def editor_revision(editor: EditorSpec) -> str:
 
     found = try_to_load_from_cache(editor.repo, "model_index.json", revision=editor.revision)
     return Path(found).parent.name if isinstance(found, str) else "not cached"
-
-
-def _quantisation(bits: int, dtype: Any) -> Any:
-    from diffusers import BitsAndBytesConfig as DiffusersConfig
-    from diffusers import PipelineQuantizationConfig
-    from transformers import BitsAndBytesConfig as TransformersConfig
-
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if bits == 4:
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    # The tower's output is what the bridge adds to, so it stays in 16 bits; "visual" alone would not match.
-    encoder = TransformersConfig(**settings, llm_int8_skip_modules=["model.visual", "lm_head"])
-    return PipelineQuantizationConfig(
-        quant_mapping={"transformer": DiffusersConfig(**settings), "text_encoder": encoder}
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -8,15 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .editors import MEMORY_MODES, MemoryMode
-from .specs import FAMILIES, Family, cache_home
+from .editors import MEMORY_MODES
+from .placement import best_mode, plan_for
+from .specs import FAMILIES, cache_home
 
 MINIATURE_RAM_GB = 2.0
 QWEN_DOWNLOAD_GB = 59.0  # the editor's 57.7 GB and the source's tower
-PREFERENCE = (
-    "plain", "8-bit", "model offload", "8-bit + model offload", "4-bit", "4-bit + model offload",
-    "group offload", "sequential offload",
-)  # fmt: skip
 
 
 class Check(NamedTuple):
@@ -39,6 +36,8 @@ class FamilyReport(NamedTuple):
     memory_mode: str | None
     arguments: str
     reason: str
+    plan: tuple[str, ...] = ()
+    """What lies where in that mode, in lines."""
 
 
 class Report(NamedTuple):
@@ -61,12 +60,17 @@ class Report(NamedTuple):
         }
 
 
-def inspect_machine() -> Report:
-    """Look at Python, packages, memory, GPUs and disk; say which families can run, in which memory mode."""
+def inspect_machine(card_gb: float | None = None) -> Report:
+    """Look at Python, packages, memory, GPUs and disk; say which families can run, in which memory mode.
+
+    Args:
+        card_gb: plan for a GPU of this many 10⁹ bytes instead of those that are here.
+    """
     checks = [_python(), *_packages()]
     if not all(check.ok for check in checks):
         return Report(checks, [])
-    ram_gb, gpus = _ram_gb(), gpu_memory_gb()
+    ram_gb = _ram_gb()
+    gpus = gpu_memory_gb() if card_gb is None else [("a card to plan for", card_gb, card_gb)]
     checks.append(Check("memory", ram_gb >= MINIATURE_RAM_GB, f"{ram_gb:.1f} GB available",
                         f"close other programs: the miniature needs {MINIATURE_RAM_GB:.0f} GB"))  # fmt: skip
     checks += [Check(f"GPU {index}", True, f"{name}, {free:.1f} of {total:.1f} GB free", required=False)
@@ -97,18 +101,6 @@ def choose_family(wanted: str) -> tuple[str, str]:
         )
     why = "no CUDA device" if not gpus else "too little GPU or CPU memory for the released models"
     return "miniature", f"Models: miniature, since there is {why}; --models qwen takes the released models"
-
-
-def best_mode(family: Family, gpu_gb: float, ram_gb: float) -> MemoryMode | None:
-    """The fastest memory mode that fits, or None; what waits in CPU memory has to fit there too."""
-    modes = {mode.name: mode for mode in MEMORY_MODES}
-    for name in PREFERENCE:
-        mode = modes[name]
-        if mode.gpu_gb(family.editor) <= gpu_gb and (
-            not mode.offload or mode.weights_gb(family.editor) <= ram_gb
-        ):
-            return mode
-    return None
 
 
 def gpu_memory_gb() -> list[tuple[str, float, float]]:
@@ -171,16 +163,14 @@ def _qwen(ram_gb: float, gpus: list[tuple[str, float, float]]) -> FamilyReport:
     if not gpus:
         return FamilyReport("qwen", False, None, "", "no CUDA device")
     free = max(free for _, free, _ in gpus)
-    mode = best_mode(FAMILIES["qwen"], free, ram_gb)
-    if mode is None:
+    plan = plan_for(FAMILIES["qwen"], free, ram_gb)
+    if plan is None:
         least = min(candidate.gpu_gb(FAMILIES["qwen"].editor) for candidate in MEMORY_MODES)
         return FamilyReport(
             "qwen", False, None, "", f"{free:.1f} GB of GPU memory are free, {least:.1f} GB is the least"
         )
-    need = mode.gpu_gb(FAMILIES["qwen"].editor)
-    return FamilyReport(
-        "qwen", True, mode.name, mode.arguments, f"needs about {need:.0f} of {free:.0f} GB (estimate)"
-    )
+    reason = f"needs about {plan.need_gb:.0f} of {free:.0f} GB (estimate)"
+    return FamilyReport("qwen", True, plan.mode.name, plan.mode.arguments, reason, tuple(plan.lines()))
 
 
 def _ram_gb() -> float:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from .attention import VisionAttention, check_vision_attention, tower_attention
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
 from .checkpoints import open_checkpoint
-from .hub import hub_file
 from .images import ImageLike, image_digest, load_images
-from .miniature import locate
+from .processors import load_processor
 from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
-from .towers import load_tower, load_whole, require_cuda_for_8bit
+from .states import source_states
+from .towers import compile_blocks, load_tower, load_whole, require_cuda_for_8bit
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ class VisionCacheExtractor:
             prompt included.
         language_layers: for `scope="language"`, after how many layers of the source the early, mid and late
             levels are taken; None is a quarter, a half and three quarters of them.
+        vision_attention: `"batched"` lets the towers attend to all stretches of a length at once, `"stock"`
+            leaves transformers' loop over windows and pictures; equal up to rounding.
+        compiled: let `torch.compile` fuse the towers' blocks: for many batches of one size, slow to begin
+            with, equal up to rounding.
         feature_cache: keep features on disk: True for the default folder, a path for another, False for none.
         keep_models: let both models stay in memory.
 
@@ -64,13 +69,16 @@ class VisionCacheExtractor:
         target: str | Path | None = None,
         scope: Scope = "vision",
         language_layers: Sequence[int] | None = None,
+        vision_attention: VisionAttention = "batched",
+        compiled: bool = False,
         feature_cache: bool | str | Path = True,
         keep_models: bool = False,
     ) -> None:
         self.family = resolve_family(family, source=source, target=target)
         if scope not in ("vision", "language"):
             raise ValueError(f'scope is "vision" or "language", not {scope!r}')
-        self.scope = scope
+        self.scope, self.vision_attention = scope, check_vision_attention(vision_attention)
+        self.compiled = compiled
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if load_in_8bit:
@@ -137,6 +145,36 @@ class VisionCacheExtractor:
         grids = tuple(self.target_grid(picture) for picture in pictures)
         return self._cached("qwen25", pictures, prompt, grids, self._run_target)
 
+    def extract_batch(
+        self, role: Literal["qwen3", "qwen25"], pictures: Sequence[Image.Image], grids: Sequence[Grid]
+    ) -> list[VisionCache]:
+        """Many pictures through one tower in one go, past the feature cache: a cache a picture.
+
+        Args:
+            role: which tower.
+            pictures: as `load_images` gives them.
+            grids: (gh, gw) of each, as `target_grid` says.
+
+        Raises:
+            ValueError: with `scope="language"`, whose features hang on a prompt.
+        """
+        if self.scope != "vision":
+            raise ValueError('batches are for scope="vision": the language model reads one prompt at a time')
+        run = self._run_source if role == "qwen3" else self._run_target
+        with tower_attention(self._model(role), self.vision_attention):
+            features = run(list(pictures), "", tuple(grids))
+        packed = {name: value[None] for name, value in features.items()}
+        return VisionCache(packed, tuple(grids), self.provenance(role)).split()
+
+    def provenance(self, role: Literal["qwen3", "qwen25"]) -> dict[str, str]:
+        """Everything about the models that decides the features of a picture."""
+        made = self._provenance(role, [], "")
+        return {key: value for key, value in made.items() if key != "pictures"}
+
+    def warm(self, role: Literal["qwen3", "qwen25"]) -> None:
+        """Load a model now and not at the first picture."""
+        self._model(role)
+
     def compare_caches(self, qwen3_cache: VisionCache, qwen25_cache: VisionCache) -> CacheComparison:
         """Token match, dimensions and their ratio, and each level's mean, spread, CKA and outliers."""
         return compare(qwen3_cache, qwen25_cache)
@@ -189,7 +227,10 @@ class VisionCacheExtractor:
         provenance = self._provenance(role, pictures, prompt)
         if self.feature_cache and (found := self.feature_cache.get(provenance, grids)):
             return found.to(self.device)
-        features = run(pictures, prompt, grids)
+        tower = self._model(role)
+        tower = tower.model.visual if self.scope == "language" else tower
+        with tower_attention(tower, self.vision_attention):
+            features = run(pictures, prompt, grids)
         cache = VisionCache({name: value[None] for name, value in features.items()}, grids, provenance)
         if self.feature_cache:
             try:
@@ -208,6 +249,7 @@ class VisionCacheExtractor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantisation": "int8" if self.load_in_8bit else "none",
             "device": self.device.type,
+            "vision_attention": self.vision_attention + (", compiled" if self.compiled else ""),
             "pictures": " ".join(image_digest(picture) for picture in pictures),
         }
         if self.scope == "language":
@@ -225,7 +267,8 @@ class VisionCacheExtractor:
         ]
         model = self._model("qwen3")
         if self.scope == "language":
-            return self._source_hidden_states(model, locked, prompt)
+            inputs = self._language_inputs("qwen3", locked, prompt, do_resize=False)
+            return source_states(model, inputs, self.language_layers)
         inputs = self._image_processor("qwen3")(images=locked, do_resize=False, return_tensors="pt")
         output = model(
             inputs["pixel_values"].to(self.device, self.dtype), inputs["image_grid_thw"].to(self.device)
@@ -251,21 +294,6 @@ class VisionCacheExtractor:
             raise RuntimeError(f"{self.family.target.name} made {len(features)} tokens for the grids {grids}")
         return {"vision": features}
 
-    def _source_hidden_states(
-        self, model: Any, locked: list[Image.Image], prompt: str
-    ) -> dict[str, torch.Tensor]:
-        inputs = self._language_inputs("qwen3", locked, prompt, do_resize=False)
-        at_image = inputs["input_ids"] == model.config.image_token_id  # (1, T)
-        tower = model.model.visual(inputs["pixel_values"].to(self.dtype), inputs["image_grid_thw"])
-        states = model.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-        features = {}
-        for name, layer in zip(LEVEL_NAMES, self.language_layers, strict=True):
-            features[name] = states[layer][at_image]  # (N, D), as the layer left it
-            # The first layers' outputs are recorded before DeepStack adds its level to them.
-            if layer <= len(tower.deepstack_features) and layer < len(states) - 1:
-                features[name] = features[name] + tower.deepstack_features[layer - 1].to(features[name].dtype)
-        return {**features, "merged": states[-1][at_image]}
-
     def _language_inputs(self, role: str, pictures: list[Image.Image], prompt: str, **options: Any) -> Any:
         processor = self._processor(role)
         # The prompt goes first: attention is causal, and behind the pictures it could not change their
@@ -289,6 +317,8 @@ class VisionCacheExtractor:
                 self._models[role] = load_whole(self._spec(role), *options)
             else:
                 self._models[role] = load_tower(self._spec(role), *options).model
+                if self.compiled:
+                    compile_blocks(self._models[role])
         return self._models[role]
 
     def _image_processor(self, role: str) -> Any:
@@ -302,27 +332,6 @@ class VisionCacheExtractor:
                 spec.repo, spec.processor_subfolder, spec.revision, images_only
             )
         return self._processors[key]
-
-
-def load_processor(
-    repo: str, subfolder: str = "", revision: str | None = None, images_only: bool = True
-) -> Any:
-    """A checkpoint's image processor, or its whole processor with tokenizer and chat template.
-
-    Raises:
-        OSError: the folder has none, or the hub cannot be reached.
-    """
-    from transformers import AutoImageProcessor, AutoProcessor
-
-    loader = AutoImageProcessor if images_only else AutoProcessor
-    location = locate(repo)
-    if not Path(location).is_dir():
-        hub_file(repo, "preprocessor_config.json", subfolder, revision)  # fails at once where the hub is away
-    try:
-        return loader.from_pretrained(location, subfolder=subfolder, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"no processor could be loaded from {repo}/{subfolder} ({reason})") from error
 
 
 def _checked_layers(given: Sequence[int] | None, depth: int) -> tuple[int, ...]:

@@ -38,9 +38,10 @@ def hub_range(
     """Fetch bytes [start, end) of a file on the hub; a broken transfer goes on where it stopped, a few times.
 
     Raises:
+        FileNotFoundError: the repository has no such file.
         OSError: no connection, a transfer that keeps breaking, or a server that ignores ranges.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
     transport_error, position = HfHubHTTPError.__bases__[0], start
     for attempt in range(RESUMES + 1):
@@ -49,6 +50,11 @@ def hub_range(
                 for chunk in _stream(hub_url(repo, name, subfolder, revision), position, end):
                     position += len(chunk)
                     yield chunk
+            except RemoteEntryNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{repo}: {name} is not on the hub, although the model's index names it: try again "
+                    "later, or give another revision"
+                ) from error
             except transport_error as error:
                 answered_no = isinstance(error, HfHubHTTPError)
                 if answered_no or attempt == RESUMES:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from .attention import VisionAttention, check_vision_attention, tower_attention
 from .bridge import VisionBridge, check_strength
 from .cache import VisionCache
 
@@ -165,6 +166,25 @@ def mrope_positions(pipe: Any, mode: Literal["fixed", "stock"] = "fixed") -> Ite
     finally:
         handle.remove()
         inner.rope_deltas = deltas  # the encoder remembers the last prompt's offsets
+
+
+@contextmanager
+def batched_vision(pipe: Any, mode: VisionAttention = "batched") -> Iterator[None]:
+    """Let the pipeline's target tower attend to all windows of a length at once, not to one after the other.
+
+    The results are those of transformers' own loop up to rounding; `stock` leaves the loop.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if check_vision_attention(mode) == "stock" or pipe.text_encoder is None:
+        yield
+        return
+    _announce_once(
+        "attention", "vision towers attend in batches of windows (vision_attention='stock' leaves their loop)"
+    )
+    with tower_attention(pipe.text_encoder.model.visual, mode):
+        yield
 
 
 class _Update:

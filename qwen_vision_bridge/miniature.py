@@ -116,7 +116,7 @@ def build(root: Path, part: str, seed: int = SEED) -> Path:
         _place(editor / "vae", lambda folder: _write_vae(folder, seed))
         _place(editor / "transformer", lambda folder: _write_transformer(folder, seed))
         _place(editor / "scheduler", _write_scheduler)
-        _place(editor / "model_index.json", _write_model_index)
+        _place(editor / "model_index.json", write_model_index)
     return editor
 
 
@@ -234,7 +234,8 @@ def _write_scheduler(folder: Path) -> None:
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder)
 
 
-def _write_model_index(path: Path) -> None:
+def write_model_index(path: Path) -> None:
+    """Write the `model_index.json` of a Qwen-Image-Edit-Plus pipeline."""
     from diffusers import __version__
 
     index = {

@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .attention import VisionAttention, check_vision_attention
 from .bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
 from .cache import VisionCache
 from .editors import check_device, editor_revision, find_mode, load_pipeline, out_of_memory_named
-from .extractor import VisionCacheExtractor, load_processor
+from .extractor import VisionCacheExtractor
 from .images import ImageLike, load_images
-from .injection import Levels, Site, inject, mrope_positions, shared_latents
+from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
+from .placement import MemoryPlan, card_gb, say
+from .processors import load_processor
 from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
 from .specs import Family, resolve_family
@@ -63,7 +66,7 @@ class EnhancedQwenImageEdit:
 
     The stock pipeline is in `.pipe`, loaded on first use and untouched outside a call: LoRAs and schedulers
     are set on it as ever. The target's own features are taken where the pipeline computes them; the source
-    tower is loaded for the extraction and freed before the DiT runs unless `keep_source` is set.
+    tower is loaded for the extraction, and freed before the DiT runs where memory is short.
 
     Args:
         family: `"qwen"`, `"miniature"`, or a `Family`.
@@ -75,8 +78,13 @@ class EnhancedQwenImageEdit:
         device: None is CUDA where there is one, else the CPU.
         dtype: None is bfloat16 on CUDA and float32 on a CPU.
         mrope: `"fixed"` gives the text encoder three-axis positions, `"stock"` leaves diffusers' behaviour.
+        vision_attention: `"batched"` lets both vision towers attend to all stretches of a length at once,
+            `"stock"` leaves transformers' loop over them; baseline and enhanced alike.
         site: where the bridge goes in, see `injection.inject`.
-        keep_source: keep the source tower in memory between calls.
+        keep_source: keep the source tower in memory between calls; None leaves it to the memory plan, which
+            keeps it on a GPU with room for it and frees it before the DiT runs elsewhere.
+        compiled: let `torch.compile` fuse the source tower's blocks and the bridge: slow to begin with, equal
+            up to rounding.
         feature_cache: as `VisionCacheExtractor`.
         pipe: a stock pipeline that is loaded already, used as it is.
 
@@ -99,8 +107,10 @@ class EnhancedQwenImageEdit:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         mrope: str = "fixed",
+        vision_attention: VisionAttention = "batched",
         site: Site = "tower",
-        keep_source: bool = False,
+        keep_source: bool | None = None,
+        compiled: bool = False,
         feature_cache: bool | str | Path = True,
         pipe: Any = None,
     ) -> None:
@@ -112,11 +122,18 @@ class EnhancedQwenImageEdit:
             check_device(self.mode, self.device, self.family, _free_gpu_gb(self.device))
         if mrope not in ("fixed", "stock"):
             raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
-        self.mrope, self.site, self.keep_source = mrope, site, keep_source
+        self.mrope, self.site = mrope, site
+        self.plan = MemoryPlan(self.mode, self.family, card_gb(self.device))
+        self.keep_source = self.plan.keeps_source if keep_source is None else keep_source
+        self.vision_attention = check_vision_attention(vision_attention)
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
         self.extractor = VisionCacheExtractor(
-            self.family, load_in_8bit=False, device=self.device, dtype=self.dtype, feature_cache=feature_cache
-        )
+            self.family, load_in_8bit=False, device=self.device, dtype=self.dtype,
+            vision_attention=vision_attention, compiled=compiled, feature_cache=feature_cache,
+        )  # fmt: skip
+        if compiled:
+            self.bridge.compile()
+        self.compiled = compiled
         self._pipe = pipe
         self._processor: Any = None  # of the editor, known before the pipeline is loaded
         self._editor_revision: str | None = None
@@ -125,6 +142,8 @@ class EnhancedQwenImageEdit:
     def pipe(self) -> Any:
         """The stock diffusers pipeline, loaded on first use."""
         if self._pipe is None:
+            if self.device.type == "cuda":
+                say(self.plan)
             with out_of_memory_named(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             made = self._pipe.text_encoder.config.vision_config.out_hidden_size
@@ -263,7 +282,7 @@ class EnhancedQwenImageEdit:
     def extract_source(self, pictures: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
         grids = self.condition_grids(pictures)
-        with out_of_memory_named(self.mode, self.family.editor):
+        with out_of_memory_named(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
             cache = self.extractor.extract_qwen3_vision(list(pictures), grids=grids)
         if not self.keep_source:
             self.extractor.unload("qwen3")
@@ -298,6 +317,7 @@ class EnhancedQwenImageEdit:
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
             "adapters": self._pipe.get_list_adapters() if self._pipe is not None else {},
             "mrope": self.mrope,
+            "vision_attention": self.vision_attention,
             "memory_mode": self.mode.name,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -305,6 +325,7 @@ class EnhancedQwenImageEdit:
             made["source"] = {"repo": family.source.repo, "revision": self.extractor.revision("qwen3")}
             digest = bridge_digest(self.bridge)
             made["bridge"] = {"name": self.bridge_name, "site": self.site, "digest": digest}
+            made["compiled"] = self.compiled
         return made
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
@@ -332,7 +353,10 @@ class EnhancedQwenImageEdit:
         generator = torch.Generator("cpu").manual_seed(seed)
         images = pictures if takes_several(type(pipe).__name__) else pictures[0]
         sizes = picture_sizes(type(pipe), self.family.editor)
-        with out_of_memory_named(self.mode, self.family.editor), mrope_positions(pipe, self.mrope), sizes:
+        positions, towers = mrope_positions(pipe, self.mrope), batched_vision(pipe, self.vision_attention)
+        # After an error diffusers leaves on the GPU what offloading had brought there.
+        named = out_of_memory_named(self.mode, self.family.editor, pipe.maybe_free_model_hooks)
+        with named, positions, towers, sizes:
             return pipe(image=images, prompt=prompt, generator=generator, **options).images[0]
 
     def _checked(

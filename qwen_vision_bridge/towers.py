@@ -166,6 +166,15 @@ def quantise_blocks(tower: nn.Module, threshold: float = INT8_THRESHOLD) -> int:
     return count
 
 
+def compile_blocks(tower: nn.Module, backend: str = "inductor") -> None:
+    """Compile a tower's blocks in place, one graph for all of them; the first batch of a size is slow.
+
+    Attention stays outside the graphs (see `attention.py`); norms, rotations and activations are fused.
+    """
+    for block in tower.blocks:
+        block.compile(backend=backend, dynamic=False)
+
+
 def place(model: nn.Module, device: torch.device | str, device_map: str | None) -> None:
     """Move a model to its device, or spread it over the devices there are, whole blocks at a time."""
     if device_map is None:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from released_shapes import write_checkpoint
 
 from qwen_vision_bridge import EnhancedQwenImageEdit, VisionBridge, VisionCacheExtractor
 from qwen_vision_bridge.bridge import count_parameters
 from qwen_vision_bridge.editors import MEMORY_MODES
+from qwen_vision_bridge.random_checkpoints import write_checkpoint
 from qwen_vision_bridge.specs import resolve_family
 from qwen_vision_bridge.towers import load_tower, load_whole
 from qwen_vision_bridge.world import sample_picture
@@ -62,7 +62,7 @@ def main() -> None:
     results = Results(arguments.output)
     source, target = arguments.folder / "qwen3-vl-8b", arguments.folder / "qwen2.5-vl-7b"
     for name, folder in (("Qwen3-VL-8B", source), ("Qwen2.5-VL-7B", target)):
-        if not (folder / "model.safetensors.index.json").exists():
+        if not (folder / "config.json").exists():
             results.add(
                 f"{name}: bytes of random weights", write_checkpoint(name, folder, arguments.layers), "B"
             )

@@ -32,7 +32,7 @@ def test_this_machine_can_run_the_miniature() -> None:
         (32, "8-bit + model offload"),
         (26, "4-bit"),
         (24, "4-bit + model offload"),
-        (12, "group offload"),
+        (12, "4-bit + group offload"),
         (7, "sequential offload"),
         (4, None),
     ],
@@ -43,7 +43,7 @@ def test_the_fastest_mode_that_fits_is_recommended(gpu_gb: float, mode: str | No
 
 
 def test_offload_needs_the_weights_to_fit_in_cpu_memory() -> None:
-    assert best_mode(QWEN, 12, ram_gb=32) is None
+    assert best_mode(QWEN, 12, ram_gb=16) is None
     assert best_mode(QWEN, 24, ram_gb=24).name == "4-bit + model offload"
 
 

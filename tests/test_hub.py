@@ -19,7 +19,7 @@ from loopback_hub import LoopbackHub
 from qwen_vision_bridge.towers import TOWER_PREFIX
 
 CLIENT = """
-import hashlib, json, logging, os, sys, time
+import hashlib, json, logging, os, resource, sys, time
 from dataclasses import replace
 from pathlib import Path
 from qwen_vision_bridge.checkpoints import HubCheckpoint, open_checkpoint
@@ -43,7 +43,22 @@ def caught(call):
     except (OSError, ValueError) as error:
         return {"kind": type(error).__name__, "says": str(error), "seconds": time.perf_counter() - started}
 
-seen = {"sharded": load("Org/Sharded"), "again": load("Org/Sharded"), "single": load("Org/Single")}
+reader, writer = os.pipe()
+if os.fork() == 0:  # a second process, which wants the same tower at the same time
+    os.write(writer, json.dumps(load("Org/Twice")).encode())
+    os._exit(0)
+twice = load("Org/Twice")
+os.wait()
+both = [twice, json.loads(os.read(reader, 65536))]
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # as a full disk: writes fail
+full = load("Org/Full")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+full["left"] = sorted(path.name for path in home.rglob("*Org--Full*/*/*") if not path.name.endswith(".lock"))
+
+lost = caught(lambda: load("Org/Lost"))
+seen = {"both": both, "full": full, "lost": lost}
+seen |= {"sharded": load("Org/Sharded"), "again": load("Org/Sharded"), "single": load("Org/Single")}
 kept = next(home.glob("towers/Org--Sharded/*/*.safetensors"))
 kept.write_bytes(kept.read_bytes()[:1000])
 seen["damaged"] = load("Org/Sharded")
@@ -68,19 +83,22 @@ class Visit(NamedTuple):
     hub: LoopbackHub
     folders: dict[str, Path]
     weight_map: dict[str, str]
+    errors: str
 
 
 @pytest.fixture(scope="module")
 def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visit:
     root = tmp_path_factory.mktemp("hub")
-    folders = {f"Org/{name}": root / name for name in ("Sharded", "Single", "Cut", "Whole", "Faulty")}
+    broken = ("Cut", "Whole", "Faulty", "Twice", "Full", "Lost")
+    folders = {f"Org/{name}": root / name for name in ("Sharded", "Single", *broken)}
     weight_map = shard_checkpoint(source_folder, folders["Org/Sharded"], 4)
     shutil.copytree(source_folder, folders["Org/Single"])
-    for name in ("Cut", "Whole", "Faulty"):
+    for name in broken:
         shutil.copytree(source_folder, folders[f"Org/{name}"])
         (folders[f"Org/{name}"] / "model.safetensors").rename(folders[f"Org/{name}"] / f"{name}.safetensors")
         index = {"weight_map": dict.fromkeys(weight_map, f"{name}.safetensors")}
         (folders[f"Org/{name}"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folders["Org/Lost"] / "Lost.safetensors").unlink()
     with LoopbackHub(folders) as hub:
         hub.truncate["Cut.safetensors"] = 5000
         hub.ignore_ranges.add("Whole.safetensors")
@@ -92,7 +110,7 @@ def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visi
         first = client.stdout.readline()
     last, errors = client.communicate("\n", timeout=120)
     assert client.returncode == 0, errors
-    return Visit(json.loads(first), json.loads(last.strip()), hub, folders, weight_map)
+    return Visit(json.loads(first), json.loads(last.strip()), hub, folders, weight_map, errors)
 
 
 def test_only_the_towers_bytes_and_the_headers_cross_the_wire(visit: Visit) -> None:
@@ -116,9 +134,22 @@ def test_the_fetched_tower_is_the_local_one_bit_for_bit(visit: Visit, source_fol
     digest = hashlib.sha256()
     for name, tensor in sorted(load_tower(MODELS["miniature-source"]).model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
-    for key in ("sharded", "again", "single", "damaged"):
+    for key in ("sharded", "again", "single", "damaged", "full"):
         assert visit.seen[key]["digest"] == digest.hexdigest(), key
     assert visit.gone["offline"]["digest"] == digest.hexdigest()
+
+
+def test_two_processes_that_want_one_tower_fetch_it_once(visit: Visit) -> None:
+    first, second = visit.seen["both"]
+    assert first["digest"] == second["digest"] == visit.seen["sharded"]["digest"]
+    assert min(first["read"], second["read"]) == 0
+    assert visit.hub.bytes_served["Twice.safetensors"] == max(first["read"], second["read"])
+
+
+def test_a_full_disk_costs_the_kept_copy_and_not_the_tower(visit: Visit) -> None:
+    assert visit.seen["full"]["read"] > 0
+    assert visit.seen["full"]["left"] == []  # no half file, no leftover beside it
+    assert "this tower is not kept for the next time" in visit.errors
 
 
 def test_a_second_load_reads_the_tower_cache_and_asks_for_no_weights(visit: Visit) -> None:
@@ -140,6 +171,7 @@ def test_a_cached_tower_loads_without_the_hub(visit: Visit) -> None:
     [
         ("cut", "Org/Cut: Cut.safetensors: the hub did not deliver"),
         ("whole", "answered 200 to a byte range"),
+        ("lost", "Org/Lost: Lost.safetensors is not on the hub, although the model's index names it"),
         ("missing", "Org/Absent: config.json: the hub has no such model"),
         ("unregistered_missing", "Org/Absent: config.json: the hub has no such model"),
     ],

@@ -1,0 +1,211 @@
+"""What a benchmark is made of: settings, models, rows that are on disk after each measurement, a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import operator
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .records import digest_of, write_json
+from .specs import Family, resolve_family
+from .timing import Measured, summarise
+
+logger = logging.getLogger(__name__)
+
+SIGNS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+PIPELINE_SIDE = 1024  # px, what diffusers' pipelines take unless told otherwise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how much of it; a part that was done under other settings is done again."""
+
+    family: str = "miniature"
+    random_weights: bool = False
+    """Write checkpoints with random weights in the released layout, where they are not there yet."""
+    folder: Path = Path("/dev/shm/qwen-vision-bridge")
+    """Where those lie."""
+    source: str | None = None
+    target: str | None = None
+    editor: str | None = None
+    tiny: bool = False
+    """An eighth of the released widths, to rehearse."""
+    side: int = PIPELINE_SIDE
+    """px of the edited picture's side."""
+    steps: int | None = None
+    """Denoising steps of a whole edit; None is the family's."""
+    repeats: int = 3
+    """Whole edits an arm; single stages are measured more often."""
+    pictures: int = 1024
+    """Pictures of the folder for streams."""
+    cases: int = 40
+    """Synthetic cases of the evaluation that is shared between devices."""
+
+
+@dataclass
+class Bench:
+    """One run: adds rows to `results.json` and knows the time that is left."""
+
+    settings: Settings
+    output: Path
+    device: torch.device
+    minutes: float = math.inf
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        path = self.output / "results.json"
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def device_name(self) -> str:
+        """As it stands in every row."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    @property
+    def released(self) -> bool:
+        """Whether the shapes are those of the released models, for which the bars are."""
+        return self.settings.family == "qwen" and not self.settings.tiny
+
+    @property
+    def cuda(self) -> bool:
+        """Whether a GPU is measured."""
+        return self.device.type == "cuda"
+
+    def left(self) -> float:
+        """Seconds of the time budget that are left."""
+        return self.minutes * 60 - self.elapsed()
+
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
+
+    def add(
+        self,
+        name: str,
+        value: float | Measured | Sequence[float],
+        unit: str,
+        bar: str = "",
+        scale: float = 1.0,
+    ) -> float:
+        """Record a number; one of the same name and device takes its place.
+
+        Args:
+            value: one number, repeated measurements, or their summary.
+            bar: what it has to be, such as `<= 1.01`.
+            scale: multiplies the value into its unit.
+
+        Returns:
+            The recorded value.
+        """
+        if isinstance(value, int | float):
+            value = Measured(float(value), 0.0, 1)
+        elif not isinstance(value, Measured):
+            value = summarise(value)
+        median, spread = value.median * scale, value.spread * scale
+        if not math.isfinite(median):
+            return median  # nothing to record: memory on a CPU
+        made = {
+            "device": self.device_name,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        row = {"name": name, "value": float(f"{median:.6g}"), "unit": unit, "bar": bar,
+               "spread": float(f"{spread:.3g}"), "n": value.n, **made}  # fmt: skip
+        kept = [other for other in self.rows if (other["name"], other["device"]) != (name, row["device"])]
+        self.rows = [*kept, row]
+        write_json(self.output / "results.json", self.rows)
+        print(line(row), flush=True)
+        return median
+
+    def is_done(self, part: str) -> bool:
+        """Whether a part was finished on this device under these settings."""
+        return self._marks().get(f"{part}, {self.device_name}") == self._key()
+
+    def mark_done(self, part: str) -> None:
+        """Remember that a part is finished."""
+        write_json(self.output / "parts.json", {**self._marks(), f"{part}, {self.device_name}": self._key()})
+
+    def load_family(self, editor: bool = False, whole: bool = False) -> Family:
+        """The models; with random weights, what of them is needed is written first.
+
+        Args:
+            editor: whether the whole editor is needed, not only the two towers.
+            whole: whether the source's language model is needed too.
+        """
+        given, roles = self.settings, {}
+        if given.random_weights:
+            roles = self._write(editor, whole)
+        roles |= {role: value for role in ("source", "target", "editor") if (value := getattr(given, role))}
+        family = resolve_family(given.family, **roles)
+        if given.side != PIPELINE_SIDE:
+            family = replace(family, editor=replace(family.editor, vae_area=given.side**2))
+        return family
+
+    def _write(self, editor: bool, whole: bool) -> dict[str, str]:
+        from .random_checkpoints import drop_language_shards, is_complete, write_checkpoint, write_editor
+
+        source, pipeline = self.settings.folder / "source", self.settings.folder / "editor"
+        target, tiny = pipeline / "text_encoder", self.settings.tiny
+
+        def report(name: str, write: Callable[[], int]) -> None:
+            started = time.perf_counter()
+            size = write()
+            print(f"{name}: {size / 1e9:.1f} GB written in {time.perf_counter() - started:.0f} s", flush=True)
+
+        if not is_complete(source, towers_only=not whole):
+            report("Qwen3-VL-8B", lambda: write_checkpoint("Qwen3-VL-8B", source, tiny=tiny))
+        if not is_complete(target):
+            report("Qwen2.5-VL-7B", lambda: write_checkpoint("Qwen2.5-VL-7B", target, tiny=tiny))
+        roles = {"source": str(source), "target": str(target)}
+        if editor:
+            if not (pipeline / "model_index.json").is_file():
+                drop_language_shards(source)  # all of it together is more than /dev/shm holds by default
+                report("Qwen-Image-Edit-2509", lambda: write_editor(pipeline, tiny=tiny))
+            roles["editor"] = str(pipeline)
+        return roles
+
+    def _marks(self) -> dict[str, str]:
+        path = self.output / "parts.json"
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+    def _key(self) -> str:
+        return digest_of(asdict(self.settings))
+
+
+def meets(row: dict[str, Any]) -> bool | None:
+    """Whether a row meets its bar; None where it has none."""
+    if not row["bar"]:
+        return None
+    sign, limit = row["bar"].split()
+    return SIGNS[sign](row["value"], float(limit))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    spread = f" ± {row['spread']:.3g}" if row["n"] > 1 else ""
+    verdict = {None: "", True: f"  {row['bar']}: met", False: f"  {row['bar']}: NOT MET"}[meets(row)]
+    return f"{row['name']:72} {row['value']:>12.6g} {row['unit']}{spread} (n={row['n']}){verdict}"
+
+
+def table(rows: Sequence[dict[str, Any]], barred: bool = False) -> str:
+    """The rows as lines by device; `barred` leaves out what has no bar."""
+    lines: list[str] = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        chosen = [row for row in rows if row["device"] == device and (row["bar"] or not barred)]
+        if chosen:
+            lines += [f"== {device} ==", *map(line, chosen)]
+    return "\n".join(lines)

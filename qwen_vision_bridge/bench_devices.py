@@ -1,0 +1,108 @@
+"""Benchmarks over several devices: a folder's features and an evaluation, on one and on two."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .bench import Bench
+
+ROOT = Path(__file__).parents[1]
+RATE = re.compile(r"([\d.]+) pictures/s")
+TOOK = re.compile(r"Took ([\d.]+) s")
+
+
+def stream(bench: Bench) -> None:
+    """Features of a folder of pictures from files to shards, on one device."""
+    _extraction(bench, _folder(bench), 1)
+
+
+def devices(bench: Bench) -> None:
+    """The same folder, and an evaluation of the miniature, on one device and on two."""
+    if bench.cuda and torch.cuda.device_count() < 2:
+        print("  two devices are needed, one is here: nothing is measured")
+        return
+    folder, bar = _folder(bench), ">= 1.8" if bench.cuda else ""
+    rates = {count: _extraction(bench, folder, count) for count in (1, 2)}
+    bench.add("features of a folder, two devices over one", rates[2] / rates[1], "times", bar)
+    seconds = {count: _evaluation(bench, count) for count in (1, 2)}
+    bench.add("evaluation of the miniature, two devices over one", seconds[1] / seconds[2], "times", bar)
+
+
+def _folder(bench: Bench) -> Path:
+    """Synthetic pictures as PNG files, written once."""
+    from .world import sample_picture
+
+    folder = bench.settings.folder / f"pictures-{bench.settings.pictures}"
+    if not (folder / "all").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        picture = sample_picture(bench.load_family().picture_size)
+        for number in range(min(32, bench.settings.pictures)):
+            picture.rotate(11 * number).save(folder / f"{number:06d}.png")
+        for number in range(
+            32, bench.settings.pictures
+        ):  # copies: features are made of every file all the same
+            shutil.copyfile(folder / f"{number % 32:06d}.png", folder / f"{number:06d}.png")
+        (folder / "all").touch()
+    return folder
+
+
+def _extraction(bench: Bench, pictures: Path, count: int) -> float:
+    """Pictures per second, files to shards, as the command says it at its end."""
+    family, output = bench.load_family(), bench.settings.folder / "features"
+    shutil.rmtree(output, ignore_errors=True)
+    roles = ["--source", family.source.repo, "--target", family.target.repo]
+    script = ["example_extraction.py", "--models", bench.settings.family, *roles, "--folder", str(pictures),
+              "--output", str(output)]  # fmt: skip
+    rate = float(RATE.findall(_launch(script, count, bench))[-1])
+    bench.add(f"features of {bench.settings.pictures} files to shards, {_named(count)}", rate, "pictures/s")
+    shutil.rmtree(output, ignore_errors=True)
+    return rate
+
+
+def _evaluation(bench: Bench, count: int) -> float:
+    """Seconds of an evaluation of the miniature, from its first case to its results."""
+    output = bench.settings.folder / f"evaluation-{count}"
+    shutil.rmtree(output, ignore_errors=True)
+    script = ["example_end_to_end.py", "--models", "miniature", "--example", "3", "--bridge", "random",
+              "--cases", str(bench.settings.cases), "--output", str(output)]  # fmt: skip
+    seconds = float(TOOK.findall(_launch(script, count, bench))[-1])
+    bench.add(f"evaluation of the miniature, {bench.settings.cases} cases, {_named(count)}", seconds, "s")
+    return seconds
+
+
+def _named(count: int) -> str:
+    return "one device" if count == 1 else f"{count} devices"
+
+
+def _launch(script: list[str], count: int, bench: Bench) -> str:
+    """Standard output of a script of this project in one process, or in several through accelerate.
+
+    Raises:
+        OSError: the script failed; its last lines are in the message.
+    """
+    command = [sys.executable, str(ROOT / script[0]), *script[1:]]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    home = bench.settings.folder / f"home-{time.time_ns()}"  # no features and baselines of another run
+    environment = {**os.environ, "PYTHONPATH": paths, "QWEN_VISION_BRIDGE_HOME": str(home)}
+    if bench.cuda:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count)))
+    else:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    if count > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count),
+                    "--main_process_port", "0"]  # fmt: skip
+        command = [sys.executable, *launcher, *command[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = " ".join(done.stderr.strip().splitlines()[-3:])
+        raise OSError(f"{script[0]} ended with {done.returncode}: {last}")
+    return done.stdout

@@ -1,0 +1,284 @@
+"""Benchmarks of what makes features: loading, both towers, the bridge; how near the chip's limit they run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .attention import tower_attention
+from .bench import Bench
+from .bridge import BridgeConfig, VisionBridge, count_parameters
+from .extractor import VisionCacheExtractor
+from .memory import free_cuda
+from .specs import Family, ModelSpec
+from .timing import in_turn, peak_memory, timed
+from .towers import compile_blocks, load_tower
+
+BATCHES = (1, 8, 32, 64)
+SEED_LINES = (  # of the notes that this toolkit was made from, at the released shapes
+    "Early features: torch.Size([1, 256, 4096])", "Mid features: torch.Size([1, 256, 4096])",
+    "Late features: torch.Size([1, 256, 4096])", "Vision features: torch.Size([1, 256, 3584])",
+    "Vision token count match: True", "Dimension mismatch: True", "Dimension ratio: 1.14",
+    "Total bridge parameters: ~5.2M",
+)  # fmt: skip
+
+
+def extraction(bench: Bench) -> None:
+    """Ready to extract: both towers alone, against both whole models in 8 bits; bytes, seconds, memory."""
+    family, released = bench.load_family(whole=True), bench.released
+    ready: list[float] = []
+    for number in range(4):
+        free_cuda()
+        with peak_memory(bench.device) as peak:
+            source, first = timed(lambda: load_tower(family.source, bench.device, bench.dtype), bench.device)
+        target, second = timed(lambda: load_tower(family.target, bench.device, bench.dtype), bench.device)
+        if number:  # the first warms the page cache
+            ready.append(first + second)
+        bench.add("load, source tower alone, peak GPU memory", peak[0], "GB", scale=1e-9)
+        read, total = source.bytes_read, source.total_bytes
+        del source, target
+    bench.add("load, both towers alone: ready to extract", ready, "s")
+    bench.add("bytes of the source's checkpoint", total, "GB", scale=1e-9)
+    bench.add("bytes read of it for the features", read, "GB", "<= 1.25" if released else "", scale=1e-9)
+    whole = "both whole models in 8 bits" if bench.cuda else "both whole models"
+    seeds_way = VisionCacheExtractor(
+        family, load_in_8bit=bench.cuda, device=bench.device, dtype=bench.dtype,
+        scope="language", feature_cache=False, keep_models=True,
+    )  # fmt: skip
+    free_cuda()
+    with peak_memory(bench.device) as peak:
+        seconds = sum(
+            timed(lambda r=role: seeds_way.warm(r), bench.device)[1] for role in ("qwen3", "qwen25")
+        )
+    bench.add(f"load, {whole}: ready to extract (the seed notes' way)", seconds, "s")
+    bench.add(f"load, {whole}, peak GPU memory", peak[0], "GB", scale=1e-9)
+    share = sorted(ready)[len(ready) // 2] / seconds
+    bench.add("ready to extract, towers alone ÷ whole models", share, "", "<= 0.15" if released else "")
+    _one_picture_both_ways(bench, family, seeds_way)
+
+
+def _one_picture_both_ways(bench: Bench, family: Family, seeds_way: VisionCacheExtractor) -> None:
+    from .world import sample_picture
+
+    side = family.picture_size
+    picture = sample_picture(side)
+    towers = VisionCacheExtractor(
+        family, device=bench.device, dtype=bench.dtype, feature_cache=False, keep_models=True
+    )
+    calls: dict[str, Callable[[], Any]] = {
+        "towers alone": lambda: _both(towers, picture), "whole models": lambda: _both(seeds_way, picture)
+    }  # fmt: skip
+    for name, seconds in in_turn(calls, bench.device, 5).items():
+        bench.add(
+            f"features of one {family.picture_size}² picture from both, {name}", seconds, "ms", scale=1e3
+        )
+    seeds_way.unload()
+    towers.unload()
+
+
+def _both(extractor: VisionCacheExtractor, picture: Any) -> None:
+    extractor.extract_qwen3_vision(picture)
+    extractor.extract_qwen25_vision(picture)
+
+
+def seed_numbers(bench: Bench) -> None:
+    """The extraction example's own output has the lines that the seed notes promise."""
+    import example_extraction
+
+    family, printed = bench.load_family(), io.StringIO()
+    roles = ["--source", family.source.repo, "--target", family.target.repo]
+    output = bench.settings.folder / "example"
+    with contextlib.redirect_stdout(printed):
+        example_extraction.main(["--models", bench.settings.family, *roles, "--output", str(output)])
+    found = [wanted in printed.getvalue() for wanted in SEED_LINES]
+    released = bench.released
+    bench.add("lines of the seed notes in the extraction example's output", sum(found), f"of {len(found)}",
+              f"== {len(found)}" if released else "")  # fmt: skip
+    if released:
+        for missing in (wanted for wanted, there in zip(SEED_LINES, found, strict=True) if not there):
+            print(f"  missing: {missing}")
+
+
+def source_tower(bench: Bench) -> None:
+    """The source tower's speed, one picture and batches, beside the rate the chip reaches in products."""
+    spec = bench.load_family().source
+    rate = _matrix_rate(bench)
+    bench.add("matrix products, 8192³ bf16" if bench.cuda else "matrix products, 1024³ fp32",
+              rate, "TFLOP/s", scale=1e-12)  # fmt: skip
+    tower = load_tower(spec, bench.device, bench.dtype).model
+    cuda = bench.cuda
+    for tokens in (16, 32):
+        call = _forward(tower, spec, 1, tokens, bench)
+        for attention, seconds in in_turn(
+            {mode: (lambda m=mode, c=call: c(m)) for mode in ("batched", "stock")},
+            bench.device,
+            20 if cuda else 3,
+        ).items():
+            name = f"source tower, one {tokens * spec.token_px}² picture, {attention} attention"
+            bench.add(name, seconds, "ms", scale=1e3)
+    best = 0.0
+    for batch in BATCHES if cuda else BATCHES[:2]:
+        best = max(best, _batched(bench, tower, spec, batch, rate, ""))
+    _best(bench, spec, best)
+
+
+def compiled_tower(bench: Bench) -> None:
+    """Whether `torch.compile` pays for the source tower in batches."""
+    spec, cuda = bench.load_family().source, bench.cuda
+    rate, batch = _matrix_rate(bench), 32 if cuda else 8
+    tower = load_tower(spec, bench.device, bench.dtype).model
+    plain = _batched(bench, tower, spec, batch, rate, "")
+    _, seconds = timed(lambda: _compile_and_run(bench, tower, spec, batch), bench.device)
+    bench.add("source tower: compiling, first batch included", seconds, "s")
+    compiled = _batched(bench, tower, spec, batch, rate, ", compiled")
+    bench.add(f"source tower, batch of {batch}: compiled over plain", compiled / plain, "times")
+    known = [row["value"] for row in bench.rows if row["name"] == _best_name(spec)]
+    _best(bench, spec, max([compiled, plain, *known]))
+
+
+def _compile_and_run(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int) -> None:
+    compile_blocks(tower, "inductor" if bench.cuda else "eager")
+    _forward(tower, spec, batch, 16, bench)("batched")
+
+
+def _best(bench: Bench, spec: ModelSpec, best: float) -> None:
+    bench.add(_best_name(spec), best, "pictures/s", ">= 150" if bench.released else "")
+
+
+def _best_name(spec: ModelSpec) -> str:
+    return f"source tower, {16 * spec.token_px}² pictures, best batch"
+
+
+def _batched(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int, rate: float, how: str) -> float:
+    """Pictures per second of one batch size, with its FLOPs, bytes and share of the chip's matrix rate."""
+    call = _forward(tower, spec, batch, 16, bench)
+    with FlopCounterMode(display=False) as counter:
+        call("batched") if not how else None  # a compiled block hides its operations
+    repeats = 10 if bench.cuda else 2
+    seconds = in_turn({"x": lambda: call("batched")}, bench.device, repeats, 2)["x"]
+    name = f"source tower, batch of {batch} at {16 * spec.token_px}²{how}"
+    rates = [batch / second for second in seconds]
+    bench.add(name, rates, "pictures/s")
+    flops = counter.get_total_flops() or _tower_flops(spec, tower, batch)
+    median = sorted(seconds)[len(seconds) // 2]
+    bench.add(f"{name}: work", flops, "TFLOP", scale=1e-12)
+    least = _least_bytes(tower, spec, batch)
+    bench.add(f"{name}: least traffic (weights, pixels, features once)", least, "GB", scale=1e-9)
+    bench.add(f"{name}: share of the matrix rate", flops / median / rate, "")
+    return sorted(rates)[len(rates) // 2]
+
+
+def _tower_flops(spec: ModelSpec, tower: nn.Module, batch: int) -> float:
+    """FLOPs of a batch, counted by hand: two a multiplication, of all matrices and of attention."""
+    patches = batch * 16 * 16 * spec.merge_size**2
+    blocks = 2 * patches * sum(p.numel() for p in tower.blocks.parameters() if p.ndim == 2)
+    attention = 4 * patches * (patches // batch) * spec.hidden_size * spec.depth
+    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+    merging = sum(p.numel() for module in mergers for p in module.parameters() if p.ndim == 2)
+    embedding = 2 * patches * tower.patch_embed.proj.weight.numel()
+    return blocks + attention + 2 * patches / spec.merge_size**2 * merging + embedding
+
+
+def _least_bytes(tower: nn.Module, spec: ModelSpec, batch: int) -> float:
+    """Bytes that have to cross the memory bus at least once."""
+    size = next(tower.parameters()).element_size()
+    weights = sum(p.nbytes for p in tower.parameters())
+    pixels = batch * 16 * 16 * spec.merge_size**2 * 3 * 2 * spec.patch_size**2 * size
+    return weights + pixels + batch * 16 * 16 * spec.out_dim * (1 + len(spec.levels)) * size
+
+
+def _forward(
+    tower: nn.Module, spec: ModelSpec, batch: int, tokens: int, bench: Bench
+) -> Callable[[str], Any]:
+    """A call of the tower on random pictures of tokens × tokens, with one attention or the other."""
+    side = tokens * spec.merge_size
+    width = 3 * tower.config.temporal_patch_size * spec.patch_size**2
+    pixels = torch.randn(batch * side * side, width, device=bench.device, dtype=bench.dtype)
+    grids = torch.tensor([[1, side, side]] * batch, device=bench.device)
+
+    @torch.inference_mode()
+    def call(mode: str) -> Any:
+        with tower_attention(tower, mode):
+            return tower(pixels, grid_thw=grids)
+
+    return call
+
+
+def _matrix_rate(bench: Bench) -> float:
+    """FLOP/s of a large square product, the best of ten."""
+    size = 8192 if bench.cuda else 1024
+    a, b = (torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    seconds = in_turn({"x": lambda: a @ b}, bench.device, 10, warmup=3)["x"]
+    return 2 * size**3 / min(seconds)
+
+
+def target_tower(bench: Bench) -> None:
+    """The vision part of prompt encoding: the target tower with stock and with batched attention."""
+    spec = bench.load_family().target
+    tower = load_tower(spec, bench.device, bench.dtype).model
+    cuda, released = bench.cuda, bench.released
+    for side in (384, 1024):
+        tokens = max(2, round(side / spec.token_px))
+        if not released:
+            tokens = min(tokens, 16)
+        call = _forward(tower, spec, 1, tokens, bench)
+        found = in_turn(
+            {mode: (lambda m=mode, c=call: c(m)) for mode in ("stock", "batched")},
+            bench.device,
+            20 if cuda else 3,
+            2,
+        )
+        for mode, seconds in found.items():
+            bench.add(f"target tower, {side}² picture, {mode} attention", seconds, "ms", scale=1e3)
+        ratios = [slow / fast for slow, fast in zip(found["stock"], found["batched"], strict=True)]
+        bench.add(f"target tower, {side}² picture, stock ÷ batched time", ratios, "times",
+                  ">= 4" if released and side == 1024 else "")  # fmt: skip
+        stock, batched = (call(mode).pooler_output.float() for mode in ("stock", "batched"))
+        bench.add(f"target tower, {side}² picture, batched against stock: relative difference",
+                  float((stock - batched).norm() / stock.norm()), "")  # fmt: skip
+
+
+def bridge(bench: Bench) -> None:
+    """The bridge: time by tokens, error of 16-bit arithmetic, and whether compiling it pays."""
+    config = BridgeConfig.for_family(bench.load_family(), init="random")
+    made = VisionBridge(config).to(bench.device).eval().requires_grad_(False)
+    cuda = bench.cuda
+    bench.add("bridge, parameters", count_parameters(made), "M", scale=1e-6)
+    inputs = {tokens: _bridge_inputs(config, tokens, bench) for tokens in (1024, 4096)}
+    calls = {str(tokens): (lambda given=given: made(*given)) for tokens, given in inputs.items()}
+    found = in_turn(calls, bench.device, 30 if cuda else 3, 3)
+    for tokens, seconds in found.items():
+        bench.add(f"bridge, {tokens} tokens", seconds, "ms", scale=1e3)
+    ratios = [large / small for large, small in zip(found["4096"], found["1024"], strict=True)]
+    bench.add("bridge, time at 4096 ÷ at 1024 tokens", ratios, "times", "<= 4.4")
+    _bridge_errors(bench, config, made, inputs[1024])
+    made.compile(backend="inductor" if cuda else "eager")
+    seconds = in_turn({"x": lambda: made(*inputs[4096])}, bench.device, 30 if cuda else 3, 3)["x"]
+    bench.add("bridge, 4096 tokens, compiled", seconds, "ms", scale=1e3)
+
+
+def _bridge_inputs(
+    config: BridgeConfig, tokens: int, bench: Bench
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    options = {"device": bench.device, "dtype": bench.dtype}
+    levels = [torch.randn(1, tokens, config.source_dim, **options) for _ in config.levels]
+    return levels, torch.randn(1, tokens, config.target_dim, **options)
+
+
+@torch.no_grad()
+def _bridge_errors(bench: Bench, config: BridgeConfig, made: VisionBridge, given: Any) -> None:
+    """Relative error of the update against double precision, inputs alike."""
+    levels, baseline = given
+    exact_bridge = VisionBridge(config).to(bench.device).double()
+    exact = torch.stack(exact_bridge.contributions([x.double() for x in levels], baseline.double())[0]).sum(0)
+    halved = VisionBridge(config).to(bench.device).bfloat16()
+    for name, module in (("fp32", made), ("bf16", halved)):
+        update = torch.stack(module.contributions(levels, baseline)[0]).sum(0).double()
+        error = float((update - exact).norm() / exact.norm())
+        bench.add(f"bridge, {name} weights: relative error of the update against float64", error, "")

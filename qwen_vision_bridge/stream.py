@@ -1,0 +1,332 @@
+"""Features of a whole folder of pictures: read ahead, batched, written in shards, going on where it stopped.
+
+A shard is a fixed stretch of the sorted pictures. What is in it does not depend on how many processes share
+the work or where an earlier run stopped. Two shards and the pictures read ahead are all that is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from .cache import VisionCache
+from .checkpoints import atomic_save
+from .extractor import Grid, VisionCacheExtractor
+from .images import load_images
+from .memory import GpuMemoryError, free_cuda, is_out_of_memory
+from .processes import Processes
+from .records import write_json
+from .specs import LEVEL_NAMES, read_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "qwen-vision-bridge/feature-folder/1"
+ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+SHARD_PICTURES = 64
+BATCH_TOKENS = 32 * 256  # merged tokens a batch: 32 pictures of 512²
+READ_AHEAD = 64  # pictures
+NAMES = {"qwen3": LEVEL_NAMES, "qwen25": ("vision",)}
+Role = Literal["qwen3", "qwen25"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Streamed(NamedTuple):
+    """What a run over a folder did."""
+
+    folder: Path
+    pictures: int
+    """Pictures with features in the folder."""
+    done: int
+    """Those of this run, all processes together."""
+    skipped: dict[str, str]
+    """Files that could not be read, and why."""
+    seconds: float
+    """From the towers being ready to the last shard on disk."""
+
+    @property
+    def pictures_per_second(self) -> float:
+        """Of this run, all processes together."""
+        return self.done / self.seconds if self.done else 0.0
+
+
+class _Read(NamedTuple):
+    """A picture that is ready for its tower, or why it is not."""
+
+    name: str
+    picture: Image.Image | None
+    grid: Grid | None
+    reason: str = ""
+
+
+class FeatureFolder:
+    """The features that `extract_folder` wrote, picture by picture.
+
+    Raises:
+        FileNotFoundError: the folder has no index: the run did not end.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "index.json").is_file():
+            raise FileNotFoundError(f"{self.folder} has no index.json: run the extraction to its end")
+        self.index = read_json(self.folder / "index.json")
+
+    def __len__(self) -> int:
+        return len(self.index["pictures"])
+
+    @property
+    def names(self) -> list[str]:
+        """The pictures, as paths below the folder that they came from."""
+        return list(self.index["pictures"])
+
+    def __getitem__(self, name: str) -> VisionCache:
+        """One picture's features, on the CPU."""
+        entry = self.index["pictures"][name]
+        with safe_open(self.folder / entry["shard"], framework="pt") as shard:
+            features = {key: shard.get_tensor(f"{name}:{key}")[None] for key in self.index["features"]}
+        return VisionCache(features, (tuple(entry["grid"]),), self.index["made_from"])
+
+
+def extract_folder(
+    extractor: VisionCacheExtractor,
+    pictures: str | Path,
+    output: str | Path,
+    role: Role = "qwen3",
+    shard_pictures: int = SHARD_PICTURES,
+    batch_tokens: int = BATCH_TOKENS,
+    workers: int | None = None,
+) -> Streamed | None:
+    """Features of every picture below a folder, in safetensors shards with an `index.json`.
+
+    Shards that are there and fit are not made again. Under `accelerate launch` the shards are dealt out to
+    the processes; what they write is what one process writes.
+
+    Args:
+        role: `qwen3` for the source's levels, `qwen25` for the target's features.
+        shard_pictures: pictures a shard.
+        batch_tokens: merged tokens that go through the tower at once; halved where memory does not do.
+        workers: threads that read pictures; None is one a core, at most 16.
+
+    Returns:
+        None in processes other than the first.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+        ValueError: the output holds features made by other models or settings.
+    """
+    pictures, output, processes = Path(pictures), Path(output), Processes()
+    shards = _shards(pictures, shard_pictures)
+    output.mkdir(parents=True, exist_ok=True)
+    made_from = _made_from(extractor, role)
+    _check_same_models(output, made_from)
+    pending = [name for name, names in shards.items() if not _is_done(output / name, pictures, names)]
+    extractor.warm(role)
+    extractor.target_grid(Image.new("RGB", (64, 64)))  # its processor too, before many threads ask for it
+    processes.wait()  # all have looked before anyone writes, and all towers are there
+    started = time.perf_counter()
+    mine = {name: shards[name] for name in processes.share(list(shards)) if name in pending}
+    work = _Work(extractor, role, pictures, output, made_from, batch_tokens)
+    work.run(mine, workers or min(16, os.cpu_count() or 1), processes.is_main)
+    processes.wait()
+    if not processes.is_main:
+        return None
+    return _finish(output, shards, pending, made_from, role, time.perf_counter() - started)
+
+
+class _Work:
+    """One process's shards."""
+
+    def __init__(
+        self, extractor: VisionCacheExtractor, role: Role, pictures: Path, output: Path,
+        made_from: dict[str, str], batch_tokens: int,
+    ) -> None:  # fmt: skip
+        self.extractor, self.role, self.pictures, self.output = extractor, role, pictures, output
+        self.made_from, self.batch_tokens = made_from, batch_tokens
+
+    def run(self, shards: dict[str, list[str]], workers: int, show: bool) -> None:
+        """Make every shard, reading ahead of the tower and writing behind it."""
+        from tqdm import tqdm
+
+        names = [name for members in shards.values() for name in members]
+        with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
+            prepared = read_ahead(readers, self._read, names, READ_AHEAD)
+            writing: Future[Any] | None = None
+            with tqdm(total=len(names), unit="picture", disable=not show) as progress:
+                for file, members in shards.items():
+                    tensors, header = self._shard(members, prepared, progress)
+                    if writing is not None:
+                        writing.result()  # no more than one shard waits for the disk
+                    writing = writer.submit(atomic_save, tensors, self.output / file, header)
+            if writing is not None:
+                writing.result()
+
+    def _read(self, name: str) -> _Read:
+        """Open a picture and bring it to the size that the source's tower wants."""
+        family = self.extractor.family
+        try:
+            picture = load_images(self.pictures / name, family.target.token_px)[0]
+        except (OSError, ValueError) as error:
+            return _Read(name, None, None, str(error))
+        grid = self.extractor.target_grid(picture)
+        if self.role == "qwen3":
+            px = family.source.token_px
+            picture = picture.resize((grid[1] * px, grid[0] * px), Image.Resampling.BICUBIC)
+        return _Read(name, picture, grid)
+
+    def _shard(
+        self, members: list[str], prepared: Iterator[_Read], progress: Any
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Tensors and header of one shard; pictures of one grid share batches."""
+        waiting: dict[Grid, list[_Read]] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        skipped: dict[str, str] = {}
+        grids: dict[str, Grid] = {}
+
+        def flush(grid: Grid) -> None:
+            batch = waiting.pop(grid)
+            tensors.update(self._batch(batch))
+            progress.update(len(batch))
+
+        for read in (next(prepared) for _ in members):
+            if read.picture is None or read.grid is None:
+                skipped[read.name] = read.reason
+                progress.update(1)
+                continue
+            grids[read.name] = read.grid
+            waiting.setdefault(read.grid, []).append(read)
+            if len(waiting[read.grid]) * read.grid[0] * read.grid[1] >= self.batch_tokens:
+                flush(read.grid)
+        for grid in list(waiting):
+            flush(grid)
+        header = {
+            "made_from": self.made_from, "grids": grids, "files": _stamps(self.pictures, members),
+            "skipped": skipped,
+        }  # fmt: skip
+        # One entry: safetensors writes several in any order, and a shard's bytes shall not depend on chance.
+        return tensors, {FORMAT: json.dumps(header)}
+
+    def _batch(self, batch: Sequence[_Read]) -> dict[str, torch.Tensor]:
+        """Features of one batch on the CPU; a batch too large for the GPU is halved, and so are the next."""
+        failed = False
+        try:
+            made = self.extractor.extract_batch(
+                self.role, [read.picture for read in batch], [read.grid for read in batch]
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        if failed:  # outside the `except`, so that the error's frames hold nothing any more
+            free_cuda()
+            if len(batch) == 1:
+                raise GpuMemoryError(
+                    f"the GPU ran out of memory over {batch[0].name} alone: close other programs on it, or "
+                    "make the picture smaller"
+                )
+            half = len(batch) // 2
+            self.batch_tokens = max(1, self.batch_tokens // 2)
+            logger.warning("batches of %d pictures are too large for the GPU: halved", len(batch))
+            return {**self._batch(batch[:half]), **self._batch(batch[half:])}
+        return {
+            f"{read.name}:{key}": cache.features[key][0].cpu()
+            for read, cache in zip(batch, made, strict=True)
+            for key in NAMES[self.role]
+        }
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """Results in the order of the items, with at most `depth` of them begun and not yet taken."""
+    begun: deque[Future[Result]] = deque()
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= depth:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _shards(pictures: Path, size: int) -> dict[str, list[str]]:
+    """Shard file → the pictures in it, as paths below the folder."""
+    if not pictures.is_dir():
+        raise FileNotFoundError(f"no such folder of pictures: {pictures}")
+    names = sorted(
+        path.relative_to(pictures).as_posix()
+        for path in pictures.rglob("*")
+        if path.suffix.lower() in ENDINGS and path.is_file()
+    )
+    if not names:
+        raise FileNotFoundError(f"{pictures} holds no picture ({', '.join(sorted(ENDINGS))})")
+    parts = [names[start : start + size] for start in range(0, len(names), size)]
+    return {f"features-{number:05d}.safetensors": part for number, part in enumerate(parts)}
+
+
+def _made_from(extractor: VisionCacheExtractor, role: Role) -> dict[str, str]:
+    made = extractor.provenance(role)
+    return {**made, "target_grid": extractor.family.target.name}
+
+
+def _check_same_models(output: Path, made_from: dict[str, str]) -> None:
+    for path in sorted(output.glob("features-*.safetensors"))[:1]:
+        found = _header(path).get("made_from", {})
+        if wrong := {key for key in made_from if found and found.get(key) != made_from[key]}:
+            key = sorted(wrong)[0]
+            raise ValueError(
+                f"{output} holds features of other models or settings ({key} {found.get(key)!r}, now "
+                f"{made_from[key]!r}): give another folder"
+            )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """A shard's header; empty where it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return json.loads((opened.metadata() or {}).get(FORMAT, "{}"))
+    except (SafetensorError, FileNotFoundError):
+        return {}
+
+
+def _stamps(pictures: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    stats = {name: (pictures / name).stat() for name in names}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _is_done(shard: Path, pictures: Path, names: Sequence[str]) -> bool:
+    """Whether a shard is there in full, made of these very files."""
+    return _header(shard).get("files") == _stamps(pictures, names)
+
+
+def _finish(
+    output: Path, shards: dict[str, list[str]], pending: list[str], made_from: dict[str, str], role: Role,
+    seconds: float,
+) -> Streamed:  # fmt: skip
+    """Write the index over all shards, and remove those of an earlier, longer run."""
+    found: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    done = 0
+    for shard in shards:
+        header = _header(output / shard)
+        grids = header["grids"]
+        found |= {name: {"shard": shard, "grid": grids[name]} for name in shards[shard] if name in grids}
+        skipped |= header["skipped"]
+        done += len(grids) if shard in pending else 0
+    for path in output.glob("features-*.safetensors"):
+        if path.name not in shards:
+            path.unlink()
+    index = {"format": FORMAT, "features": list(NAMES[role]), "made_from": made_from, "pictures": found,
+             "skipped": skipped}  # fmt: skip
+    write_json(output / "index.json", index)
+    return Streamed(output, len(found), done, skipped, seconds)

@@ -1,0 +1,165 @@
+"""Time and peak memory: whole calls, several ways of doing a thing in turn, and the stages inside an edit.
+
+On CUDA the times of stages come from events on the device, on a CPU from the process's clock; peak memory is
+that of torch's allocator on CUDA, and not known (nan) on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Measured(NamedTuple):
+    """Repeated measurements in three numbers."""
+
+    median: float
+    spread: float
+    """Interquartile range; 0 for a single value."""
+    n: int
+
+
+def summarise(values: Sequence[float]) -> Measured:
+    """Median, interquartile range and count.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("nothing was measured")
+    if len(values) == 1:
+        return Measured(float(values[0]), 0.0, 1)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Measured(statistics.median(values), high - low, len(values))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a CUDA device; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Result of a call and its seconds, from an idle device to an idle device."""
+    synchronise(device)
+    started = time.perf_counter()
+    result = call()
+    synchronise(device)
+    return result, time.perf_counter() - started
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 1,
+    enough: Callable[[float], bool] = lambda _: False,
+) -> dict[str, list[float]]:
+    """Seconds of each call, measured in turn (a b a b …), so that a drift of the machine meets all alike.
+
+    Args:
+        warmup: unmeasured rounds before.
+        enough: asked after every round with its seconds; True ends it, so that a time budget can.
+    """
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(timed(call, device)[1])
+        if enough(sum(values[-1] for values in seconds.values())):
+            break
+    return seconds
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """The allocator's peak inside the `with`, in bytes, put into the list at its end."""
+    found: list[float] = []
+    if device.type == "cuda":
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    found.append(float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else math.nan)
+
+
+class Stages:
+    """Times and peaks of the stages of a pipeline's calls inside the `with`.
+
+    Enter it before the bridge's hooks: the target tower's time then ends where the bridge's begins.
+    """
+
+    def __init__(self, pipe: Any, bridge: nn.Module | None, source: Any = None) -> None:
+        self.device = torch.device(pipe._execution_device)
+        encoder = pipe.text_encoder.model
+        self.modules = {"target tower": encoder.visual, "language model": encoder.language_model,
+                        "DiT step": pipe.transformer}  # fmt: skip
+        self.methods: dict[str, tuple[Any, str]] = {
+            "VAE encode": (pipe.vae, "encode"), "VAE decode": (pipe.vae, "decode"),
+        }  # fmt: skip
+        if bridge is not None:
+            self.methods["bridge"] = (bridge, "contributions")
+        if source is not None:
+            self.methods["source tower"] = (source, "_run_source")
+        self.peaks: dict[str, float] = defaultdict(float)
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._open: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Stages:
+        for name, module in self.modules.items():
+            begin = module.register_forward_pre_hook(lambda *_, stage=name: self._begin(stage))
+            end = module.register_forward_hook(lambda *_, stage=name: self._end(stage))
+            self._stack.callback(begin.remove)
+            self._stack.callback(end.remove)
+        for name, (owner, method) in self.methods.items():
+            setattr(owner, method, self._wrapped(name, getattr(owner, method)))
+            self._stack.callback(delattr, owner, method)  # the class's own is seen again
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Every measured span by stage."""
+        synchronise(self.device)
+        found: dict[str, list[float]] = defaultdict(list)
+        for name, begin, end in self._spans:
+            cuda = self.device.type == "cuda"
+            found[name].append(begin.elapsed_time(end) / 1e3 if cuda else end - begin)
+        return dict(found)
+
+    def _wrapped(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            self._begin(name)
+            result = method(*args, **kwargs)
+            self._end(name)
+            return result
+
+        return measured
+
+    def _begin(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._open[name] = self._now()
+
+    def _end(self, name: str) -> None:
+        self._spans.append((name, self._open.pop(name), self._now()))
+        if self.device.type == "cuda":
+            self.peaks[name] = max(self.peaks[name], torch.cuda.max_memory_allocated(self.device))
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event

@@ -1,0 +1,242 @@
+"""A folder's features are those of its pictures one by one, however often the run stops and who shares it."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import example_extraction
+from qwen_vision_bridge import stream
+from qwen_vision_bridge.extractor import VisionCacheExtractor
+from qwen_vision_bridge.memory import GpuMemoryError
+from qwen_vision_bridge.processes import Processes
+from qwen_vision_bridge.stream import FeatureFolder, extract_folder, read_ahead
+from qwen_vision_bridge.towers import compile_blocks, load_tower
+
+SIZES = [(128, 128), (96, 160), (128, 128), (160, 96), (128, 128), (96, 160), (64, 64)]
+
+
+@pytest.fixture(scope="module")
+def extractor() -> VisionCacheExtractor:
+    return VisionCacheExtractor("miniature", feature_cache=False, device="cpu")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, photo: Image.Image) -> Path:
+    """Seven pictures of four shapes, one in a folder below, and one that is cut short."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for number, size in enumerate(SIZES):
+        photo.rotate(7 * number).resize(size).save(
+            folder / ("below" if number == 3 else "") / f"{number}.png"
+        )
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:400])
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize("role", ["qwen3", "qwen25"])
+def test_the_features_are_those_of_each_picture_alone(
+    role: Any, extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+) -> None:
+    done = extract_folder(extractor, pictures, tmp_path / "out", role, shard_pictures=3, batch_tokens=150)
+    found = FeatureFolder(tmp_path / "out")
+    assert done.done == done.pictures == len(found) == len(SIZES)
+    assert "below/3.png" in found.names
+    assert list(done.skipped) == ["cut.png"]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+    extract = extractor.extract_qwen3_vision if role == "qwen3" else extractor.extract_qwen25_vision
+    for name in found.names:
+        alone = extract(pictures / name)
+        assert found[name].grid == alone.grid
+        for key, features in found[name].features.items():
+            torch.testing.assert_close(features, alone.features[key], atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_of_one_grid_share_a_batch(
+    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    stock = extractor.extract_batch
+    monkeypatch.setattr(
+        extractor,
+        "extract_batch",
+        lambda role, batch, grids: batches.append(grids) or stock(role, batch, grids),
+    )
+    extract_folder(extractor, pictures, tmp_path / "out")
+    assert all(len(set(grids)) == 1 for grids in batches)
+    assert max(map(len, batches)) >= 3
+
+
+def test_a_run_that_was_stopped_goes_on_and_makes_nothing_twice(
+    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = extract_folder(extractor, pictures, tmp_path / "whole", shard_pictures=2)
+    stock, calls = stream.atomic_save, []
+
+    def stops(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        stock(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "atomic_save", stops)
+        with pytest.raises(KeyboardInterrupt):
+            extract_folder(extractor, pictures, tmp_path / "parts", shard_pictures=2)
+    with pytest.raises(FileNotFoundError, match="run the extraction to its end"):
+        FeatureFolder(tmp_path / "parts")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}
+    assert kept
+    again = extract_folder(extractor, pictures, tmp_path / "parts", shard_pictures=2)
+    assert 0 < again.done < whole.done
+    for name, time in kept.items():
+        assert (tmp_path / "parts" / name).stat().st_mtime_ns == time
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_changed_picture_and_a_damaged_shard_are_made_anew(
+    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    extract_folder(extractor, pictures, out, shard_pictures=2)
+    before = FeatureFolder(out)["0.png"].late_features
+    Image.open(pictures / "0.png").rotate(90).save(pictures / "0.png")
+    last = sorted(out.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:100])
+    done = extract_folder(extractor, pictures, out, shard_pictures=2)
+    assert done.done == 3  # two beside the changed one's shard, and one beside the cut picture
+    assert not torch.equal(FeatureFolder(out)["0.png"].late_features, before)
+    assert extract_folder(extractor, pictures, out, shard_pictures=2).done == 0
+
+
+def test_other_models_features_are_not_mixed_in(
+    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+) -> None:
+    extract_folder(extractor, pictures, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds features of other models or settings"):
+        extract_folder(extractor, pictures, tmp_path / "out", "qwen25")
+
+
+def test_no_more_than_the_depth_is_read_ahead() -> None:
+    taken, most = 0, 0
+    begun = []
+    with ThreadPoolExecutor(4) as pool:
+        for result in read_ahead(pool, lambda item: begun.append(item) or item, range(50), depth=5):
+            assert result == taken
+            taken += 1
+            most = max(most, len(begun) - taken)
+    assert taken == 50
+    assert most <= 5
+
+
+def test_a_batch_too_large_for_the_gpu_is_halved_and_said(
+    extractor: VisionCacheExtractor,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    extract_folder(extractor, pictures, tmp_path / "whole")
+    stock = extractor.extract_batch
+
+    def small(role: Any, batch: Any, grids: Any) -> Any:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(role, batch, grids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extractor, "extract_batch", small)
+        extract_folder(extractor, pictures, tmp_path / "halved")
+    assert "too large for the GPU: halved" in caplog.text
+    whole, halved = FeatureFolder(tmp_path / "whole"), FeatureFolder(tmp_path / "halved")
+    for name in whole.names:
+        torch.testing.assert_close(
+            whole[name].late_features, halved[name].late_features, atol=1e-4, rtol=1e-4
+        )
+
+    def never(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(extractor, "extract_batch", never)
+    with pytest.raises(GpuMemoryError, match="alone"):
+        extract_folder(extractor, pictures, tmp_path / "none")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_processes_write_what_one_writes(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two one after the other, the last first; test_processes.py starts real ones."""
+
+    class Rank(Processes):
+        def __init__(self, index: int) -> None:
+            self.rank = index
+
+        index, count, device = (
+            property(lambda self: self.rank),
+            property(lambda _: 2),
+            property(lambda _: "cpu"),
+        )
+
+        def wait(self) -> None:
+            pass
+
+    arguments = ["--models", "miniature", "--folder", str(pictures), "--output"]
+    monkeypatch.setattr(extract_folder, "__defaults__", ("qwen3", 2, 8192, None))  # two pictures a shard
+    example_extraction.main([*arguments, str(tmp_path / "one")])
+    assert capsys.readouterr().out.count("pictures/s") == 1
+    for rank, shards in ((1, 2), (0, 4)):
+        monkeypatch.setattr(stream, "Processes", lambda rank=rank: Rank(rank))
+        example_extraction.main([*arguments, str(tmp_path / "two")])
+        said = capsys.readouterr().out
+        assert len(list((tmp_path / "two" / "source").glob("*.safetensors"))) == shards
+        assert ("pictures/s" in said, "left out: cut.png" in said) == (rank == 0, rank == 0)
+    one, two = (contents(tmp_path / name / "source") for name in ("one", "two"))
+    assert len(one) == 5
+    assert one == two
+
+
+def test_the_command_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder of pictures"):
+        example_extraction.main(["--models", "miniature", "--folder", str(tmp_path / "absent")])
+    with pytest.raises(FileNotFoundError, match="holds no picture"):
+        example_extraction.main(
+            ["--models", "miniature", "--folder", str(tmp_path), "--output", str(tmp_path)]
+        )
+
+
+def test_compiled_blocks_compute_the_same() -> None:
+    from qwen_vision_bridge.attention import tower_attention
+    from qwen_vision_bridge.specs import MODELS
+
+    tower = load_tower(MODELS["miniature-source"]).model
+    pixels, grid = (
+        torch.randn(48, 384, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[1, 4, 6]] * 2),
+    )
+    with torch.inference_mode(), tower_attention(tower):
+        plain = tower(pixels, grid)
+        compile_blocks(tower, "eager")
+        compiled = tower(pixels, grid)
+    torch.testing.assert_close(compiled.pooler_output, plain.pooler_output)
+
+
+def test_the_index_says_what_the_features_were_made_from(
+    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+) -> None:
+    extract_folder(extractor, pictures, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["made_from"]["model"] == "miniature-source"
+    assert index["made_from"]["target_grid"] == "miniature-target"
+    assert index["features"] == ["early", "mid", "late"]
+    assert set(index["skipped"]) == {"cut.png"}
