@@ -1,0 +1,92 @@
+"""What one edit of the miniature costs on this machine: loading, time and memory, in fresh processes.
+
+python recipes/miniature/cost.py --editor weights/editor --source weights/source --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+PROMPT = "Change the background to blue"
+
+
+def main() -> None:
+    """Measure once in this process and print the figures as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--editor", required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(json.dumps(once(arguments.source, arguments.editor, arguments.steps)))
+
+
+def once(source: str, editor: str, steps: int) -> dict[str, float]:
+    """Seconds to load the whole family and for one edit of each arm, and the peak of resident memory, GB.
+
+    Libraries are imported before the clock starts: they cost the same with any model.
+    """
+    import diffusers  # noqa: F401
+    import transformers  # noqa: F401
+
+    from qwen_vision_bridge import EnhancedQwenImageEdit
+    from qwen_vision_bridge.world import sample_picture
+
+    picture = sample_picture(128)
+    start = time.perf_counter()
+    pipeline = EnhancedQwenImageEdit(
+        "miniature", bridge="random", source=source, editor=editor, device="cpu", feature_cache=False,
+        keep_source=True,
+    )  # fmt: skip
+    pipeline.pipe.set_progress_bar_config(disable=True)
+    pipeline.extractor.extract_qwen3_vision(picture)
+    seconds = {"load": time.perf_counter() - start}
+    for name, enhanced in (("baseline", False), ("enhanced", True)):
+        start = time.perf_counter()
+        pipeline.generate(picture, PROMPT, enhanced, num_inference_steps=steps)
+        seconds[name] = time.perf_counter() - start
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of Linux; macOS counts bytes
+    return {**seconds, "memory": kibibytes * (1 if sys.platform == "darwin" else 1024) / 1e9}
+
+
+def repeated(
+    source: str, editor: str, steps: int, times: int = 5, threads: int = 2
+) -> dict[str, list[float]]:
+    """`once` in as many fresh processes, by figure."""
+    folders = ["--source", str(Path(source).resolve()), "--editor", str(Path(editor).resolve())]
+    settings = ["--steps", str(steps), "--threads", str(threads)]
+    command = [sys.executable, __file__, *folders, *settings]
+    found: dict[str, list[float]] = {}
+    for _ in range(times):
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
+        for name, value in json.loads(said.stdout.splitlines()[-1]).items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+NAMES = {
+    "load": "cost: loading the whole family and one extraction, s",
+    "baseline": "cost: one edit with guidance, s",
+    "enhanced": "cost: one edit with guidance through a bridge, s",
+    "memory": "cost: peak of resident memory, GB",
+}
+
+
+def named(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The figures by their names in the card."""
+    return {NAMES[name]: values for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    main()
