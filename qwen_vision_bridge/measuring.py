@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,50 @@ METRICS = {
 HEADLINES = {"edit": "right", "perception": "answered"}
 DIGITS = 6  # decimals of a recorded metric
 BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
+
+
+class Measurer:
+    """`measure` for many pictures: in this process, or in some of their own while this one makes the next.
+
+    Args:
+        workers: how many processes; 0 measures here.
+
+    Raises:
+        ValueError: fewer than 0.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
+        if workers < 0:
+            raise ValueError(f"workers is {workers}; needed: at least 0")
+        self.queue = 4 * workers  # pictures that may wait
+        self._pool = None
+        if workers:
+            # Forked processes would share the threads and the CUDA context of this one.
+            fresh = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(workers, fresh, initializer=_prepare_worker)
+
+    def submit(self, case: Any, picture: Image.Image) -> Future[dict[str, float]]:
+        """The metrics of a picture, sooner or later."""
+        if self._pool is not None:
+            return self._pool.submit(measure, case, picture)
+        done: Future[dict[str, float]] = Future()
+        try:
+            done.set_result(measure(case, picture))
+        except Exception as error:  # raised where the result is asked for, as a pool's is
+            done.set_exception(error)
+        return done
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to handle
+    metrics.OCR_THREADS = 1  # of many processes each has one core
 
 
 def measure(case: Any, picture: Image.Image) -> dict[str, float]:

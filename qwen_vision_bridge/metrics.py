@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rapidocr import RapidOCR
 
 Picture = Image.Image | np.ndarray
+OCR_THREADS = -1  # of the reader, set before its first use; -1 leaves them to it
 SSIM_REACH = 5  # px: half the window of the structural similarity
 
 
@@ -62,7 +63,8 @@ def _checked(mask: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 def _ocr_engine() -> RapidOCR:
     from rapidocr import RapidOCR
 
-    return RapidOCR(params={"Global.log_level": "critical"})
+    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": OCR_THREADS}
+    return RapidOCR(params={"Global.log_level": "critical", **threads})
 
 
 def read_text(picture: Picture, min_letters: int = 2) -> str:

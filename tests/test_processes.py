@@ -81,6 +81,7 @@ def test_two_processes_equal_one_record_by_record(tmp_path: Path) -> None:
     assert results(tmp_path / "one") == results(tmp_path / "two")
     assert "dealt to 2" in (tmp_path / "two" / "dealt").read_text()
     assert len(results(tmp_path / "two")["records"]) == 18
+    assert not any(record["error"] for record in results(tmp_path / "two")["records"])
     assert not list((tmp_path / "two").glob("results.part-*"))
 
 

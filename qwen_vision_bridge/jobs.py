@@ -1,0 +1,142 @@
+"""What a run has to do: a picture of every case in every arm, and the questions; each known by its key.
+
+A key is a digest of everything that decides a record, so a folder can hold records of many runs and none is
+ever taken for another's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arms import Arm, find_partners
+from .images import image_digest
+from .perception import Question, questions_of, supports
+from .pipeline import EnhancedQwenImageEdit
+from .records import digest_of
+from .world import GROUPS
+
+SAFE_ID = re.compile(r"[\w][\w.-]{0,120}")
+OTHER = "other"  # the group of cases from files that name none
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One picture to make, or one question to ask."""
+
+    case: Any
+    arm: Arm
+    question: Question | None
+    key: str
+
+    @property
+    def level(self) -> str:
+        """`edit` or `perception`."""
+        return "edit" if self.question is None else "perception"
+
+
+@dataclass
+class Run:
+    """Everything that stays the same over a run."""
+
+    pipeline: EnhancedQwenImageEdit
+    folder: Path
+    arms: Sequence[Arm]
+    seed: int
+    options: dict[str, Any]
+    cases: dict[str, Any]
+    batch: int = 1
+    """Edits that are denoised together; 1 is the stock call, one by one."""
+    partners: dict[str, str | None] = field(default_factory=dict)
+    """Whose source features a shuffled arm sees."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise ValueError(f"batch_arms is a whole number from 1, not {self.batch!r}")
+        if any(arm.features == "shuffled" for arm in self.arms):
+            grids = {name: self.pipeline.condition_grids(case.pictures) for name, case in self.cases.items()}
+            self.partners = find_partners(grids, self.seed)
+
+    def seed_of(self, case: Any) -> int:
+        """The seed of a case's noise: its own, and the same in every arm."""
+        return int(digest_of([self.seed, case.case_id])[:7], 16)
+
+
+def check_ids(cases: Sequence[Any]) -> None:
+    """Refuse cases that cannot be told apart on disk.
+
+    Raises:
+        ValueError: no cases, an id that is no file name, or one that two cases have.
+    """
+    if not cases:
+        raise ValueError("there are no cases to evaluate: give at least one")
+    seen: set[str] = set()
+    for case in cases:
+        if not SAFE_ID.fullmatch(case.case_id):
+            raise ValueError(
+                f"a case's id is a file name of letters, digits, '.', '_', '-': {case.case_id!r}"
+            )
+        if case.case_id in seen:
+            raise ValueError(f"two cases have the id {case.case_id!r}: every case needs its own")
+        seen.add(case.case_id)
+
+
+def plan(run: Run, perception: bool) -> tuple[list[Job], list[str]]:
+    """Every job in the order of the results, and in words what cannot be done."""
+    jobs, lonely = [], 0
+    groups = {name: index for index, name in enumerate((*GROUPS, OTHER))}
+    cases = sorted(run.cases.values(), key=lambda case: (groups[case.group], case.case_id))
+    deaf = sorted({arm.name for arm in run.arms if not supports(arm)}) if perception else []
+    for asked in (True, False):
+        for case in cases:
+            for question in (questions_of(case) if perception else []) if asked else [None]:
+                for arm in run.arms:
+                    if arm.features == "shuffled" and run.partners[case.case_id] is None:
+                        lonely += question is None
+                    elif question is None or supports(arm):
+                        jobs.append(Job(case, arm, question, _key(run, case, arm, question)))
+    left_out = [f"{name}: its site is behind the language model, which is not asked" for name in deaf]
+    if lonely:
+        left_out.append(f"shuffled: {lonely} cases have no other on the same grid to take features from")
+    return jobs, left_out
+
+
+def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The records with an error, in words."""
+    failed = [record for record in records if record["error"]]
+    return [f"{record['case_id']}, {record['arm']}: {record['error']}" for record in failed]
+
+
+def content_key(run: Run, case: Any, arm: Arm, batched: bool) -> str:
+    """Digest of everything that decides a picture.
+
+    Pictures made in batches have keys of their own, since their last bits are not those of one alone.
+    """
+    pipeline, family = run.pipeline, run.pipeline.family
+    made: dict[str, Any] = {"editor": pipeline.made_from(False), "device": pipeline.device.type}
+    if batched:
+        made["batched"] = True
+    if arm.bridge is not None:
+        made |= {"arm": arm.made_from(), "source": pipeline.made_from(True)["source"]}
+        if arm.features == "shuffled" and (partner := run.partners[case.case_id]):
+            made["partner"] = [image_digest(shown) for shown in run.cases[partner].pictures]
+    defaults = {"num_inference_steps": family.steps, "true_cfg_scale": family.true_cfg_scale}
+    pictures = [image_digest(shown) for shown in case.pictures]
+    return digest_of(
+        [made, pictures, case.prompt, run.seed_of(case), sorted((defaults | run.options).items())]
+    )
+
+
+def _key(run: Run, case: Any, arm: Arm, question: Question | None) -> str:
+    """Digest of everything that decides a record: its picture, the truth it is measured by, its labels."""
+    truth = [case.source_text, case.expected_text, str(getattr(case, "boxes", ()))]
+    truth += ["" if case.target is None else image_digest(case.target)]
+    truth += ["" if case.edit_mask is None else digest_of(np.packbits(case.edit_mask).tolist())]
+    labels = [case.case_id, case.group, case.kind, case.difficulty, arm.name]
+    batched = question is None and run.batch > 1
+    return digest_of([content_key(run, case, arm, batched), truth, labels, question])
