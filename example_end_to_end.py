@@ -174,21 +174,22 @@ class Session:
         """Synthetic cases in all arms, compared."""
         from qwen_vision_bridge.comparisons import cases_needed
         from qwen_vision_bridge.evaluation import evaluate
+        from qwen_vision_bridge.languages import cases_for
         from qwen_vision_bridge.report import write_page
         from qwen_vision_bridge.summaries import as_table, write_results
-        from qwen_vision_bridge.world import make_cases
 
         arguments, options = self.arguments, self.common()
         enough = cases_needed(0.05) if len(groups) > 1 else 4
         count = arguments.cases or (2 if arguments.quick else enough)
         if arguments.quick:
             options.setdefault("num_inference_steps", 8)
-        size = self.pipeline.family.picture_size
-        cases = self.own_cases if len(groups) > 1 else []
-        cases = cases or [case for group in groups for case in make_cases(group, count, arguments.seed, size)]
+        cases, notes = list(self.own_cases) if len(groups) > 1 else [], []
+        for group in groups if not cases else []:
+            made, left_out = cases_for(self.pipeline.family, group, count, arguments.seed)
+            cases, notes = [*cases, *made], [*notes, *left_out]
         found = evaluate(
             self.pipeline, cases, path, self.arms, announce=print, batch_arms=arguments.batch_arms,
-            workers=arguments.workers, retry_errors=arguments.retry_errors, **options,
+            workers=arguments.workers, retry_errors=arguments.retry_errors, notes=notes, **options,
         )  # fmt: skip
         if found is not None:  # the first process alone has the result
             write_results(path, found)

@@ -56,6 +56,7 @@ def evaluate(
     batch_arms: int = 1,
     workers: int = 0,
     retry_errors: bool = False,
+    notes: Sequence[str] = (),
     announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Evaluation | None:
@@ -73,6 +74,7 @@ def evaluate(
             close to those of 1 and not the same bits, so their records are known by other keys.
         workers: processes that measure pictures beside the one that makes them; 0 measures in this one.
         retry_errors: do again what an earlier run of the folder recorded as an error.
+        notes: what the cases leave out, in words, for the report.
         announce: takes the time that the run is estimated to need, in a sentence, before it starts.
         options: of the edits, as `EnhancedQwenImageEdit.generate` takes them.
 
@@ -104,7 +106,7 @@ def evaluate(
         return None
     ledger.merge()
     records = [ledger.records[job.key] for job in jobs]
-    left_out += failures(records)
+    left_out = [*notes, *left_out, *failures(records)]
     rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
     seconds, before = time.perf_counter() - started, len(jobs) - len(pending)
     described = [arm.describe() for arm in arms]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import metrics
+from . import metrics, reading
 from .comparisons import Metric
 from .drift import measure_drift
 from .judging import judge
+from .languages import LanguageCase
 from .scenes import COLOURS
 from .world import Case
 
@@ -30,6 +31,7 @@ METRICS = {
     "relations_kept": Metric(True, True),
     "box_iou": Metric(True, True),
     "edited_colour_error": Metric(False),
+    "edited_ssim": Metric(True, True),
     "unedited_ssim": Metric(True, True),
     "unedited_psnr_db": Metric(True),
     "unedited_texture": Metric(True, True),
@@ -88,7 +90,7 @@ class Measurer:
 
 def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to handle
-    metrics.OCR_THREADS = 1  # of many processes each has one core
+    reading.OCR_THREADS = 1  # of many processes each has one core
 
 
 def measure(case: Any, picture: Image.Image) -> dict[str, float]:
@@ -110,6 +112,9 @@ def measure(case: Any, picture: Image.Image) -> dict[str, float]:
     values: dict[str, float | None] = {}
     if isinstance(case, Case) and case.edit is not None:
         values["right"] = float(judge(case, picture, read).right)
+    elif isinstance(case, LanguageCase) and read is not None:
+        letters = ["".join(filter(str.isalnum, text)) for text in (read, case.expected_text)]
+        values["right"] = metrics.exact_text(*letters)
     if read is not None:
         values |= _text(case, read)
     if case.group == "space" and isinstance(case, Case):
@@ -162,6 +167,7 @@ def _detail(case: Any, picture: Image.Image) -> dict[str, float | None]:
         values["target_difference"] = metrics.mean_abs_difference(picture, target)
         if mask is not None and mask.any():
             values["edited_colour_error"] = metrics.colour_difference(picture, target, mask)
+            values["edited_ssim"] = metrics.masked_ssim(picture, target, mask)
     return values
 
 

@@ -7,8 +7,9 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from .comparisons import Difference, Expectation, caution, judge_expectations
+from .comparisons import BASELINE, Difference, Expectation, caution, judge_expectations
 from .evaluation import Evaluation
 from .measuring import HEADLINES, METRICS
 from .records import write_json, write_whole
@@ -38,6 +39,41 @@ PHOTO_PROMPTS = {
     ),
     "consistency": (),  # takes several pictures
 }
+
+
+class KindRow(NamedTuple):
+    """One kind of case in one arm beside the baseline."""
+
+    level: str
+    group: str
+    kind: str
+    arm: str
+    metric: str
+    n: int
+    baseline: float
+    value: float
+
+
+def kind_rows(found: Evaluation) -> list[KindRow]:
+    """Every kind of case in every arm: the headline metric, or the edited region's likeness to the right edit
+    where no edit of that kind is judged. Too few cases a kind for an interval: it proves nothing."""
+    table: dict[tuple[str, str, str], dict[str, dict[str, dict[str, float]]]] = {}
+    for record in found.records:
+        cases = table.setdefault((record["level"], record["group"], record["kind"]), {})
+        cases.setdefault(record["case_id"], {})[record["arm"]] = record["metrics"]
+    rows = []
+    for (level, group, kind), cases in table.items():
+        judged = any(HEADLINES[level] in metrics for arms in cases.values() for metrics in arms.values())
+        metric = HEADLINES[level] if judged else "edited_ssim"
+        for arm in [arm["name"] for arm in found.arms if arm["name"] != BASELINE]:
+            both = [
+                (arms.get(BASELINE, {}).get(metric), arms.get(arm, {}).get(metric)) for arms in cases.values()
+            ]
+            pairs = [pair for pair in both if None not in pair]
+            if pairs:
+                means = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+                rows.append(KindRow(level, group, kind, arm, metric, len(pairs), *means))
+    return rows
 
 
 def write_results(folder: str | Path, found: Evaluation) -> None:
@@ -118,13 +154,23 @@ def _as_markdown(found: Evaluation) -> str:
         f"{row.n} | {row.difference:+.3f} | {row.ci_low:+.3f} to {row.ci_high:+.3f} | {row.verdict} |"
         for row in expectations(found)
     ]
-    lines += _difference_table(found.rows)
+    lines += _difference_table(found.rows) + _kind_table(kind_rows(found))
     lines += ["", "Points of the share that is right. Paired differences from the baseline, percentile "
               "bootstrap over cases; an interval that holds 0 shows no difference. *Resolvable* is the "
               "smallest difference that a sample like this finds 4 times in 5.", ""]  # fmt: skip
     lines += [f"- left out: {line}" for line in found.left_out]
     provenance = json.dumps(found.provenance, indent=2, ensure_ascii=False)
     return "\n".join([*lines, "", "```json", provenance, "```", ""])
+
+
+def _kind_table(rows: Sequence[KindRow]) -> list[str]:
+    lines = ["", "## By kind of case", "", "| level | group | kind | arm | metric | n | baseline | arm |",
+             "|" + " --- |" * 8]  # fmt: skip
+    return lines + [
+        f"| {row.level} | {row.group} | {row.kind} | {row.arm} | {row.metric} | {row.n} "
+        f"| {row.baseline:.3f} | {row.value:.3f} |"
+        for row in rows
+    ]
 
 
 def _difference_table(rows: Sequence[Difference]) -> list[str]:
