@@ -20,7 +20,7 @@ from .comparisons import bootstrap_interval as bootstrap_interval
 from .jobs import OTHER, Job, Run, check_ids, failures, plan
 from .ledger import Ledger
 from .making import Maker
-from .measuring import METRICS, Measurer
+from .measuring import METRICS, Measurer, unmeasured
 from .pipeline import EnhancedQwenImageEdit
 from .processes import Processes
 from .world import GROUPS
@@ -106,7 +106,7 @@ def evaluate(
         return None
     ledger.merge()
     records = [ledger.records[job.key] for job in jobs]
-    left_out = [*notes, *left_out, *failures(records)]
+    left_out = [*notes, *unmeasured(cases), *left_out, *failures(records)]
     rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
     seconds, before = time.perf_counter() - started, len(jobs) - len(pending)
     described = [arm.describe() for arm in arms]

@@ -16,6 +16,7 @@ from .comparisons import Metric
 from .drift import measure_drift
 from .judging import judge
 from .languages import LanguageCase
+from .perceptual import WEIGHTS, lpips, lpips_missing
 from .scenes import COLOURS
 from .world import Case
 
@@ -35,6 +36,7 @@ METRICS = {
     "unedited_ssim": Metric(True, True),
     "unedited_psnr_db": Metric(True),
     "unedited_texture": Metric(True, True),
+    **{f"unedited_lpips_{net}": Metric(False) for net in WEIGHTS},
     "target_difference": Metric(False),
     "drift_shift_px": Metric(False),
     "drift_scale_percent": Metric(False),
@@ -47,6 +49,13 @@ METRICS = {
 HEADLINES = {"edit": "right", "perception": "answered"}
 DIGITS = 6  # decimals of a recorded metric
 BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
+
+
+def unmeasured(cases: Sequence[Any]) -> list[str]:
+    """Metrics that these cases would get and this machine cannot give, with the reason."""
+    if all(case.edit_mask is None for case in cases):
+        return []
+    return [f"LPIPS ({net}): {why}" for net in WEIGHTS if (why := lpips_missing(net))]
 
 
 class Measurer:
@@ -163,6 +172,9 @@ def _detail(case: Any, picture: Image.Image) -> dict[str, float | None]:
             "unedited_psnr_db": min(metrics.masked_psnr(picture, case.image, unedited), BEST_PSNR),
             "unedited_texture": metrics.texture_kept(picture, case.image, unedited),
         }
+        for net in WEIGHTS:
+            if not lpips_missing(net):
+                values[f"unedited_lpips_{net}"] = lpips(picture, case.image, net, ~mask)
     if target is not None:
         values["target_difference"] = metrics.mean_abs_difference(picture, target)
         if mask is not None and mask.any():
