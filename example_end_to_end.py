@@ -195,9 +195,8 @@ class Session:
             write_results(path, found)
             write_page(path, found)
             print(as_table(found))
-            print(
-                f"Took {found.seconds:.0f} s, {found.done_before} of {len(found.records)} jobs done before."
-            )
+            jobs = sum(record["level"] != "agreement" for record in found.records)
+            print(f"Took {found.seconds:.0f} s, {found.done_before} of {jobs} jobs done before.")
 
     def common(self) -> dict[str, Any]:
         """Strength, seed and options of every edit."""

@@ -33,7 +33,7 @@ class Difference(NamedTuple):
     """One metric of one arm beside the baseline, over the cases that both have."""
 
     level: str
-    """`edit` or `perception`."""
+    """`edit`, `perception`, or `agreement` of edits with one prompt."""
     group: str
     difficulty: str
     """`easy`, `hard`, or `all`."""
@@ -167,7 +167,7 @@ def compare_arms(
         cases.setdefault(record["case_id"], {})[record["arm"]] = record
         arms.setdefault(record["arm"])
     rows = []
-    for level in ("perception", "edit"):
+    for level in ("perception", "edit", "agreement"):
         for group in groups:
             cases = list(table.get((level, group), {}).values())
             for arm in sorted(arms.keys() - {BASELINE}, key=list(arms).index):

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .agreement import pair_records
 from .arms import Arm, check_arms, default_arms
+from .casefiles import FileCase
 
 # A recipe takes the interval from here.
 from .comparisons import Difference, compare_arms
@@ -106,6 +108,7 @@ def evaluate(
         return None
     ledger.merge()
     records = [ledger.records[job.key] for job in jobs]
+    records += pair_records([case for case in cases if isinstance(case, FileCase)], records, run.folder)
     left_out = [*notes, *unmeasured(cases), *left_out, *failures(records)]
     rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
     seconds, before = time.perf_counter() - started, len(jobs) - len(pending)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import metrics, reading
+from .agreement import agreement
 from .comparisons import Metric
 from .drift import measure_drift
 from .judging import judge
@@ -27,6 +28,7 @@ METRICS = {
     "source_text_left": Metric(False, True),
     "centroid_error_px": Metric(False),
     "object_iou": Metric(True, True),
+    "iou_by_object": Metric(True, True),
     "objects_lost": Metric(False),
     "objects_invented": Metric(False),
     "relations_kept": Metric(True, True),
@@ -38,6 +40,12 @@ METRICS = {
     "unedited_texture": Metric(True, True),
     **{f"unedited_lpips_{net}": Metric(False) for net in WEIGHTS},
     "target_difference": Metric(False),
+    "agrees_text": Metric(True, True),
+    "agrees_colour_off": Metric(False),
+    "agrees_place_off": Metric(False),
+    "pair_colour_off": Metric(False),
+    "pair_place_off": Metric(False),
+    "pair_size_ratio": Metric(True, True),
     "drift_shift_px": Metric(False),
     "drift_scale_percent": Metric(False),
     "drift_rotation_deg": Metric(False),
@@ -128,6 +136,8 @@ def measure(case: Any, picture: Image.Image) -> dict[str, float]:
         values |= _text(case, read)
     if case.group == "space" and isinstance(case, Case):
         values |= _space(case, picture)
+    if case.group == "consistency" and isinstance(case, Case):
+        values |= agreement(case, picture, read)
     if boxes := getattr(case, "boxes", ()):
         values["box_iou"] = _box_iou(picture, boxes)
     values |= _detail(case, picture) | _drift(case, picture)
@@ -156,6 +166,7 @@ def _space(case: Case, picture: Image.Image) -> dict[str, float | None]:
     return {
         "centroid_error_px": metrics.centroid_error(picture, expected),
         "object_iou": metrics.object_iou(picture, case.target, expected),
+        "iou_by_object": metrics.iou_by_object(picture, case.target, expected),
         "objects_lost": metrics.objects_lost(picture, expected),
         "objects_invented": metrics.objects_invented(picture, expected),
         "relations_kept": metrics.relations_kept(picture, expected),

@@ -195,6 +195,40 @@ def object_iou(picture: Picture, target: Picture, expected_objects: Sequence[Sce
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in areas]))
 
 
+def iou_by_object(picture: Picture, target: Picture, expected_objects: Sequence[SceneObject]) -> float:
+    """Mean over the target's objects of each one's own intersection over union with the patch assigned to it.
+
+    Patches of a colour are paired for the greatest total (Kuhn 1955); a lost object counts as 0, and so does
+    one that stands wholly elsewhere, so this asks for each object what `object_iou` asks for a colour.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if not expected_objects:
+        raise ValueError("expected_objects is empty; needed: at least one object to look for")
+    seen, wanted = (colour_map(shown) for shown in _pair(picture, target))
+    least = 0.1 * np.pi * min(item.radius for item in expected_objects) ** 2
+    overlaps: list[float] = []
+    for colour in sorted({item.colour for item in expected_objects}):
+        index = list(COLOURS).index(colour)
+        truth, found = (_patches(shown == index, least) for shown in (wanted, seen))
+        table = np.array([[(a & b).sum() / (a | b).sum() for b in found] for a in truth])  # (truth, found)
+        own = np.zeros(len(truth))
+        if len(found):
+            rows, columns = linear_sum_assignment(table, maximize=True)
+            own[rows] = table[rows, columns]
+        overlaps += own.tolist()
+    return float(np.mean(overlaps))
+
+
+def _patches(where: np.ndarray, least: float) -> list[np.ndarray]:
+    """Connected parts of at least so many px, bool (H, W) each, with what they enclose, such as a letter."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(ndimage.binary_opening(where, np.ones((3, 3))))
+    parts = (ndimage.binary_fill_holes(labels == number) for number in range(1, count + 1))
+    return [part for part in parts if part.sum() >= least]
+
+
 def relations_kept(picture: Picture, expected_objects: Sequence[SceneObject]) -> float | None:
     """Share of the relations left of / above between expected objects that the found ones satisfy.
 

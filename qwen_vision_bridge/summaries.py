@@ -59,6 +59,8 @@ def kind_rows(found: Evaluation) -> list[KindRow]:
     where no edit of that kind is judged. Too few cases a kind for an interval: it proves nothing."""
     table: dict[tuple[str, str, str], dict[str, dict[str, dict[str, float]]]] = {}
     for record in found.records:
+        if record["level"] not in HEADLINES:
+            continue
         cases = table.setdefault((record["level"], record["group"], record["kind"]), {})
         cases.setdefault(record["case_id"], {})[record["arm"]] = record["metrics"]
     rows = []
