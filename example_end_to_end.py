@@ -89,9 +89,9 @@ class Session:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from qwen_vision_bridge.arms import BASELINE, Arm, parse_arm
+        from qwen_vision_bridge.benchmarks import load_cases
         from qwen_vision_bridge.bridge import check_strength
         from qwen_vision_bridge.calls import check_steps
-        from qwen_vision_bridge.casefiles import load_cases
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
         from qwen_vision_bridge.processes import Processes
 

@@ -39,18 +39,28 @@ def _ocr_engine() -> RapidOCR:
     return RapidOCR(params={"Global.log_level": "critical", **threads})
 
 
+def read_boxes(picture: Picture) -> list[tuple[str, np.ndarray]]:
+    """Every text that is found, with the corners of its box, (4, 2) px.
+
+    PP-OCRv6 through rapidocr 3.10, detection and recognition, with the models inside its wheel (offline);
+    the first call builds the engine, about 1 s. Small pictures are passed as they are, since the detector
+    enlarges them itself.
+    """
+    reading = _ocr_engine()(np.ascontiguousarray(pixels_of(picture)[..., ::-1]), use_cls=False)  # takes BGR
+    return list(zip(reading.txts, reading.boxes, strict=True)) if reading.txts else []
+
+
 def read_text(picture: Picture, min_letters: int = 2) -> str:
     """The text in a picture, its boxes in reading order and joined with spaces; "" where there is none.
 
-    PP-OCRv6 through rapidocr 3.10, detection and recognition, with the models inside its wheel (offline); the
-    first call builds the engine, about 1 s. Boxes with fewer than `min_letters` letters or digits are left
-    out: a lone sign is what it makes of a star, a cross or a wave. Small pictures are passed as they are,
-    since the detector enlarges them itself.
+    Boxes with fewer than `min_letters` letters or digits are left out: a lone sign is what the reader makes
+    of a star, a cross or a wave.
     """
-    reading = _ocr_engine()(np.ascontiguousarray(pixels_of(picture)[..., ::-1]), use_cls=False)  # takes BGR
-    if not reading.txts:
-        return ""
-    boxes = zip(reading.txts, reading.boxes, strict=True)  # corners (4, 2), px
+    return in_order(read_boxes(picture), min_letters)
+
+
+def in_order(boxes: list[tuple[str, np.ndarray]], min_letters: int = 2) -> str:
+    """The texts of boxes from top to bottom and left to right, with spaces between."""
     words = [(text, corners) for text, corners in boxes if sum(map(str.isalnum, text)) >= min_letters]
     lines: list[list[tuple[str, np.ndarray]]] = []
     for text, corners in sorted(words, key=lambda word: word[1][:, 1].mean()):
