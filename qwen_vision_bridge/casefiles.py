@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,24 @@ class FileCase:
     def pictures(self) -> list[Image.Image]:
         """All pictures of the prompt."""
         return [*self.references, self.image]
+
+
+def photo_cases(image: Image.Image, prompts: Mapping[str, Sequence[str]], area: int) -> list[FileCase]:
+    """One picture without any truth, with the prompts of each group.
+
+    Args:
+        image: the user's own.
+        prompts: by group.
+        area: px² of the editor's output: a larger picture is reduced to it, since nothing finer comes back.
+    """
+    shown, factor = image, (area / (image.width * image.height)) ** 0.5
+    if factor < 1:
+        shown = image.resize(tuple(max(round(side * factor), 1) for side in image.size))
+    return [
+        FileCase(f"photo-{group}-{number:02d}", group, "photo", prompt, shown)
+        for group, several in prompts.items()
+        for number, prompt in enumerate(several)
+    ]
 
 
 class CaseFileError(ValueError):

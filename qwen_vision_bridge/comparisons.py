@@ -24,7 +24,8 @@ BASELINE = "baseline"
 class Metric(NamedTuple):
     """How a metric is read."""
 
-    higher_is_better: bool
+    higher_is_better: bool | None
+    """None where neither is: such a metric is neither won nor lost, whatever its interval."""
     share: bool = False
     """Whether it lies in 0 to 1, so that points make sense."""
 
@@ -39,7 +40,7 @@ class Difference(NamedTuple):
     """`easy`, `hard`, or `all`."""
     arm: str
     metric: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     n: int
     baseline: float
     value: float
@@ -190,8 +191,8 @@ def _rows(
         if not len(both):
             continue
         differences = both[:, 1] - both[:, 0]
-        better = differences if metric.higher_is_better else -differences
-        wins, losses = int((better > 0).sum()), int((better < 0).sum())
+        sign = {True: 1, False: -1, None: 0}[metric.higher_is_better]
+        wins, losses = int((sign * differences > 0).sum()), int((sign * differences < 0).sum())
         low, high = bootstrap_interval(differences, seed)
         p_value, test = paired_test(differences)
         rows.append(

@@ -61,6 +61,12 @@ class Run:
         if any(arm.features == "shuffled" for arm in self.arms):
             grids = {name: self.pipeline.condition_grids(case.pictures) for name, case in self.cases.items()}
             self.partners = find_partners(grids, self.seed)
+            for name, partner in self.partners.items():
+                if partner and self._shown(name) == self._shown(partner):  # no other picture's features
+                    self.partners[name] = None
+
+    def _shown(self, name: str) -> list[str]:
+        return [image_digest(picture) for picture in self.cases[name].pictures]
 
     def seed_of(self, case: Any) -> int:
         """The seed of a case's noise: its own, and the same in every arm."""

@@ -35,7 +35,7 @@ class Waiting(NamedTuple):
     job: Job
     found: dict[str, Any]
     seconds: float
-    metrics: Future[dict[str, float]]
+    measured: Future[dict[str, Any]]
 
 
 class Maker:
@@ -69,10 +69,10 @@ class Maker:
 
     def finish(self, at_most: int = 0) -> None:
         """Write the records of measured pictures, until at most so many are still being measured."""
-        while self._waiting and (len(self._waiting) > at_most or self._waiting[0].metrics.done()):
+        while self._waiting and (len(self._waiting) > at_most or self._waiting[0].measured.done()):
             waiting = self._waiting.popleft()
             self._try([waiting.job], lambda waiting=waiting: self._record(
-                waiting.job, {**waiting.found, "metrics": waiting.metrics.result()}, waiting.seconds
+                waiting.job, {**waiting.found, **waiting.measured.result()}, waiting.seconds
             ))  # fmt: skip
 
     def _try(self, jobs: Sequence[Job], do: Callable[[], Any]) -> Any:
@@ -180,9 +180,9 @@ class Maker:
                 found["attention"] = f"{stem}_levels.png"
             means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
             found["level_weights"] = dict(zip(attention.levels, means, strict=True))
-        metrics = self.measurer.submit(case, picture)
+        measured = self.measurer.submit(case, picture)
         taken = time.perf_counter() - self._started if seconds is None else seconds
-        self._waiting.append(Waiting(job, found, taken, metrics))
+        self._waiting.append(Waiting(job, found, taken, measured))
         self.finish(self.measurer.queue)
 
     def _ask(self, job: Job) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from . import metrics, reading
 from .agreement import agreement
-from .casefiles import FileCase
+from .casefiles import OTHER, FileCase
 from .comparisons import Metric
 from .drift import measure_drift
 from .judging import judge
@@ -57,6 +57,8 @@ METRICS = {
     "pair_colour_off": Metric(False),
     "pair_place_off": Metric(False),
     "pair_size_ratio": Metric(True, True),
+    "change_from_input": Metric(None),
+    "text_kept": Metric(None, True),
     "drift_shift_px": Metric(False),
     "drift_scale_percent": Metric(False),
     "drift_rotation_deg": Metric(False),
@@ -66,12 +68,13 @@ METRICS = {
     "count_error": Metric(False),
 }
 BENCHMARK_GAPS = {
-    "textedit": "TextEdit: its CLIP and aesthetic scores and its judging by a language model are not measured; "
+    "textedit": "TextEdit: its CLIP and aesthetic scores and its judging by a model are not measured; "
     "texts are read by another reader than its own, so the figures are no entry of its leaderboard",
     "pie": "PIE-Bench: its structure distance (DINO) and CLIP similarity need weights that no package ships",
     "gedit": "GEdit-Bench: its judging by GPT-4o is not done; pictures get the metrics that need no truth",
 }
 HEADLINES = {"edit": "right", "perception": "answered"}
+READ_BLIND = ("ocr", OTHER)  # groups of pictures without a truth whose text is read before and after
 DIGITS = 6  # decimals of a recorded metric
 BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
 
@@ -105,13 +108,13 @@ class Measurer:
             fresh = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(workers, fresh, initializer=_prepare_worker)
 
-    def submit(self, case: Any, picture: Image.Image) -> Future[dict[str, float]]:
-        """The metrics of a picture, sooner or later."""
+    def submit(self, case: Any, picture: Image.Image) -> Future[dict[str, Any]]:
+        """What a record says of a picture, sooner or later: `metrics`, and what was read without a truth."""
         if self._pool is not None:
-            return self._pool.submit(measure, case, picture)
-        done: Future[dict[str, float]] = Future()
+            return self._pool.submit(_found, case, picture)
+        done: Future[dict[str, Any]] = Future()
         try:
-            done.set_result(measure(case, picture))
+            done.set_result(_found(case, picture))
         except Exception as error:  # raised where the result is asked for, as a pool's is
             done.set_exception(error)
         return done
@@ -122,6 +125,10 @@ class Measurer:
     def __exit__(self, *_: Any) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _found(case: Any, picture: Image.Image) -> dict[str, Any]:
+    return {"metrics": measure(case, picture), **texts_of(case, picture)}
 
 
 def _prepare_worker() -> None:
@@ -142,9 +149,10 @@ def measure(case: Any, picture: Image.Image) -> dict[str, float]:
     if picture.size != case.image.size:
         raise ValueError(f"the edit is {picture.size} px, the case {case.case_id} is {case.image.size} px")
     # Reading is the slowest part: once a picture, and only where a text is expected.
+    blind = isinstance(case, FileCase) and case.expected_text is None  # nothing is known of its text
     reads = case.expected_text is not None and getattr(case, "readable", True)
     reads = reads and (case.group == "ocr" or case.kind == "same_text" or not isinstance(case, Case))
-    boxes = reading.read_boxes(picture) if reads else None
+    boxes = reading.read_boxes(picture) if reads or (blind and case.group in READ_BLIND) else None
     read = None if boxes is None else reading.in_order(boxes)
     values: dict[str, float | None] = {}
     if isinstance(case, Case) and case.edit is not None:
@@ -152,8 +160,12 @@ def measure(case: Any, picture: Image.Image) -> dict[str, float]:
     elif isinstance(case, LanguageCase) and read is not None:
         letters = ["".join(filter(str.isalnum, text)) for text in (read, case.expected_text)]
         values["right"] = metrics.exact_text(*letters)
-    if read is not None:
+    if read is not None and not blind:
         values |= _text(case, read)
+    if blind and case.target is None:
+        values["change_from_input"] = metrics.mean_abs_difference(picture, case.image)
+    if blind and read is not None:
+        values["text_kept"] = metrics.edit_similarity(read, _text_before(case))
     if isinstance(case, FileCase):
         values |= _published(case, picture, boxes)
     if case.group == "space" and isinstance(case, Case):
@@ -186,13 +198,29 @@ def _published(
 ) -> dict[str, float | None]:
     """What the authors of public benchmarks measure, where a case has what it takes."""
     values: dict[str, float | None] = {}
-    if boxes is not None and case.source_text:
+    if boxes is not None and case.source_text and case.expected_text is not None:
         before = _words(case.image.tobytes(), case.image.size)
         scores = region_scores(before, _as_words(boxes), case.source_text, case.expected_text)
         values |= {f"region_{name}": value for name, value in scores._asdict().items()}
     if case.benchmark == "pie":
         values |= masked_scores(picture, case.image, case.edit_mask) or {}
     return values
+
+
+def texts_of(case: Any, picture: Image.Image) -> dict[str, str]:
+    """What is read before and after, where that is measured without a truth; both are read already."""
+    if not isinstance(case, FileCase) or case.expected_text is not None or case.group not in READ_BLIND:
+        return {}
+    return {"read_before": _text_before(case), "read_after": _read(picture.tobytes(), picture.size)}
+
+
+def _text_before(case: FileCase) -> str:
+    return _read(case.image.tobytes(), case.image.size)
+
+
+@lru_cache(maxsize=8)
+def _read(pixels: bytes, size: tuple[int, int]) -> str:
+    return reading.read_text(Image.frombytes("RGB", size, pixels))
 
 
 @lru_cache(maxsize=4)

@@ -96,7 +96,7 @@ def masked_scores(picture: Picture, original: Picture, mask: np.ndarray) -> dict
         return None
     first, second = (np.where(mask[..., None], 0, pixels) / 255 for pixels in (first, second))
     error = float(np.mean((first - second) ** 2))
-    # Over the whole picture with mirrored rims, as torchmetrics has it; scikit-image alone leaves the rims out.
+    # Over the whole picture with mirrored rims, as torchmetrics has it; scikit-image leaves the rims out.
     wide = [np.pad(pixels, ((5, 5), (5, 5), (0, 0)), mode="reflect") for pixels in (first, second)]
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     _, similarity = structural_similarity(*wide, channel_axis=-1, data_range=1.0, full=True, **options)

@@ -24,6 +24,10 @@ TITLES = {
     "detail": "Detail preservation",
     "consistency": "Consistency between pictures",
 }
+NO_TRUTH = (
+    "Nothing is known of what these pictures should become: what changed is measured, and not whether it is "
+    "better."
+)
 PHOTO_PROMPTS = {
     "ocr": (
         'Change the text to "HELLO"',
@@ -87,7 +91,7 @@ def write_results(folder: str | Path, found: Evaluation) -> None:
         "records_of_an_earlier_run": found.done_before,
         "arms": found.arms,
         "expectations": [row._asdict() for row in expectations(found)],
-        "caution": caution(found.rows, HEADLINES),
+        "caution": warning(found),
         "left_out": found.left_out,
         "summary": [_finite(row) for row in found.rows],
         "records": found.records,
@@ -108,8 +112,15 @@ def headline_rows(found: Evaluation) -> list[Difference]:
     return [row for row in found.rows if row.difficulty == "all" and row.metric == HEADLINES.get(row.level)]
 
 
+def warning(found: Evaluation) -> str:
+    """What the run cannot carry, in a sentence or two; "" where nothing is in the way."""
+    return caution(found.rows, HEADLINES) if headline_rows(found) else NO_TRUTH
+
+
 def as_table(found: Evaluation) -> str:
-    """The headlines as a short plain table, with a word of caution where there are few cases."""
+    """The headlines as a short plain table, with a word of caution; without a truth, what changed."""
+    if not headline_rows(found):
+        return "\n".join([*_plain_changes(found), NO_TRUTH])
     lines = [f"{'level':11} {'group':12} {'arm':12} {'n':>4} {'baseline':>9} {'arm':>7} {'difference':>11} "
              "95 % interval      p  win/tie/loss"]  # fmt: skip
     for row in headline_rows(found):
@@ -120,7 +131,17 @@ def as_table(found: Evaluation) -> str:
         )
     failed = sum(record["error"] is not None for record in found.records)
     lines += [f"{failed} of {len(found.records)} jobs failed: see results.json"] if failed else []
-    return "\n".join([*lines, *filter(None, [caution(found.rows, HEADLINES)])])
+    return "\n".join([*lines, *filter(None, [warning(found)])])
+
+
+def _plain_changes(found: Evaluation) -> list[str]:
+    """Every metric that needs no truth, an arm a line."""
+    lines = [f"{'group':12} {'arm':12} {'metric':22} {'n':>3} {'baseline':>9} {'arm':>9}"]
+    return lines + [
+        f"{row.group:12} {row.arm:12} {row.metric:22} {row.n:3d} {row.baseline:9.3f} {row.value:9.3f}"
+        for row in found.rows
+        if row.difficulty == "all"
+    ]
 
 
 def _finite(row: Difference) -> dict[str, object]:
@@ -146,8 +167,8 @@ def _inert(value: object) -> object:
 
 def _as_markdown(found: Evaluation) -> str:
     lines = ["# Evaluation", ""]
-    if warning := caution(found.rows, HEADLINES):
-        lines += [f"**{warning}**", ""]
+    if words := warning(found):
+        lines += [f"**{words}**", ""]
     lines += ["## Expected and measured", "",
               "| level | group | arm | expected | n | measured | 95 % interval | |",
               "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
@@ -181,7 +202,7 @@ def _difference_table(rows: Sequence[Difference]) -> list[str]:
              "95 % interval | p | win/tie/loss | resolvable |",
              "|" + " --- |" * 14]  # fmt: skip
     for row in rows:
-        better = "higher" if row.higher_is_better else "lower"
+        better = {True: "higher", False: "lower", None: "neither"}[row.higher_is_better]
         lines.append(
             f"| {row.level} | {row.group} | {row.difficulty} | {row.arm} | {row.metric} | {better} | {row.n} "
             f"| {row.baseline:.3f} | {row.value:.3f} | {row.difference:+.3f} | {row.ci_low:+.3f} to "

@@ -41,10 +41,11 @@ def test_a_photograph_gets_the_metrics_that_need_no_truth_and_no_others(folder: 
     (case,) = load_folder(folder)
     assert case.prompt == GOOD["prompt"]  # as it is: escaping is the page's work
     drift = {"drift_shift_px", "drift_scale_percent", "drift_rotation_deg"}
-    assert set(measure(case, case.image)) == drift
+    blind = {"change_from_input", "text_kept"}
+    assert set(measure(case, case.image)) == drift | blind
     write(folder, {**GOOD, "mask": "mask.png", "target": "a.png", "group": "detail", "difficulty": "hard"})
     (case,) = load_folder(folder)
-    more = {"unedited_ssim", "unedited_psnr_db", "unedited_texture"}
+    more = {"unedited_ssim", "unedited_psnr_db", "unedited_texture", "edited_ssim"}
     assert set(measure(case, case.image)) == drift | more | {
         "target_difference",
         "edited_colour_error",
@@ -160,7 +161,7 @@ def test_gedit_is_read_from_an_exported_folder(tmp_path: Path, photo: Image.Imag
     (tmp_path / "metadata.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
     (case,) = load_gedit(tmp_path)
     assert (case.case_id, case.group, case.prompt) == ("gedit-en-k1", "ocr", "Change the text")
-    assert set(measure(case, case.image)) == {"drift_shift_px", "drift_scale_percent", "drift_rotation_deg"}
+    assert measure(case, case.image)["change_from_input"] == 0
     (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, "file_name": "../k.png"}))
     with pytest.raises(CaseFileError, match="leads out of"):
         load_gedit(tmp_path)

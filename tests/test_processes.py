@@ -100,3 +100,19 @@ def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -
     lines = [json.loads(line)["key"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert lines == ["a", "b"]
     assert not part.exists()
+
+
+def test_one_process_where_more_were_asked_for_is_said(tmp_path: Path) -> None:
+    """A plain launch on a CPU starts one process, however many it is asked for."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "from qwen_vision_bridge.processes import Processes; print('there are', Processes().count)"
+    )
+    for asked in (1, 3):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(asked)]
+        done = subprocess.run(
+            [*launch, str(script)], capture_output=True, text=True, check=True, timeout=120,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert "there are 1" in done.stdout
+        assert (f"asked for {asked} processes and started one" in done.stderr) == (asked > 1)
