@@ -123,8 +123,8 @@ def cases_figure(spread: Mapping[str, Mapping[str, np.ndarray]]) -> Image.Image:
         axis.set_xlim(-0.6, len(arms) - 0.2)
         counts = [f"{arm}\nn={len(differences)}" for arm, differences in arms.items()]
         axis.set_xticks(range(len(arms)), counts, fontsize=8)
-        axis.set_ylabel(SPREAD[group].replace("_", " "), fontsize=8)
-        axis.set_title(group, fontsize=9, loc="left")
+        metric = SPREAD[group].replace("_", " ")
+        axis.set_title(f"{group}: difference from the baseline in {metric}", fontsize=9, loc="left")
         axis.tick_params(axis="y", labelsize=7)
     return to_picture(figure)
 
