@@ -60,10 +60,15 @@ class Run:
             raise ValueError(f"batch_arms is a whole number from 1, not {self.batch!r}")
         if any(arm.features == "shuffled" for arm in self.arms):
             grids = {name: self.pipeline.condition_grids(case.pictures) for name, case in self.cases.items()}
-            self.partners = find_partners(grids, self.seed)
-            for name, partner in self.partners.items():
-                if partner and self._shown(name) == self._shown(partner):  # no other picture's features
-                    self.partners[name] = None
+            cycle = find_partners(grids, self.seed)
+            self.partners = {name: self._other(name, cycle) for name in cycle}
+
+    def _other(self, name: str, cycle: Mapping[str, str | None]) -> str | None:
+        """The next case of the cycle with other pictures: another prompt on the same ones is no control."""
+        partner = cycle[name]
+        while partner not in (None, name) and self._shown(partner) == self._shown(name):
+            partner = cycle[partner]
+        return None if partner == name else partner
 
     def _shown(self, name: str) -> list[str]:
         return [image_digest(picture) for picture in self.cases[name].pictures]

@@ -102,6 +102,23 @@ def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -
     assert not part.exists()
 
 
+def test_a_job_that_was_done_again_replaces_its_error_and_no_error_replaces_a_result(tmp_path: Path) -> None:
+    first, second = Ledger(tmp_path), Ledger(tmp_path, process=1)
+    first.append({"key": "a", "error": "lost"})
+    first.append({"key": "b", "error": None})
+    second.append({"key": "a", "error": None})
+    second.append({"key": "b", "error": "lost"})
+    assert {key: record["error"] for key, record in Ledger(tmp_path).records.items()} == {
+        "a": None,
+        "b": None,
+    }
+    first.merge()
+    assert {key: record["error"] for key, record in Ledger(tmp_path).records.items()} == {
+        "a": None,
+        "b": None,
+    }
+
+
 def test_one_process_where_more_were_asked_for_is_said(tmp_path: Path) -> None:
     """A plain launch on a CPU starts one process, however many it is asked for."""
     script = tmp_path / "alone.py"
