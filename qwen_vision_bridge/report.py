@@ -30,7 +30,8 @@ h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:.85rem;marg
 .caution{background:#fff3cd;border-left:4px solid #d90;padding:.6rem .8rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;white-space:nowrap;border-bottom:1px solid #dde}
-.plot{width:auto;margin:0 0 1.2rem}.plot img{width:auto;max-width:100%}
+.plot{width:auto;margin:0 0 1.2rem;overflow-x:auto}
+.plot img{width:auto;max-width:100%;min-width:34rem}
 .filters{position:sticky;top:0;background:#fff;padding:.5rem 0;z-index:2}
 .filters{display:flex;flex-wrap:wrap;gap:1rem}
 select{font:inherit}article{border:1px solid #dde;border-radius:6px;padding:.8rem;margin:.8rem 0}
