@@ -7,7 +7,7 @@ ever taken for another's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Run:
     """Edits that are denoised together; 1 is the stock call, one by one."""
     partners: dict[str, str | None] = field(default_factory=dict)
     """Whose source features a shuffled arm sees."""
+    known: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Digests that many keys share: weights and pictures are hashed once a run, not once a job."""
 
     def __post_init__(self) -> None:
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
@@ -66,12 +68,20 @@ class Run:
     def _other(self, name: str, cycle: Mapping[str, str | None]) -> str | None:
         """The next case of the cycle with other pictures: another prompt on the same ones is no control."""
         partner = cycle[name]
-        while partner not in (None, name) and self._shown(partner) == self._shown(name):
+        while partner not in (None, name) and self.shown(partner) == self.shown(name):
             partner = cycle[partner]
         return None if partner == name else partner
 
-    def _shown(self, name: str) -> list[str]:
-        return [image_digest(picture) for picture in self.cases[name].pictures]
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made at the first call with this name."""
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
+
+    def shown(self, name: str) -> list[str]:
+        """Digests of a case's pictures."""
+        case = self.cases[name]
+        return self.once(("pictures", name), lambda: [image_digest(picture) for picture in case.pictures])
 
     def seed_of(self, case: Any) -> int:
         """The seed of a case's noise: its own, and the same in every arm."""
@@ -129,25 +139,29 @@ def content_key(run: Run, case: Any, arm: Arm, batched: bool) -> str:
     Pictures made in batches have keys of their own, since their last bits are not those of one alone.
     """
     pipeline, family = run.pipeline, run.pipeline.family
-    made: dict[str, Any] = {"editor": pipeline.made_from(False), "device": pipeline.device.type}
+    editor = run.once("editor", lambda: pipeline.made_from(False))
+    made: dict[str, Any] = {"editor": editor, "device": pipeline.device.type}
     if batched:
         made["batched"] = True
     if arm.bridge is not None:
-        made |= {"arm": arm.made_from(), "source": pipeline.made_from(True)["source"]}
+        source = run.once("source", lambda: pipeline.made_from(True)["source"])
+        made |= {"arm": run.once(("arm", arm.name), arm.made_from), "source": source}
         if arm.features == "shuffled" and (partner := run.partners[case.case_id]):
-            made["partner"] = [image_digest(shown) for shown in run.cases[partner].pictures]
+            made["partner"] = run.shown(partner)
     defaults = {"num_inference_steps": family.steps, "true_cfg_scale": family.true_cfg_scale}
-    pictures = [image_digest(shown) for shown in case.pictures]
-    return digest_of(
-        [made, pictures, case.prompt, run.seed_of(case), sorted((defaults | run.options).items())]
-    )
+    options = sorted((defaults | run.options).items())
+    return digest_of([made, run.shown(case.case_id), case.prompt, run.seed_of(case), options])
 
 
 def _key(run: Run, case: Any, arm: Arm, question: Question | None) -> str:
     """Digest of everything that decides a record: its picture, the truth it is measured by, its labels."""
-    truth = [case.source_text, case.expected_text, str(getattr(case, "boxes", ()))]
-    truth += ["" if case.target is None else image_digest(case.target)]
-    truth += ["" if case.edit_mask is None else digest_of(np.packbits(case.edit_mask).tolist())]
+    truth = run.once(("truth", case.case_id), lambda: _truth(case))
     labels = [case.case_id, case.group, case.kind, case.difficulty, arm.name]
     batched = question is None and run.batch > 1
     return digest_of([content_key(run, case, arm, batched), truth, labels, question])
+
+
+def _truth(case: Any) -> list[Any]:
+    truth = [case.source_text, case.expected_text, str(getattr(case, "boxes", ()))]
+    truth += ["" if case.target is None else image_digest(case.target)]
+    return [*truth, "" if case.edit_mask is None else digest_of(np.packbits(case.edit_mask).tolist())]
