@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qwen_vision_bridge import languages, metrics
+from qwen_vision_bridge.arms import Arm
+from qwen_vision_bridge.evaluation import evaluate
 from qwen_vision_bridge.languages import SCRIPTS, cases_for, find_font, language_cases
 from qwen_vision_bridge.measuring import measure
 from qwen_vision_bridge.perception import questions_of
 from qwen_vision_bridge.reading import can_read
+from qwen_vision_bridge.report import write_page
 from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.summaries import kind_rows, write_results
 
 READ = {"latin", "accented", "chinese", "japanese"}
 
@@ -98,3 +103,19 @@ def test_released_families_get_multi_lingual_cases_and_the_miniature_says_that_i
 
 def test_words_read_in_another_unicode_form_are_the_same_words() -> None:
     assert metrics.exact_text("Größe", "Gro\u0308ße") == 1
+
+
+def test_a_run_has_multi_lingual_cases_with_and_without_a_verdict(editor: Any, tmp_path: Path) -> None:
+    cases, left_out = language_cases(3, size=128)  # latin, accented, cyrillic
+    arms = [Arm("baseline"), Arm("on", editor.bridge, "random")]
+    found = evaluate(editor, cases, tmp_path, arms, notes=left_out, num_inference_steps=2)
+    write_results(tmp_path, found)
+    write_page(tmp_path, found)
+    assert not [record["error"] for record in found.records if record["error"]]
+    metric = {row.kind: row.metric for row in kind_rows(found) if row.level == "edit"}
+    assert metric == {"latin": "right", "accented": "right", "cyrillic": "edited_ssim"}
+    asked = [record for record in found.records if record["level"] == "perception"]
+    assert {record["answer"] for record in asked} == {case.whole_text for case in cases}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "no edit is judged right or wrong" in page
+    assert cases[2].expected_text in page
