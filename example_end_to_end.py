@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--batch-arms", type=int, default=1, metavar="N", help="edits denoised together; above "
                       "1 faster on a GPU, and close to the same pictures but not the same bits")  # fmt: skip
     made.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure pictures")
+    made.add_argument(
+        "--no-questions", action="store_true", help="edits alone: the language model is not asked"
+    )
     made.add_argument("--retry-errors", action="store_true", help="do again what failed in an earlier run")
     made.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
     made.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
@@ -165,7 +168,8 @@ class Session:
             options.setdefault("num_inference_steps", 8)
         found = evaluate(
             self.pipeline, cases, path, arms, announce=print, batch_arms=arguments.batch_arms,
-            workers=arguments.workers, retry_errors=arguments.retry_errors, notes=notes, **options,
+            workers=arguments.workers, retry_errors=arguments.retry_errors, notes=notes,
+            perception=not arguments.no_questions, **options,
         )  # fmt: skip
         if found is not None:  # the first process alone has the result
             write_results(path, found)

@@ -160,7 +160,9 @@ def test_cases_of_the_users_own_folder_go_through_the_script(
     photo.rotate(90).save(folder / "own" / "b.png")
     rows = [{"id": name, "image": f"{name}.png", "prompt": "make it blue"} for name in ("a", "b")]
     (folder / "own" / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    session_of_examples([*QUICK, "--example", "5", "--case-folder", "own", "--batch-arms", "8"])
+    session_of_examples(
+        [*QUICK, "--example", "5", "--case-folder", "own", "--batch-arms", "8", "--no-questions"]
+    )
     records = json.loads((folder / "examples_output/full_evaluation/results.json").read_text())["records"]
     assert {record["case_id"] for record in records} == {"a", "b", "a+b"}
     assert {record["arm"] for record in records} == {"baseline", "bridge", "shuffled", "target-only"}
