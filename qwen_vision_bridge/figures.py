@@ -135,7 +135,8 @@ def _dots(axis: Axes, place: int, differences: np.ndarray, name: str) -> None:
         for body in drawn["bodies"]:
             body.set(facecolor="#9db8ea", alpha=0.5)
     aside = np.random.default_rng(len(name)).uniform(-0.16, 0.16, len(differences))
-    axis.scatter(place + aside, differences, s=7, color="0.35", alpha=0.55, linewidths=0)
+    size = 7 if len(differences) >= MANY else 22
+    axis.scatter(place + aside, differences, s=size, color="0.35", alpha=0.55, linewidths=0)
     low, high = bootstrap_interval(differences)
     axis.plot([place + 0.3] * 2, [low, high], color="0.2", linewidth=2)
     axis.scatter([place + 0.3], [differences.mean()], s=22, color=POINT, zorder=3)

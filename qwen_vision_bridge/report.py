@@ -90,7 +90,7 @@ def write_page(folder: str | Path, found: Evaluation) -> Path:
         title=found.provenance.get("family", "?"), caution=warning(found), rows=rows,
         expectations=expectations(found), cases=cases, kinds=kind_rows(found),
         changes=[row for row in found.rows if row.difficulty == "all"],
-        figures=[(words, _embedded(figure, figure.width)) for words, figure in figures.values()],
+        figures=[(words, _embedded(figure, max(figure.size))) for words, figure in figures.values()],
         total=len({record["case_id"] for record in found.records if record["level"] == "edit"}), each=EACH,
         groups=sorted({case["group"] for case in cases}),
         arms=[arm["name"] for arm in found.arms if arm["name"] != BASELINE], left_out=found.left_out,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from qwen_vision_bridge.measuring import METRICS
 from qwen_vision_bridge.report import EACH, write_page
 from qwen_vision_bridge.summaries import write_results
 
+FIGURES = ("differences", "wins", "expectations", "cases")
 CHROMIUM = shutil.which("chromium")
 EVIL = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </style> {{ 7*7 }}"
@@ -84,7 +87,7 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_escapes_every_prompt(run
 def test_every_figure_of_the_page_lies_beside_it_as_png(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text(encoding="utf-8")
     made = {path.name for path in run_folder.glob("*.png")}
-    assert {"differences.png", "wins.png", "expectations.png", "cases.png"} <= made
+    assert {f"{name}.png" for name in FIGURES} <= made
     for words in (
         "Paired differences",
         "Cases won, tied and lost",
@@ -92,6 +95,9 @@ def test_every_figure_of_the_page_lies_beside_it_as_png(run_folder: Path) -> Non
         "Measured gains",
     ):
         assert f"<figcaption>{words}" in text
+    shown = re.findall(r'<figure class="plot"><img alt="[^"]*" src="data:image/webp;base64,([^"]+)"', text)
+    sizes = {Image.open(io.BytesIO(base64.b64decode(data))).size for data in shown}
+    assert sizes == {Image.open(run_folder / f"{name}.png").size for name in FIGURES}  # none is made smaller
 
 
 def test_differences_case_by_case_are_those_of_the_records() -> None:
