@@ -170,6 +170,8 @@ def measure(case: Any, picture: Image.Image) -> dict[str, float]:
         values |= _published(case, picture, boxes)
     if case.group == "space" and isinstance(case, Case):
         values |= _space(case, picture)
+    if case.group in ("detail", "consistency") and isinstance(case, Case) and case.expected_objects:
+        values["iou_by_object"] = metrics.iou_by_object(picture, case.target, case.expected_objects)
     if case.group == "consistency" and isinstance(case, Case):
         values |= agreement(case, picture, read)
     if expected := getattr(case, "boxes", ()):

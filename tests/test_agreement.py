@@ -105,6 +105,13 @@ def test_agreement_is_measured_on_the_pictures_and_not_on_the_truth() -> None:
     assert agreement(case, Image.fromarray(painted))["agrees_colour_off"] == pytest.approx(expected, abs=0.5)
 
 
+def test_every_right_edit_of_shapes_covers_its_objects_wholly() -> None:
+    for group in ("space", "detail", "consistency"):
+        for case in make_cases(group, 4, seed=6):
+            if case.expected_objects:
+                assert measure(case, case.target)["iou_by_object"] == 1, case.case_id
+
+
 def test_overlap_by_object_is_the_mean_of_each_objects_own() -> None:
     """Two red boxes of 20 × 20: one is where it should be, one half beside, 200 of 600 px in common."""
     red = COLOURS["red"]
