@@ -24,7 +24,8 @@ BASELINE = "baseline"
 class Metric(NamedTuple):
     """How a metric is read."""
 
-    higher_is_better: bool
+    higher_is_better: bool | None
+    """None where neither is: such a metric is neither won nor lost, whatever its interval."""
     share: bool = False
     """Whether it lies in 0 to 1, so that points make sense."""
 
@@ -33,13 +34,13 @@ class Difference(NamedTuple):
     """One metric of one arm beside the baseline, over the cases that both have."""
 
     level: str
-    """`edit` or `perception`."""
+    """`edit`, `perception`, or `agreement` of edits with one prompt."""
     group: str
     difficulty: str
     """`easy`, `hard`, or `all`."""
     arm: str
     metric: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     n: int
     baseline: float
     value: float
@@ -167,7 +168,7 @@ def compare_arms(
         cases.setdefault(record["case_id"], {})[record["arm"]] = record
         arms.setdefault(record["arm"])
     rows = []
-    for level in ("perception", "edit"):
+    for level in ("perception", "edit", "agreement"):
         for group in groups:
             cases = list(table.get((level, group), {}).values())
             for arm in sorted(arms.keys() - {BASELINE}, key=list(arms).index):
@@ -190,8 +191,8 @@ def _rows(
         if not len(both):
             continue
         differences = both[:, 1] - both[:, 0]
-        better = differences if metric.higher_is_better else -differences
-        wins, losses = int((better > 0).sum()), int((better < 0).sum())
+        sign = {True: 1, False: -1, None: 0}[metric.higher_is_better]
+        wins, losses = int((sign * differences > 0).sum()), int((sign * differences < 0).sum())
         low, high = bootstrap_interval(differences, seed)
         p_value, test = paired_test(differences)
         rows.append(

@@ -135,6 +135,13 @@ def check_device(mode: MemoryMode, device: Any, family: Family, free_gb: float |
         )
 
 
+def free_gpu_gb(device: Any) -> float | None:
+    """Free memory of a GPU in GB; None for a CPU."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
+
+
 def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any) -> Any:
     """Load the stock pipeline, quantised and placed as the mode says.
 

@@ -32,7 +32,7 @@ class Ledger:
         self.folder, self.process = folder, process
         self.records: dict[str, dict[str, Any]] = {}
         for path in self._files():
-            self.records |= _read(path)
+            _take(self.records, _read(path))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record, which holds its own `key`."""
@@ -48,15 +48,24 @@ class Ledger:
         known = _read(self.folder / NAME) if (self.folder / NAME).is_file() else {}
         parts = [path for path in self._files() if path.name != NAME]
         for path in parts:
-            fresh = {key: record for key, record in _read(path).items() if key not in known}
-            _append(self.folder / NAME, list(fresh.values()))
-            known |= fresh
+            _append(self.folder / NAME, _take(known, _read(path)))
             path.unlink()
         self.records |= known
 
     def _files(self) -> list[Path]:
         own = [self.folder / NAME] if (self.folder / NAME).is_file() else []
         return own + sorted(self.folder.glob("results.part-*.jsonl"))
+
+
+def _take(known: dict[str, dict[str, Any]], others: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to `known` what is new, or was an error and no longer is; returns what was added."""
+    fresh = {
+        key: record
+        for key, record in others.items()
+        if key not in known or (known[key].get("error") and not record.get("error"))
+    }
+    known |= fresh
+    return list(fresh.values())
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

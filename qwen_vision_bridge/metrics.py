@@ -11,30 +11,16 @@ import itertools
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from .reading import Picture
+from .reading import pixels_of as _pixels
+from .reading import read_text as read_text
 from .scenes import COLOURS, RGB, SceneObject
 
-if TYPE_CHECKING:
-    from rapidocr import RapidOCR
-
-Picture = Image.Image | np.ndarray
 SSIM_REACH = 5  # px: half the window of the structural similarity
-
-
-def _pixels(picture: Picture, name: str = "picture") -> np.ndarray:
-    """The picture as uint8 (H, W, 3)."""
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    if not isinstance(picture, np.ndarray):
-        raise TypeError(f"{name} is a {type(picture).__name__}; needed: a PIL image or uint8 (H, W, 3)")
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"{name} is {picture.dtype} {picture.shape}; needed: a PIL image or uint8 (H, W, 3)")
-    return picture
 
 
 def _pair(a: Picture, b: Picture) -> tuple[np.ndarray, np.ndarray]:
@@ -56,37 +42,6 @@ def _checked(mask: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 # --- text ------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _ocr_engine() -> RapidOCR:
-    from rapidocr import RapidOCR
-
-    return RapidOCR(params={"Global.log_level": "critical"})
-
-
-def read_text(picture: Picture, min_letters: int = 2) -> str:
-    """The text in a picture, its boxes in reading order and joined with spaces; "" where there is none.
-
-    PP-OCRv6 through rapidocr 3.10, detection and recognition, with the models inside its wheel (offline); the
-    first call builds the engine, about 1 s. Boxes with fewer than `min_letters` letters or digits are left
-    out: a lone sign is what it makes of a star, a cross or a wave. Small pictures are passed as they are,
-    since the detector enlarges them itself.
-    """
-    reading = _ocr_engine()(np.ascontiguousarray(_pixels(picture)[..., ::-1]), use_cls=False)  # takes BGR
-    if not reading.txts:
-        return ""
-    boxes = zip(reading.txts, reading.boxes, strict=True)  # corners (4, 2), px
-    words = [(text, corners) for text, corners in boxes if sum(map(str.isalnum, text)) >= min_letters]
-    lines: list[list[tuple[str, np.ndarray]]] = []
-    for text, corners in sorted(words, key=lambda word: word[1][:, 1].mean()):
-        # A box stays on the line while its middle is above the lower edge of the line's first one.
-        if lines and corners[:, 1].mean() < lines[-1][0][1][:, 1].max():
-            lines[-1].append((text, corners))
-        else:
-            lines.append([(text, corners)])
-    ordered = (sorted(line, key=lambda word: word[1][:, 0].min()) for line in lines)
-    return " ".join(text for line in ordered for text, _ in line)
 
 
 def normalise_text(text: str) -> str:
@@ -238,6 +193,40 @@ def object_iou(picture: Picture, target: Picture, expected_objects: Sequence[Sce
     indices = [list(COLOURS).index(name) for name in sorted({item.colour for item in expected_objects})]
     areas = [(first == index, second == index) for index in indices]
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in areas]))
+
+
+def iou_by_object(picture: Picture, target: Picture, expected_objects: Sequence[SceneObject]) -> float:
+    """Mean over the target's objects of each one's own intersection over union with the patch assigned to it.
+
+    Patches of a colour are paired for the greatest total (Kuhn 1955); a lost object counts as 0, and so does
+    one that stands wholly elsewhere, so this asks for each object what `object_iou` asks for a colour.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if not expected_objects:
+        raise ValueError("expected_objects is empty; needed: at least one object to look for")
+    seen, wanted = (colour_map(shown) for shown in _pair(picture, target))
+    least = 0.1 * np.pi * min(item.radius for item in expected_objects) ** 2
+    overlaps: list[float] = []
+    for colour in sorted({item.colour for item in expected_objects}):
+        index = list(COLOURS).index(colour)
+        truth, found = (_patches(shown == index, least) for shown in (wanted, seen))
+        table = np.array([[(a & b).sum() / (a | b).sum() for b in found] for a in truth])  # (truth, found)
+        own = np.zeros(len(truth))
+        if len(found):
+            rows, columns = linear_sum_assignment(table, maximize=True)
+            own[rows] = table[rows, columns]
+        overlaps += own.tolist()
+    return float(np.mean(overlaps))
+
+
+def _patches(where: np.ndarray, least: float) -> list[np.ndarray]:
+    """Connected parts of at least so many px, bool (H, W) each, with what they enclose, such as a letter."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(ndimage.binary_opening(where, np.ones((3, 3))))
+    parts = (ndimage.binary_fill_holes(labels == number) for number in range(1, count + 1))
+    return [part for part in parts if part.sum() >= least]
 
 
 def relations_kept(picture: Picture, expected_objects: Sequence[SceneObject]) -> float | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 
 from .attention import VisionAttention, check_vision_attention
-from .bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
+from .batching import Prepared, denoise, prepare
+from .bridge import VisionBridge, bridge_digest, resolve_bridge
 from .cache import VisionCache
-from .editors import check_device, editor_revision, find_mode, load_pipeline, out_of_memory_named
+from .calls import Comparison, LevelAttention, check_call
+from .editors import check_device, editor_revision, find_mode, free_gpu_gb, load_pipeline, out_of_memory_named
 from .extractor import VisionCacheExtractor
-from .images import ImageLike, load_images
+from .images import ImageLike
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .pairs import run_pairs
 from .placement import MemoryPlan, card_gb, say
@@ -26,39 +27,7 @@ from .records import provenance, write_picture
 from .sizes import condition_grids, picture_sizes, takes_several
 from .specs import Family, resolve_family
 
-logger = logging.getLogger(__name__)
-
-RESERVED = (
-    "generator",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "latents",
-    "image",
-    "num_images_per_prompt",
-)
-
-
-class LevelAttention(NamedTuple):
-    """Which level the bridge drew on, token by token."""
-
-    weights: torch.Tensor
-    """(N, L) on the CPU, summing to 1 over L; the pictures' tokens one after the other, each row by row."""
-    grids: tuple[tuple[int, int], ...]
-    """(gh, gw) of each picture."""
-    levels: tuple[str, ...]
-
-    def maps(self) -> list[np.ndarray]:
-        """One (gh, gw, L) array a picture."""
-        parts = self.weights.split([rows * columns for rows, columns in self.grids])
-        return [part.reshape(*grid, -1).numpy() for part, grid in zip(parts, self.grids, strict=True)]
-
-
-class Comparison(NamedTuple):
-    """The same edit without and with the bridge."""
-
-    baseline: Image.Image
-    enhanced: Image.Image
-    attention: LevelAttention
+Made = TypeVar("Made")
 
 
 class EnhancedQwenImageEdit:
@@ -119,7 +88,7 @@ class EnhancedQwenImageEdit:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if pipe is None:
-            check_device(self.mode, self.device, self.family, _free_gpu_gb(self.device))
+            check_device(self.mode, self.device, self.family, free_gpu_gb(self.device))
         if mrope not in ("fixed", "stock"):
             raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
         self.mrope, self.site = mrope, site
@@ -185,14 +154,9 @@ class EnhancedQwenImageEdit:
         return self._own(self.extract_source(pictures), pictures, prompt, strength, seed, options)[0]
 
     def compare(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str,
-        save_comparison: str | Path | None = None,
-        strength: float = 1.0,
-        seed: int = 0,
-        **options: Any,
-    ) -> Comparison:
+        self, image: ImageLike | Sequence[ImageLike], prompt: str,
+        save_comparison: str | Path | None = None, strength: float = 1.0, seed: int = 0, **options: Any,
+    ) -> Comparison:  # fmt: skip
         """The same edit without and with the bridge: same seed, steps, guidance and prompt.
 
         Args:
@@ -214,17 +178,10 @@ class EnhancedQwenImageEdit:
         return Comparison(baseline, enhanced, attention)
 
     def edit(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str,
-        seed: int = 0,
-        *,
-        bridge: VisionBridge | None = None,
-        source: VisionCache | Levels | None = None,
-        strength: float = 1.0,
-        site: Site = "tower",
-        **options: Any,
-    ) -> tuple[Image.Image, LevelAttention | None]:
+        self, image: ImageLike | Sequence[ImageLike], prompt: str, seed: int = 0, *,
+        bridge: VisionBridge | None = None, source: VisionCache | Levels | None = None,
+        strength: float = 1.0, site: Site = "tower", **options: Any,
+    ) -> tuple[Image.Image, LevelAttention | None]:  # fmt: skip
         """One edit with any bridge on features that are there already: what an evaluation's arms need.
 
         Args:
@@ -238,11 +195,30 @@ class EnhancedQwenImageEdit:
         pictures, options = self._checked(image, prompt, strength, seed, options)
         if bridge is None:
             return self._run(pictures, prompt, seed, options), None
-        if source is None:
-            source = self.extract_source(pictures)
-        with inject(self.pipe, bridge, source, strength, site) as record:
-            picture = self._run(pictures, prompt, seed, options)
-        return picture, LevelAttention(record.level_weights, record.grids, bridge.config.levels)
+        source = self.extract_source(pictures) if source is None else source
+        run = partial(self._run, pictures, prompt, seed, options)
+        return self._through(run, bridge, source, strength, site)
+
+    def prepare(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str, seed: int = 0, *,
+        bridge: VisionBridge | None = None, source: VisionCache | Levels | None = None,
+        strength: float = 1.0, site: Site = "tower", **options: Any,
+    ) -> Prepared:  # fmt: skip
+        """An edit up to its denoising, with the arguments of `edit`; `denoise` takes any number of them."""
+        pictures, options = self._checked(image, prompt, strength, seed, options)
+        call = self._call(pictures, prompt, seed, options)
+        with self._ready():
+            if bridge is None:
+                return prepare(self.pipe, **call)
+            source = self.extract_source(pictures) if source is None else source
+            run = partial(prepare, self.pipe, **call)
+            prepared, attention = self._through(run, bridge, source, strength, site)
+        return prepared._replace(attention=attention)
+
+    def denoise(self, edits: Sequence[Prepared]) -> list[Image.Image]:
+        """The pictures of prepared edits of equal sizes and options, made together: see `batching`."""
+        with self._ready():
+            return denoise(self.pipe, edits)
 
     def attend(
         self, image: ImageLike | Sequence[ImageLike], prompt: str, strength: float = 1.0
@@ -254,14 +230,10 @@ class EnhancedQwenImageEdit:
         return self._own(self.extract_source(pictures), pictures, prompt, strength, 0, options)[1]
 
     def benchmark(
-        self,
-        images: Sequence[ImageLike],
-        prompts: Sequence[str],
-        output_dir: str | Path = "examples_output/benchmark",
-        strength: float = 1.0,
-        seed: int = 0,
+        self, images: Sequence[ImageLike], prompts: Sequence[str],
+        output_dir: str | Path = "examples_output/benchmark", strength: float = 1.0, seed: int = 0,
         **options: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Compare every picture with every prompt and keep pictures, times and differences in a folder.
 
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
@@ -331,9 +303,8 @@ class EnhancedQwenImageEdit:
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What a results file says about how it was made."""
         cuda = self.device.type == "cuda"
-        device = (
-            torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-        )
+        threads = f"CPU, {torch.get_num_threads()} threads"
+        device = torch.cuda.get_device_name(self.device) if cuda else threads
         return provenance(seeds, device, **self.made_from(True))
 
     def _own(
@@ -341,48 +312,48 @@ class EnhancedQwenImageEdit:
         options: dict[str, Any],
     ) -> tuple[Image.Image, LevelAttention]:  # fmt: skip
         """An edit with the pipeline's own bridge and site; the arguments are checked already."""
-        with inject(self.pipe, self.bridge, source, strength, self.site) as record:
-            picture = self._run(pictures, prompt, seed, options)
-        return picture, LevelAttention(record.level_weights, record.grids, self.bridge.config.levels)
+        run = partial(self._run, pictures, prompt, seed, options)
+        return self._through(run, self.bridge, source, strength, self.site)
+
+    def _through(
+        self, run: Callable[[], Made], bridge: VisionBridge, source: VisionCache | Levels, strength: float,
+        site: Site,
+    ) -> tuple[Made, LevelAttention]:  # fmt: skip
+        """Run something of the pipeline through a bridge."""
+        with inject(self.pipe, bridge, source, strength, site) as record:
+            made = run()
+        return made, LevelAttention(record.level_weights, record.grids, bridge.config.levels)
 
     def _run(
         self, pictures: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
     ) -> Image.Image:
-        """One call of the stock pipeline, with right positions and the family's picture sizes."""
-        pipe = self.pipe
-        generator = torch.Generator("cpu").manual_seed(seed)
-        images = pictures if takes_several(type(pipe).__name__) else pictures[0]
-        sizes = picture_sizes(type(pipe), self.family.editor)
-        positions, towers = mrope_positions(pipe, self.mrope), batched_vision(pipe, self.vision_attention)
+        """One call of the stock pipeline."""
+        with self._ready():
+            return self.pipe(**self._call(pictures, prompt, seed, options)).images[0]
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The stock pipeline with right positions, batched towers and the family's picture sizes."""
+        pipe, editor = self.pipe, self.family.editor
+        positions, sizes = mrope_positions(pipe, self.mrope), picture_sizes(type(pipe), editor)
+        towers = batched_vision(pipe, self.vision_attention)
         # After an error diffusers leaves on the GPU what offloading had brought there.
-        named = out_of_memory_named(self.mode, self.family.editor, pipe.maybe_free_model_hooks)
+        named = out_of_memory_named(self.mode, editor, pipe.maybe_free_model_hooks)
         with named, positions, towers, sizes:
-            return pipe(image=images, prompt=prompt, generator=generator, **options).images[0]
+            yield
+
+    def _call(
+        self, pictures: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of the stock call."""
+        images = pictures if takes_several(self._pipeline_name()) else pictures[0]
+        noise = torch.Generator("cpu").manual_seed(seed)
+        return {"image": images, "prompt": prompt, "generator": noise, **options}
 
     def _checked(
         self, image: Any, prompt: Any, strength: Any, seed: Any, options: dict[str, Any]
     ) -> tuple[list[Image.Image], dict[str, Any]]:
-        """Open the pictures and complete the options; every cheap refusal happens here."""
-        check_prompt(prompt)
-        check_strength(strength)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed is a whole number, not {seed!r}")
-        check_steps(options.get("num_inference_steps", self.family.steps))
-        if taken := sorted(set(options) & set(RESERVED)):
-            raise ValueError(
-                f"{', '.join(taken)} cannot be given: the pairing of baseline and enhanced sets them"
-            )
-        pictures = load_images(image, self.family.target.token_px)
-        if len(pictures) > 1 and not takes_several(self._pipeline_name()):
-            raise ValueError(
-                f"{self._pipeline_name()} takes one picture, got {len(pictures)}: use Qwen-Image-Edit-2509"
-            )
-        defaults = {
-            "num_inference_steps": self.family.steps,
-            "true_cfg_scale": self.family.true_cfg_scale,
-            "negative_prompt": self.family.negative_prompt,
-        }
-        return pictures, {**defaults, **options}
+        return check_call(self.family, self._pipeline_name(), image, prompt, strength, seed, options)
 
     def _pipeline_name(self) -> str:
         return type(self._pipe).__name__ if self._pipe is not None else self.family.editor.pipeline_class
@@ -401,31 +372,3 @@ class EnhancedQwenImageEdit:
             editor = self.family.editor
             self._processor = load_processor(editor.repo, "processor", editor.revision)
         return self._processor
-
-
-def check_prompt(prompt: Any) -> str:
-    """A prompt with something in it.
-
-    Raises:
-        TypeError: no string. ValueError: empty or blank.
-    """
-    if not isinstance(prompt, str):
-        raise TypeError(f"a prompt is a string, not {type(prompt).__name__}")
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: say what to change")
-    return prompt
-
-
-def check_steps(steps: Any) -> int:
-    """A number of denoising steps that the released scheduler can do.
-
-    Raises:
-        ValueError: less than 2; the scheduler stretches its steps to a fixed end and divides by zero for one.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"num_inference_steps is a whole number from 2, not {steps!r}")
-    return steps
-
-
-def _free_gpu_gb(device: torch.device) -> float | None:
-    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -80,25 +79,6 @@ def attention_figure(
     figure.colorbar(drawn, ax=axes[1:].tolist(), label="level weight", shrink=0.8)
     gh, gw = weights.shape[:2]
     figure.supxlabel(f"{gh}×{gw} tokens{' · ' + caption if caption else ''}", fontsize=8, color="0.35")
-    return to_picture(figure)
-
-
-def difference_figure(rows: Sequence[Any]) -> Image.Image:
-    """Paired differences with their 95 % intervals, one line a level, group and arm.
-
-    Args:
-        rows: `comparisons.Difference`.
-    """
-    figure = Figure(figsize=(7.5, 1.2 + 0.28 * len(rows)), dpi=DPI, layout="constrained")
-    axis = figure.subplots()
-    places = list(range(len(rows)))[::-1]
-    for place, row in zip(places, rows, strict=True):
-        axis.plot([row.ci_low, row.ci_high], [place, place], color="0.4", linewidth=2, zorder=1)
-        axis.scatter([row.difference], [place], s=26, color="#15d", zorder=2)
-    axis.axvline(0, color="0.7", linewidth=1, zorder=0)
-    labels = [f"{row.level} · {row.group} · {row.arm} (n={row.n})" for row in rows]
-    axis.set_yticks(places, labels, fontsize=8)
-    axis.set_xlabel("difference from the baseline, share that is right", fontsize=9)
     return to_picture(figure)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
 LONGEST_WAIT = timedelta(days=7)  # for the slowest process; torch's own limit is minutes
 
 
@@ -21,6 +23,10 @@ class Processes:
 
             cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
             self._state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
+        elif (asked := _asked_of_accelerate()) > 1:
+            logger.warning(
+                "accelerate was asked for %d processes and started one, as it does without --multi_gpu", asked
+            )
 
     @property
     def index(self) -> int:
@@ -50,3 +56,21 @@ class Processes:
         """Wait until every process is here."""
         if self._state is not None:
             self._state.wait_for_everyone()
+
+
+def _asked_of_accelerate() -> int:
+    """How many processes the `accelerate launch` above this one was asked for; 1 where there is none."""
+    import psutil
+
+    parent = psutil.Process().parent()
+    try:
+        words = parent.cmdline() if parent is not None else []
+    except psutil.Error:  # gone, or another user's: then it is not known
+        return 1
+    if not any("accelerate" in word for word in words[:3]):
+        return 1
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes") and (value or following).isdecimal():
+            return int(value or following)
+    return 1

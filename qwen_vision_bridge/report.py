@@ -15,12 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from .comparisons import BASELINE, caution
+from .comparisons import BASELINE
 from .evaluation import Evaluation
-from .measuring import HEADLINES
-from .plots import difference_figure
+from .figures import evaluation_figures
 from .records import write_picture, write_whole
-from .summaries import expectations, headline_rows
+from .summaries import expectations, headline_rows, kind_rows, warning
 
 EACH = 4  # worst and best cases shown of every group and arm: a page of 500 cases would weigh too much
 THUMB = 256  # px: the longer side of a picture in the page
@@ -31,7 +30,9 @@ h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:.85rem;marg
 .caution{background:#fff3cd;border-left:4px solid #d90;padding:.6rem .8rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;white-space:nowrap;border-bottom:1px solid #dde}
-.figure{max-width:100%}.filters{position:sticky;top:0;background:#fff;padding:.5rem 0;z-index:2}
+.plot{width:auto;margin:0 0 1.2rem;overflow-x:auto}
+.plot img{width:auto;max-width:100%;min-width:34rem}
+.filters{position:sticky;top:0;background:#fff;padding:.5rem 0;z-index:2}
 .filters{display:flex;flex-wrap:wrap;gap:1rem}
 select{font:inherit}article{border:1px solid #dde;border-radius:6px;padding:.8rem;margin:.8rem 0}
 .prompt{margin:.2rem 0 .6rem;overflow-wrap:anywhere}.pictures,section{display:flex;flex-wrap:wrap;gap:.8rem}
@@ -40,8 +41,9 @@ figcaption{font-size:.8rem;overflow-wrap:anywhere}
 .map{image-rendering:pixelated}.slider{position:relative}
 .over{position:absolute;inset:0;clip-path:inset(0 0 0 50%)}
 input[type=range]{width:100%;margin:.2rem 0}[hidden]{display:none!important}
+details{margin:1rem 0}summary{cursor:pointer;font-weight:600}
 pre{background:#f5f6f8;padding:.8rem;overflow-x:auto;font-size:.8rem}
-@media(max-width:480px){body{padding:.6rem}figure{width:148px}}
+@media(max-width:480px){body{padding:.6rem}.pictures figure{width:148px}}
 """
 SCRIPT = """
 const pick = id => document.getElementById(id), cards = [...document.querySelectorAll('article')];
@@ -69,7 +71,7 @@ update();
 
 
 def write_page(folder: str | Path, found: Evaluation) -> Path:
-    """Write `report.html` and `differences.png` into a run's folder; its pictures are read from there.
+    """Write `report.html` and its figures as PNG into a run's folder; its pictures are read from there.
 
     Raises:
         OSError: a picture of the run is not there any more.
@@ -79,13 +81,16 @@ def write_page(folder: str | Path, found: Evaluation) -> Path:
 
     folder = Path(folder)
     rows = headline_rows(found)
-    figure = difference_figure(rows)
-    write_picture(folder / "differences.png", figure)
+    figures = evaluation_figures(rows, expectations(found), found.records)
+    for name, (_, figure) in figures.items():
+        write_picture(folder / name, figure)
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     cases = _cases(folder, found.records)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(
-        title=found.provenance.get("family", "?"), caution=caution(found.rows, HEADLINES), rows=rows,
-        expectations=expectations(found), figure=_embedded(figure, figure.width), cases=cases,
+        title=found.provenance.get("family", "?"), caution=warning(found), rows=rows,
+        expectations=expectations(found), cases=cases, kinds=kind_rows(found),
+        changes=[row for row in found.rows if row.difficulty == "all"],
+        figures=[(words, _embedded(figure, max(figure.size))) for words, figure in figures.values()],
         total=len({record["case_id"] for record in found.records if record["level"] == "edit"}), each=EACH,
         groups=sorted({case["group"] for case in cases}),
         arms=[arm["name"] for arm in found.arms if arm["name"] != BASELINE], left_out=found.left_out,
@@ -130,6 +135,7 @@ def _card(folder: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "case_id": first["case_id"], "group": first["group"], "prompt": first["prompt"],
         "input": _picture(Path(f"{stem}_input.png")), "target": _picture(target) if target.is_file() else "",
         "baseline": _picture(folder / first["picture"]),
+        "read": [first.get("read_before"), first.get("read_after")],
         "arms": [_arm(folder, first, record) for name, record in arms.items() if name != BASELINE],
     }  # fmt: skip
 
@@ -139,6 +145,7 @@ def _arm(folder: Path, baseline: dict[str, Any], record: dict[str, Any]) -> dict
     drawn = record.get("attention")
     return {
         "name": record["arm"], "picture": _picture(folder / record["picture"]), "words": right,
+        "read": record.get("read_after"),
         "gain": round(gain_of(baseline["metrics"], record["metrics"]), 6),
         "attention": _picture(folder / drawn) if drawn else "",
     }  # fmt: skip

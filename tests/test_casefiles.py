@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.casefiles import (
-    CaseFileError,
-    decode_runs,
-    load_folder,
-    load_gedit,
-    load_pie,
-    load_textedit,
-)
+from qwen_vision_bridge.benchmarks import decode_runs, load_gedit, load_pie, load_textedit
+from qwen_vision_bridge.casefiles import CaseFileError, load_folder
 from qwen_vision_bridge.measuring import measure
 
 GOOD = {"id": "a", "image": "a.png", "prompt": "<script>alert(1)</script>"}
@@ -46,11 +41,16 @@ def test_a_photograph_gets_the_metrics_that_need_no_truth_and_no_others(folder: 
     (case,) = load_folder(folder)
     assert case.prompt == GOOD["prompt"]  # as it is: escaping is the page's work
     drift = {"drift_shift_px", "drift_scale_percent", "drift_rotation_deg"}
-    assert set(measure(case, case.image)) == drift
+    blind = {"change_from_input", "text_kept"}
+    assert set(measure(case, case.image)) == drift | blind
     write(folder, {**GOOD, "mask": "mask.png", "target": "a.png", "group": "detail", "difficulty": "hard"})
     (case,) = load_folder(folder)
-    more = {"unedited_ssim", "unedited_psnr_db", "unedited_texture"}
-    assert set(measure(case, case.image)) == drift | more | {"target_difference", "edited_colour_error"}
+    more = {"unedited_ssim", "unedited_psnr_db", "unedited_texture", "edited_ssim"}
+    assert set(measure(case, case.image)) == drift | more | {
+        "target_difference",
+        "edited_colour_error",
+        "edited_ssim",
+    }
 
 
 def test_every_fault_is_named_with_file_and_line(folder: Path) -> None:
@@ -114,12 +114,57 @@ def test_pie_masks_are_decoded_and_their_rim_is_edited(tmp_path: Path, photo: Im
         load_pie(tmp_path)
 
 
-def test_gedit_folders_are_read_with_their_instructions(tmp_path: Path, photo: Image.Image) -> None:
+COLUMNS = {"key": "k1", "task_type": "text_change", "instruction": "Change the text",
+           "instruction_language": "en", "Intersection_exist": True}  # fmt: skip
+
+
+def test_gedit_is_read_from_the_files_of_its_dataset(tmp_path: Path, photo: Image.Image) -> None:
+    """Pictures lie in Arrow streams as structs of bytes and path, as `datasets` writes them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    photo.save(buffer, "PNG")
+    stored = {"bytes": buffer.getvalue(), "path": None}
+    chinese = {"instruction": "改字", "instruction_language": "cn"}
+    changes = ({}, {"key": "k2"}, chinese, {"key": "k3", "task_type": "style_change"})
+    rows = [{**COLUMNS, **change, "input_image": stored} for change in changes]
+    table = pyarrow.Table.from_pylist(rows)
+    (tmp_path / "arrow").mkdir()
+    path = tmp_path / "arrow" / "data-00000-of-00001.arrow"
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "parquet" / "data").mkdir(parents=True)
+    parquet.write_table(table, tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet")
+    for folder in (tmp_path / "arrow", tmp_path / "parquet"):
+        cases = load_gedit(folder)
+        assert [(case.case_id, case.group) for case in cases] == [
+            ("gedit-en-k1", "ocr"), ("gedit-en-k2", "ocr"), ("gedit-en-k3", "other")
+        ]  # fmt: skip
+        assert np.array_equal(np.asarray(cases[0].image), np.asarray(photo))
+        (other,) = load_gedit(folder, "cn")
+        assert other.prompt == "改字"
+    rows[1]["input_image"] = {"bytes": b"", "path": "x.png"}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "parquet" / "data" / "train.parquet")
+    with pytest.raises(CaseFileError, match=r"train\.parquet, row 1: input_image holds no bytes"):
+        load_gedit(tmp_path / "parquet")
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is damaged, or no file of a dataset"):
+        load_gedit(tmp_path / "arrow")
+
+
+def test_gedit_is_read_from_an_exported_folder(tmp_path: Path, photo: Image.Image) -> None:
     (tmp_path / "fullset/text_change/en").mkdir(parents=True)
     photo.save(tmp_path / "fullset/text_change/en/k1_SRCIMG.png")
-    (tmp_path / "instructions.json").write_text(json.dumps({"k1": "Change the text"}))
+    row = {**COLUMNS, "file_name": "fullset/text_change/en/k1_SRCIMG.png"}
+    other = {**row, "instruction_language": "cn"}
+    (tmp_path / "metadata.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
     (case,) = load_gedit(tmp_path)
     assert (case.case_id, case.group, case.prompt) == ("gedit-en-k1", "ocr", "Change the text")
-    (tmp_path / "instructions.json").write_text("{}")
-    with pytest.raises(CaseFileError, match="the field 'k1' is missing"):
+    assert measure(case, case.image)["change_from_input"] == 0
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, "file_name": "../k.png"}))
+    with pytest.raises(CaseFileError, match="leads out of"):
+        load_gedit(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):
         load_gedit(tmp_path)

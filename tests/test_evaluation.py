@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwen_vision_bridge.arms import Arm, default_arms, find_partners, parse_arm, target_levels
 from qwen_vision_bridge.evaluation import evaluate
+from qwen_vision_bridge.jobs import Run
 from qwen_vision_bridge.measuring import METRICS, measure
 from qwen_vision_bridge.perception import Question, questions_of, score
 from qwen_vision_bridge.summaries import as_table, write_results
@@ -159,6 +160,16 @@ def test_partners_are_a_derangement_on_one_grid_whatever_the_order() -> None:
     assert all(one != other and grids[one] == grids[other] for one, other in partners.items() if other)
     assert find_partners(dict(reversed(grids.items())), 0) == partners
     assert find_partners(grids, 1) != partners
+
+
+def test_another_prompt_on_the_same_picture_is_no_partner(editor: Any, tmp_path: Path) -> None:
+    case, other = make_cases("detail", 2)
+    twin = replace(case, case_id="twin", prompt="something else")
+    arms = [Arm("baseline"), Arm("shuffled", editor.bridge, "random", features="shuffled")]
+    alone = Run(editor, tmp_path, arms, 0, {}, {c.case_id: c for c in (case, twin)})
+    assert set(alone.partners.values()) == {None}
+    three = Run(editor, tmp_path, arms, 0, {}, {c.case_id: c for c in (case, twin, other)})
+    assert three.partners["twin"] == three.partners[case.case_id] == other.case_id
 
 
 def test_target_only_levels_are_the_targets_own_features_turned(editor: Any) -> None:

@@ -81,6 +81,7 @@ def test_two_processes_equal_one_record_by_record(tmp_path: Path) -> None:
     assert results(tmp_path / "one") == results(tmp_path / "two")
     assert "dealt to 2" in (tmp_path / "two" / "dealt").read_text()
     assert len(results(tmp_path / "two")["records"]) == 18
+    assert not any(record["error"] for record in results(tmp_path / "two")["records"])
     assert not list((tmp_path / "two").glob("results.part-*"))
 
 
@@ -99,3 +100,36 @@ def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -
     lines = [json.loads(line)["key"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert lines == ["a", "b"]
     assert not part.exists()
+
+
+def test_a_job_that_was_done_again_replaces_its_error_and_no_error_replaces_a_result(tmp_path: Path) -> None:
+    first, second = Ledger(tmp_path), Ledger(tmp_path, process=1)
+    first.append({"key": "a", "error": "lost"})
+    first.append({"key": "b", "error": None})
+    second.append({"key": "a", "error": None})
+    second.append({"key": "b", "error": "lost"})
+    assert {key: record["error"] for key, record in Ledger(tmp_path).records.items()} == {
+        "a": None,
+        "b": None,
+    }
+    first.merge()
+    assert {key: record["error"] for key, record in Ledger(tmp_path).records.items()} == {
+        "a": None,
+        "b": None,
+    }
+
+
+def test_one_process_where_more_were_asked_for_is_said(tmp_path: Path) -> None:
+    """A plain launch on a CPU starts one process, however many it is asked for."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "from qwen_vision_bridge.processes import Processes; print('there are', Processes().count)"
+    )
+    for asked in (1, 3):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(asked)]
+        done = subprocess.run(
+            [*launch, str(script)], capture_output=True, text=True, check=True, timeout=120,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert "there are 1" in done.stdout
+        assert (f"asked for {asked} processes and started one" in done.stderr) == (asked > 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -14,10 +16,12 @@ from PIL import Image
 
 from qwen_vision_bridge.comparisons import compare_arms
 from qwen_vision_bridge.evaluation import Evaluation
+from qwen_vision_bridge.figures import SPREAD, case_differences, evaluation_figures
 from qwen_vision_bridge.measuring import METRICS
 from qwen_vision_bridge.report import EACH, write_page
 from qwen_vision_bridge.summaries import write_results
 
+FIGURES = ("differences", "wins", "expectations", "cases")
 CHROMIUM = shutil.which("chromium")
 EVIL = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </style> {{ 7*7 }}"
@@ -34,7 +38,8 @@ def record(folder: Path, case: int, arm: str, group: str) -> dict[str, Any]:
     return {
         "key": f"{case}{arm}", "level": "edit", "case_id": f"c{case}", "group": group, "kind": "k",
         "difficulty": "easy", "arm": arm, "prompt": EVIL, "seed": 0, "error": None, "seconds": 1.0,
-        "picture": f"{group}/c{case}_{arm}.png", "metrics": {"right": float(rng.random() < 0.5)},
+        "picture": f"{group}/c{case}_{arm}.png",
+        "metrics": {"right": float(rng.random() < 0.5), SPREAD[group]: float(rng.random())},
         **({"attention": f"{group}/c{case}_{arm}_levels.png"} if arm != "baseline" else {}),
     }  # fmt: skip
 
@@ -77,6 +82,37 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_escapes_every_prompt(run
     assert "script-src 'sha256-" in text
     assert f"{EACH} worst and the {EACH} best" in text
     assert "=cmd" not in (run_folder / "results.csv").read_text(encoding="utf-8")
+
+
+def test_every_figure_of_the_page_lies_beside_it_as_png(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text(encoding="utf-8")
+    made = {path.name for path in run_folder.glob("*.png")}
+    assert {f"{name}.png" for name in FIGURES} <= made
+    for words in (
+        "Paired differences",
+        "Cases won, tied and lost",
+        "Differences case by case",
+        "Measured gains",
+    ):
+        assert f"<figcaption>{words}" in text
+    shown = re.findall(r'<figure class="plot"><img alt="[^"]*" src="data:image/webp;base64,([^"]+)"', text)
+    sizes = {Image.open(io.BytesIO(base64.b64decode(data))).size for data in shown}
+    assert sizes == {Image.open(run_folder / f"{name}.png").size for name in FIGURES}  # none is made smaller
+
+
+def test_differences_case_by_case_are_those_of_the_records() -> None:
+    records = [
+        {"level": "edit", "group": "ocr", "case_id": case, "arm": arm, "metrics": {"edit_similarity": value}}
+        for case, arm, value in (
+            ("b", "baseline", 0.5), ("a", "baseline", 0.25), ("a", "bridge", 1.0), ("b", "bridge", 0.0),
+            ("c", "bridge", 1.0),
+        )
+    ]  # fmt: skip
+    records.append({**records[2], "level": "perception", "case_id": "b"})
+    spread = case_differences(records)
+    assert {group: list(arms) for group, arms in spread.items()} == {"ocr": ["bridge"]}
+    assert spread["ocr"]["bridge"].tolist() == [0.75, -0.5]
+    assert case_differences([]) == evaluation_figures([], [], []) == {}
 
 
 @BROWSER

@@ -120,17 +120,60 @@ def test_every_option_runs_and_writes_its_files(
         assert {record["group"] for record in written["records"]} == set(GROUPS)
 
 
-@pytest.mark.parametrize("example", [1, 2, 6])
+@pytest.mark.parametrize("example", [1, 2, 5, 6])
 def test_options_take_the_users_photograph(
-    example: int, folder: Path, photo_file: Path, session_of_examples: Any
+    example: int,
+    folder: Path,
+    photo_file: Path,
+    session_of_examples: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    session_of_examples([*QUICK, "--example", str(example), "--image", str(photo_file), "--prompt", "HELLO"])
+    asked = ["--image", str(photo_file), "--prompt", "HELLO"]
+    session_of_examples([*QUICK, "--example", str(example), *asked])
     written = {
-        1: "comparison_basic.png",
-        2: "ocr_tests/000-*_comparison.png",
+        1: "comparison_basic.png", 2: "ocr_tests/report.html", 5: "full_evaluation/report.html",
         6: "attention_visualization.png",
-    }
-    assert list((folder / "examples_output").glob(written[example]))
+    }  # fmt: skip
+    assert (folder / "examples_output" / written[example]).is_file()
+    if example in (2, 5):
+        results = (folder / "examples_output" / written[example]).with_name("results.json")
+        records = json.loads(results.read_text(encoding="utf-8"))["records"]
+        assert {record["arm"] for record in records} == {"baseline", "bridge"}
+        assert all(record["error"] is None and record["read_before"] == "" for record in records)
+        known = {
+            "change_from_input",
+            "text_kept",
+            "drift_shift_px",
+            "drift_scale_percent",
+            "drift_rotation_deg",
+        }
+        assert all(
+            {"change_from_input", "text_kept"} <= record["metrics"].keys() <= known for record in records
+        )
+        assert "not whether it is better" in capsys.readouterr().out
+
+
+def test_cases_of_the_users_own_folder_go_through_the_script(
+    folder: Path, photo: Image.Image, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own").mkdir()
+    photo.save(folder / "own" / "a.png")
+    photo.rotate(90).save(folder / "own" / "b.png")
+    rows = [{"id": name, "image": f"{name}.png", "prompt": "make it blue"} for name in ("a", "b")]
+    (folder / "own" / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    session_of_examples(
+        [*QUICK, "--example", "5", "--case-folder", "own", "--batch-arms", "8", "--no-questions"]
+    )
+    records = json.loads((folder / "examples_output/full_evaluation/results.json").read_text())["records"]
+    assert {record["case_id"] for record in records} == {"a", "b", "a+b"}
+    assert {record["arm"] for record in records} == {"baseline", "bridge", "shuffled", "target-only"}
+    assert "edits and 0 questions to do" in capsys.readouterr().out
+    (folder / "own" / "cases.jsonl").write_text('{"id": "a"}')
+    code, error = outcome(
+        example_end_to_end.main, ["--models", "miniature", "--example", "5", "--case-folder", "own"], capsys
+    )
+    assert code == 2
+    assert "cases.jsonl, line 1: the field 'image' is missing" in error.replace("\n", " ")
 
 
 def test_the_menu_runs_what_is_chosen_and_quits(

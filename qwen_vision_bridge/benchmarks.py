@@ -1,0 +1,185 @@
+"""Public benchmarks as they lie on a user's disk, in the layouts that their authors publish.
+
+TextEdit's classic track: a checkout of open-compass/TextEdit with its `data/`. PIE-Bench: the unpacked data
+of cure-lab/PnPInversion. GEdit-Bench: the dataset stepfun-ai/GEdit-Bench as downloaded (`*.arrow` or
+`*.parquet` files, read with pyarrow, the `benchmarks` extra), or a folder of pictures exported from it with a
+`metadata.jsonl` of the dataset's own columns, the image-folder layout of Hugging Face.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .casefiles import (
+    OTHER,
+    FileCase,
+    Makers,
+    collect,
+    each,
+    existing,
+    gather,
+    load_folder,
+    picture_at,
+    read_object,
+    sized,
+    text_of,
+)
+from .images import load_images
+
+PIE_SIDE = 512  # px: PIE-Bench's pictures and masks
+LAYOUTS = ("own", "textedit", "textedit-full", "pie", "gedit", "gedit-cn")
+
+
+def load_cases(layout: str, folder: str | Path) -> list[FileCase]:
+    """The cases of a folder in one of `LAYOUTS`.
+
+    Raises:
+        ValueError: another layout; and what the layout's own function raises.
+    """
+    loaders: dict[str, Callable[[], list[FileCase]]] = {
+        "own": lambda: load_folder(folder),
+        "textedit": lambda: load_textedit(folder),
+        "textedit-full": lambda: load_textedit(folder, "fullset"),
+        "pie": lambda: load_pie(folder),
+        "gedit": lambda: load_gedit(folder),
+        "gedit-cn": lambda: load_gedit(folder, "cn"),
+    }
+    if layout not in loaders:
+        raise ValueError(f"the layout of a folder of cases is one of {', '.join(LAYOUTS)}, not {layout!r}")
+    return loaders[layout]()
+
+
+def load_textedit(folder: str | Path, subset: str = "miniset") -> list[FileCase]:
+    """TextEdit's classic track (open-compass/TextEdit): `eval_prompts/<subset>/*.jsonl` and `data/`.
+
+    Raises:
+        FileNotFoundError: no such subset. CaseFileError: every fault in its files.
+    """
+    root = Path(folder)
+    files = sorted((root / "eval_prompts" / subset).glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError(f"no eval_prompts/{subset}/*.jsonl in {root}: give a checkout of TextEdit")
+
+    def case(row: dict[str, Any], where: Path) -> FileCase:
+        image = picture_at(root / "data", row, "original_image")
+        return FileCase(
+            f"textedit-{where.stem}-{row['id']}", "ocr", where.stem, text_of(row, "prompt"), image,
+            sized(picture_at(root / "data", row, "gt_image"), image.size), None, text_of(row, "source_text"),
+            text_of(row, "target_text"), text_is_part=True, benchmark="textedit",
+        )  # fmt: skip
+
+    return collect(files, case)
+
+
+def load_pie(folder: str | Path) -> list[FileCase]:
+    """PIE-Bench (cure-lab/PnPInversion): `mapping_file.json`, `annotation_images/`, masks as runs.
+
+    Raises:
+        FileNotFoundError: no `mapping_file.json`. CaseFileError: every faulty entry.
+    """
+    root = Path(folder)
+    path = existing(root / "mapping_file.json")
+    entries = read_object(path)
+
+    def case(key: str, row: dict[str, Any]) -> FileCase:
+        image = picture_at(root / "annotation_images", row, "image_path")
+        mask = decode_runs(row["mask"], (PIE_SIDE, PIE_SIDE))
+        if image.size != (PIE_SIDE, PIE_SIDE):
+            raise ValueError(f"the picture is {image.size} px, its mask {PIE_SIDE} × {PIE_SIDE}")
+        kind, prompt = f"type{row['editing_type_id']}", text_of(row, "editing_instruction")
+        return FileCase(f"pie-{key}", "detail", kind, prompt, image, edit_mask=mask, benchmark="pie")
+
+    return each(path, entries, case)
+
+
+def load_gedit(folder: str | Path, language: str = "en") -> list[FileCase]:
+    """GEdit-Bench (stepfun-ai/Step1X-Edit), the instructions of one language.
+
+    Columns: `key`, `task_type`, `instruction`, `instruction_language`, `input_image`, `Intersection_exist`
+    (and `input_image_raw`, which is not used: the authors' own script edits `input_image`). An exported
+    folder has `file_name` instead of the picture, as the authors' script saves it
+    (`fullset/<task>/<language>/<key>_SRCIMG.png`) or otherwise.
+
+    Raises:
+        FileNotFoundError: neither dataset files nor `metadata.jsonl` there.
+        ValueError: dataset files without pyarrow. CaseFileError: every faulty row.
+    """
+    root = Path(folder)
+    tables = [path for ending in ("arrow", "parquet") for path in sorted(root.rglob(f"*.{ending}"))]
+    if tables:
+        return gather(_gedit_rows(tables, language), tables[0])
+    if not (root / "metadata.jsonl").is_file():
+        raise FileNotFoundError(
+            f"no *.arrow, *.parquet or metadata.jsonl in {root}: give GEdit-Bench's files"
+        )
+
+    def case(row: dict[str, Any], _where: Path) -> FileCase | None:
+        return _gedit_case(row, language, lambda: picture_at(root, row, "file_name"))
+
+    return collect([root / "metadata.jsonl"], case)
+
+
+def decode_runs(runs: list[int], shape: tuple[int, int]) -> np.ndarray:
+    """A PIE-Bench mask, bool (H, W): start and length in turn, row by row; its rim counts as edited there.
+
+    Raises:
+        ValueError: an odd number of runs, or one that starts outside the picture.
+    """
+    starts, lengths = runs[::2], runs[1::2]
+    size = shape[0] * shape[1]
+    if len(starts) != len(lengths) or any(not 0 <= start < size for start in starts):
+        raise ValueError(f"the mask's runs do not fit {shape[1]} × {shape[0]} px")
+    flat = np.zeros(size, dtype=bool)
+    for start, length in zip(starts, lengths, strict=True):
+        flat[start : start + length] = True
+    mask = flat.reshape(shape)
+    mask[[0, -1]] = mask[:, [0, -1]] = True
+    return mask
+
+
+def _gedit_rows(tables: list[Path], language: str) -> Makers:
+    for path in tables:
+        for number, row in enumerate(_table_rows(path)):
+            yield f"{path}, row {number}", partial(_gedit_case, row, language, partial(_stored, row))
+
+
+def _gedit_case(row: dict[str, Any], language: str, picture: Callable[[], Image.Image]) -> FileCase | None:
+    if text_of(row, "instruction_language") != language:
+        return None
+    task = text_of(row, "task_type")
+    group = "ocr" if task == "text_change" else OTHER
+    name, prompt = f"gedit-{language}-{text_of(row, 'key')}", text_of(row, "instruction")
+    return FileCase(name, group, task, prompt, picture(), benchmark="gedit")
+
+
+def _stored(row: dict[str, Any]) -> Image.Image:
+    """A picture as `datasets` stores it: its file's bytes in a struct."""
+    stored = row["input_image"]
+    if not isinstance(stored, dict) or not stored.get("bytes"):
+        raise ValueError("input_image holds no bytes of a picture")
+    return load_images(Image.open(io.BytesIO(stored["bytes"])))[0]
+
+
+def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow stream, as `datasets` writes it, or of a Parquet file, one batch at a time."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path} is read with pyarrow, which is not here: the extra `benchmarks`") from error
+    try:
+        if path.suffix == ".parquet":
+            batches = parquet.ParquetFile(path).iter_batches(batch_size=16)
+        else:
+            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        for batch in batches:
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged, or no file of a dataset: {error}") from error

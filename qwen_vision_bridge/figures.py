@@ -1,0 +1,157 @@
+"""Figures of an evaluation: differences with their intervals, case by case, beside what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .comparisons import BASELINE, Difference, Expectation, bootstrap_interval
+from .plots import DPI, to_picture
+
+SPREAD = {
+    "ocr": "edit_similarity", "space": "iou_by_object", "detail": "edited_ssim", "consistency": "edited_ssim",
+    "other": "drift_shift_px",
+}  # fmt: skip
+"""What is drawn case by case in each group: finer than right or wrong, which has three differences only."""
+GOOD, BAD, NEUTRAL, POINT = "#2a8c4a", "#c8452f", "#c9ccd4", "#1155dd"
+MANY = 12  # cases from which on their distribution is drawn behind the dots
+
+
+def evaluation_figures(
+    rows: Sequence[Difference], expected: Sequence[Expectation], records: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, Image.Image]]:
+    """Every figure that the results have something for: file name → what it shows, and the picture.
+
+    Args:
+        rows: the headlines.
+        expected: gains that were expected, beside the measured ones.
+        records: of the whole run.
+    """
+    found = {}
+    if rows:
+        found["differences.png"] = (
+            "Paired differences with their 95 % intervals, by group and arm", difference_figure(rows)
+        )  # fmt: skip
+        found["wins.png"] = ("Cases won, tied and lost against the baseline", wins_figure(rows))
+    spread = case_differences(records)
+    if spread:
+        found["cases.png"] = ("Differences case by case, with mean and 95 % interval", cases_figure(spread))
+    if expected:
+        found["expectations.png"] = (
+            "Measured gains with their intervals, and what was expected (shaded)",
+            expectations_figure(expected),
+        )
+    return found
+
+
+def difference_figure(rows: Sequence[Difference]) -> Image.Image:
+    """Paired differences with their 95 % intervals, one line a level, group and arm."""
+    figure, axis, places = _lines([f"{r.level} · {r.group} · {r.arm} (n={r.n})" for r in rows])
+    for place, row in zip(places, rows, strict=True):
+        _interval(axis, place, row.difference, row.ci_low, row.ci_high)
+    axis.axvline(0, color="0.7", linewidth=1, zorder=0)
+    axis.set_xlabel("difference from the baseline, share that is right", fontsize=9)
+    return to_picture(figure)
+
+
+def expectations_figure(rows: Sequence[Expectation]) -> Image.Image:
+    """What was expected as a shaded range, what was measured as a point with its interval."""
+    figure, axis, places = _lines(
+        [f"{r.level} · {r.group} · {r.arm} (n={r.n})\n{r.verdict}" for r in rows], 0.5
+    )
+    for place, row in zip(places, rows, strict=True):
+        width = max(row.expected_high - row.expected_low, 0.004)
+        axis.barh(place, width, 0.7, row.expected_low, color="#f3d9a4", zorder=0)
+        _interval(axis, place, row.difference, row.ci_low, row.ci_high)
+    axis.axvline(0, color="0.7", linewidth=1, zorder=0)
+    axis.set_xlabel("gain over the baseline, share that is right; shaded: expected", fontsize=9)
+    return to_picture(figure)
+
+
+def wins_figure(rows: Sequence[Difference]) -> Image.Image:
+    """Shares of the cases in which an arm does better, as well, or worse than the baseline."""
+    figure, axis, places = _lines([f"{row.level} · {row.group} · {row.arm}" for row in rows])
+    for place, row in zip(places, rows, strict=True):
+        left = 0.0
+        for count, colour in ((row.wins, GOOD), (row.ties, NEUTRAL), (row.losses, BAD)):
+            share = count / row.n
+            axis.barh(place, share, 0.75, left, color=colour)
+            if share > 0.06:
+                dark = "black" if colour == NEUTRAL else "white"
+                axis.text(
+                    left + share / 2, place, str(count), ha="center", va="center", fontsize=7, color=dark
+                )
+            left += share
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of cases: green won, grey tied, red lost", fontsize=9)
+    return to_picture(figure)
+
+
+def case_differences(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """Group → arm → (n,) differences from the baseline of the group's metric in `SPREAD`, by case id."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        value = record["metrics"].get(SPREAD.get(record["group"], ""))
+        if record["level"] == "edit" and value is not None:
+            table.setdefault(record["group"], {}).setdefault(record["arm"], {})[record["case_id"]] = value
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for group, arms in table.items():
+        known = arms.get(BASELINE, {})
+        for arm, values in arms.items():
+            both = sorted(values.keys() & known.keys())
+            if arm != BASELINE and both:
+                differences = np.array([values[case] - known[case] for case in both])
+                found.setdefault(group, {})[arm] = differences
+    return found
+
+
+def cases_figure(spread: Mapping[str, Mapping[str, np.ndarray]]) -> Image.Image:
+    """A panel a group: each case a dot, their distribution behind them, mean and interval beside."""
+    widest = max(len(arms) for arms in spread.values())
+    height = 2.4 * len(spread) + 0.3
+    figure = Figure(figsize=(max(1.3 * widest + 1.2, 5.0), height), dpi=DPI, layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(spread), 1))
+    for axis, (group, arms) in zip(axes, spread.items(), strict=True):
+        for place, (arm, differences) in enumerate(arms.items()):
+            _dots(axis, place, differences, arm)
+        axis.axhline(0, color="0.7", linewidth=1, zorder=0)
+        axis.set_xlim(-0.6, len(arms) - 0.2)
+        counts = [f"{arm}\nn={len(differences)}" for arm, differences in arms.items()]
+        axis.set_xticks(range(len(arms)), counts, fontsize=8)
+        metric = SPREAD[group].replace("_", " ")
+        axis.set_title(f"{group}: difference from the baseline in {metric}", fontsize=9, loc="left")
+        axis.tick_params(axis="y", labelsize=7)
+    return to_picture(figure)
+
+
+def _dots(axis: Axes, place: int, differences: np.ndarray, name: str) -> None:
+    if len(differences) >= MANY and np.ptp(differences) > 0:
+        drawn = axis.violinplot(differences, [place], widths=0.7, showextrema=False)
+        for body in drawn["bodies"]:
+            body.set(facecolor="#9db8ea", alpha=0.5)
+    aside = np.random.default_rng(len(name)).uniform(-0.16, 0.16, len(differences))
+    size = 7 if len(differences) >= MANY else 22
+    axis.scatter(place + aside, differences, s=size, color="0.35", alpha=0.55, linewidths=0)
+    low, high = bootstrap_interval(differences)
+    axis.plot([place + 0.3] * 2, [low, high], color="0.2", linewidth=2)
+    axis.scatter([place + 0.3], [differences.mean()], s=22, color=POINT, zorder=3)
+
+
+def _lines(labels: Sequence[str], each: float = 0.28) -> tuple[Figure, Axes, list[int]]:
+    """A figure with one labelled line a row, the first at the top."""
+    figure = Figure(figsize=(7.5, 1.0 + each * len(labels)), dpi=DPI, layout="constrained")
+    axis = figure.subplots()
+    places = list(range(len(labels)))[::-1]
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.set_ylim(-0.6, len(labels) - 0.4)
+    return figure, axis, places
+
+
+def _interval(axis: Axes, place: int, middle: float, low: float, high: float) -> None:
+    axis.plot([low, high], [place, place], color="0.35", linewidth=2, zorder=1)
+    axis.scatter([middle], [place], s=26, color=POINT, zorder=2)

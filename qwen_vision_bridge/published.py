@@ -1,0 +1,184 @@
+"""Metrics of public benchmarks by their own definitions, beside those that every case gets.
+
+They follow the definitions of the repositories that are named, not their code, and their figures are no entry
+of a leaderboard: TextEdit reads with PaddleOCR's English models, this with `reading`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from . import metrics
+from .reading import Picture, pixels_of
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, px
+SAME_LINE = 10.0  # px between the middles of neighbours on a line
+IN_REGION = 0.5  # IoU with the edited region
+AT_SOURCE = 0.3  # IoU with the box of the old text
+NOT_THE_SOURCE = 0.6  # similarity that the old text's box must exceed
+STAYED = 0.2  # what is left of a score where the old text stayed
+OWN_WEIGHT = 0.5  # of the edited text among everything that is read
+
+
+class Word(NamedTuple):
+    """A text that was read, and where."""
+
+    text: str
+    box: Box
+
+
+class RegionScores(NamedTuple):
+    """TextEdit's classic track for one edit, each in [0, 1]."""
+
+    target_accuracy: float
+    """Best similarity to the wanted text of what is read where the old text was."""
+    precision: float
+    recall: float
+    f1: float
+    """Of the wanted text, which weighs half, and every other line, which had to stay."""
+    roi_ned: float
+    """Similarity to the wanted text of all that is read in the old text's box."""
+
+
+def region_scores(before: Sequence[Word], after: Sequence[Word], source: str, target: str) -> RegionScores:
+    """TextEdit's region-aware scores (open-compass/TextEdit, `eval_pipeline/classic_metrics_eval.py`, 2026).
+
+    The line of `before` that holds the source text, or is most like it, is where the edit belongs; where none
+    is at least half alike, or nothing is read in the edit, all scores are 0, as there.
+
+    Args:
+        before, after: what is read in the picture and in its edit, of one size.
+    """
+    lines, source, target = _lines(before), _plain(source), _plain(target)
+    alike = [1.0 if source in _said(line) else _similarity(source, _said(line)) for line in lines]
+    if not lines or max(alike) < 0.5 or not after:
+        return RegionScores(0.0, 0.0, 0.0, 0.0, 0.0)
+    edited = lines[int(np.argmax(alike))]
+    region = _union([word.box for word in edited])
+    within = [w for w in after if _iou(w.box, region) > IN_REGION or _holds(region, w.box)]
+    accuracy = max((_similarity(target, said) for said in _readings(within)), default=0.0)
+    everything = _plain("".join(word.text for word in after))
+    if source in everything and target not in everything:
+        accuracy *= STAYED
+    stay = [line for line in lines if line is not edited]
+    stay = _lines([word for line in stay for word in line])
+    others = _lines([word for word in after if word not in within])
+    kept = _kept(stay, others)
+    unit = (1 - OWN_WEIGHT) / len(stay) if stay else 0.0
+    score = accuracy * OWN_WEIGHT + kept * unit
+    recall = score / (OWN_WEIGHT + len(stay) * unit)
+    precision = score / (OWN_WEIGHT + len(others) * unit)
+    f1 = 2 * precision * recall / (precision + recall) if score else 0.0
+    return RegionScores(accuracy, precision, recall, f1, _roi_ned(before, after, source, target))
+
+
+def masked_scores(picture: Picture, original: Picture, mask: np.ndarray) -> dict[str, float] | None:
+    """PIE-Bench's background metrics (cure-lab/PnPInversion, `evaluation/matrics_calculator.py`, 2023).
+
+    Both pictures are made black where the mask, bool (H, W), is True, and then compared whole, so the black
+    counts as agreement and the figures are higher than those over the background alone.
+
+    Returns:
+        `pie_psnr_db` (100 where they are equal), `pie_mse` (of values in [0, 1]) and `pie_ssim`; None where
+        the mask is True everywhere, as there.
+    """
+    from skimage.metrics import structural_similarity
+
+    first, second = pixels_of(picture), pixels_of(original)
+    if first.shape != second.shape or mask.shape != first.shape[:2]:
+        shapes = f"{first.shape}, {second.shape} and {mask.shape}"
+        raise ValueError(f"pictures and mask are {shapes}; needed: one size")
+    if mask.all():
+        return None
+    first, second = (np.where(mask[..., None], 0, pixels) / 255 for pixels in (first, second))
+    error = float(np.mean((first - second) ** 2))
+    # Over the whole picture with mirrored rims, as torchmetrics has it; scikit-image leaves the rims out.
+    wide = [np.pad(pixels, ((5, 5), (5, 5), (0, 0)), mode="reflect") for pixels in (first, second)]
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    _, similarity = structural_similarity(*wide, channel_axis=-1, data_range=1.0, full=True, **options)
+    psnr = 100.0 if error == 0 else min(float(-10 * np.log10(error)), 100.0)
+    return {"pie_psnr_db": psnr, "pie_mse": error, "pie_ssim": float(similarity[5:-5, 5:-5].mean())}
+
+
+def _roi_ned(before: Sequence[Word], after: Sequence[Word], source: str, target: str) -> float:
+    best = max(before, key=lambda word: _similarity(source, _plain(word.text)))
+    if _similarity(source, _plain(best.text)) <= NOT_THE_SOURCE:
+        return 0.0
+    there = [word for word in after if _iou(word.box, best.box) > AT_SOURCE]
+    if not there:
+        return 0.0
+    said = _plain("".join(word.text for word in sorted(there, key=lambda word: word.box[0])))
+    score = _similarity(target, said)
+    stayed = _similarity(source, said) > 0.9 and _similarity(source, target) < 0.5
+    return score * STAYED if stayed else score
+
+
+def _kept(stay: Sequence[list[Word]], others: Sequence[list[Word]]) -> float:
+    """Sum over the lines that had to stay of the similarity to the line most like it, each taken once."""
+    taken: set[int] = set()
+    total = 0.0
+    for line in stay:
+        scores = {
+            index: _similarity(_said(line), _said(other))
+            for index, other in enumerate(others)
+            if index not in taken
+        }
+        best = max(scores, key=scores.__getitem__, default=None)
+        if best is not None and scores[best] > 0:
+            taken.add(best)
+            total += scores[best]
+    return total
+
+
+def _readings(words: Sequence[Word]) -> list[str]:
+    """Each word alone, and each line of words."""
+    return [_plain(word.text) for word in words] + [_said(line) for line in _lines(words)]
+
+
+def _lines(words: Sequence[Word]) -> list[list[Word]]:
+    """Words whose middles are within `SAME_LINE` of the one before, from the top, each line from the left."""
+    lines: list[list[Word]] = []
+    for word in sorted(words, key=_middle):
+        if lines and _middle(word) - _middle(lines[-1][-1]) < SAME_LINE:
+            lines[-1].append(word)
+        else:
+            lines.append([word])
+    return [sorted(line, key=lambda word: word.box[0]) for line in lines]
+
+
+def _middle(word: Word) -> float:
+    return (word.box[1] + word.box[3]) / 2
+
+
+def _said(line: Sequence[Word]) -> str:
+    return _plain("".join(word.text for word in line))
+
+
+def _plain(text: str) -> str:
+    """Lower case, letters and digits alone, Unicode form NFKC."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).lower()))
+
+
+def _similarity(a: str, b: str) -> float:
+    return metrics.edit_similarity(a, b)
+
+
+def _union(boxes: Sequence[Box]) -> Box:
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+
+def _iou(a: Box, b: Box) -> float:
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / (areas - width * height) if areas else 0.0
+
+
+def _holds(region: Box, box: Box) -> bool:
+    across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return region[0] <= across <= region[2] and region[1] <= down <= region[3]

@@ -1,0 +1,84 @@
+"""Reading the text in a picture, by an OCR package that carries its models.
+
+They know Latin letters with and without accents, Chinese and Japanese, and no Cyrillic, Hangul, Arabic or
+Devanagari; Greek without accents and the final sigma. `can_read` asks the models' own alphabet.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from rapidocr import RapidOCR
+
+Picture = Image.Image | np.ndarray
+OCR_THREADS = -1  # of the reader, set before its first use; -1 leaves them to it
+
+
+def pixels_of(picture: Picture, name: str = "picture") -> np.ndarray:
+    """The picture as uint8 (H, W, 3)."""
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    if not isinstance(picture, np.ndarray):
+        raise TypeError(f"{name} is a {type(picture).__name__}; needed: a PIL image or uint8 (H, W, 3)")
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"{name} is {picture.dtype} {picture.shape}; needed: a PIL image or uint8 (H, W, 3)")
+    return picture
+
+
+@lru_cache(maxsize=1)
+def _ocr_engine() -> RapidOCR:
+    from rapidocr import RapidOCR
+
+    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": OCR_THREADS}
+    return RapidOCR(params={"Global.log_level": "critical", **threads})
+
+
+def read_boxes(picture: Picture) -> list[tuple[str, np.ndarray]]:
+    """Every text that is found, with the corners of its box, (4, 2) px.
+
+    PP-OCRv6 through rapidocr 3.10, detection and recognition, with the models inside its wheel (offline);
+    the first call builds the engine, about 1 s. Small pictures are passed as they are, since the detector
+    enlarges them itself.
+    """
+    reading = _ocr_engine()(np.ascontiguousarray(pixels_of(picture)[..., ::-1]), use_cls=False)  # takes BGR
+    return list(zip(reading.txts, reading.boxes, strict=True)) if reading.txts else []
+
+
+def read_text(picture: Picture, min_letters: int = 2) -> str:
+    """The text in a picture, its boxes in reading order and joined with spaces; "" where there is none.
+
+    Boxes with fewer than `min_letters` letters or digits are left out: a lone sign is what the reader makes
+    of a star, a cross or a wave.
+    """
+    return in_order(read_boxes(picture), min_letters)
+
+
+def in_order(boxes: list[tuple[str, np.ndarray]], min_letters: int = 2) -> str:
+    """The texts of boxes from top to bottom and left to right, with spaces between."""
+    words = [(text, corners) for text, corners in boxes if sum(map(str.isalnum, text)) >= min_letters]
+    lines: list[list[tuple[str, np.ndarray]]] = []
+    for text, corners in sorted(words, key=lambda word: word[1][:, 1].mean()):
+        # A box stays on the line while its middle is above the lower edge of the line's first one.
+        if lines and corners[:, 1].mean() < lines[-1][0][1][:, 1].max():
+            lines[-1].append((text, corners))
+        else:
+            lines.append([(text, corners)])
+    ordered = (sorted(line, key=lambda word: word[1][:, 0].min()) for line in lines)
+    return " ".join(text for line in ordered for text, _ in line)
+
+
+@lru_cache(maxsize=1)
+def alphabet() -> frozenset[str]:
+    """Every character that the recognition model can give."""
+    return frozenset(_ocr_engine()._load_rec_model().postprocess_op.character)  # it has no public way
+
+
+def can_read(text: str) -> bool:
+    """Whether `read_text` can give this text at all: whether every letter is in the models' alphabet."""
+    return set(unicodedata.normalize("NFC", "".join(text.split()))) <= alphabet()

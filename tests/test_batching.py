@@ -1,0 +1,171 @@
+"""Edits made together are those made alone, up to the arithmetic of a batch, and never mixed with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vision_bridge.arms import Arm
+from qwen_vision_bridge.batching import Prepared
+from qwen_vision_bridge.evaluation import evaluate
+from qwen_vision_bridge.world import make_cases
+
+SHORT = {"num_inference_steps": 3}
+CLOSE = 2  # grey levels of 255: how far a picture of a batch may be from the one made alone
+
+
+def farthest(one: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+
+
+def edits_of(cases: list[Any], bridge: Any) -> list[dict[str, Any]]:
+    arms = [{"bridge": None}, {"bridge": bridge, "strength": 0.0}, {"bridge": bridge, "strength": 3.0}]
+    return [
+        {"image": case.pictures, "prompt": case.prompt, "seed": 7 + index, **arm, **SHORT}
+        for index, case in enumerate(cases)
+        for arm in arms
+    ]
+
+
+def test_a_batch_of_one_is_the_stock_call_bit_for_bit(editor: Any) -> None:
+    case = make_cases("consistency", 1)[0]
+    for asked in edits_of([case], editor.bridge):
+        alone, attention = editor.edit(**asked)
+        made = editor.prepare(**asked)
+        assert farthest(editor.denoise([made])[0], alone) == 0
+        assert (made.attention is None) == (attention is None)
+
+
+def test_arms_and_cases_of_a_batch_are_close_to_those_made_alone_and_keep_their_order(editor: Any) -> None:
+    cases = make_cases("ocr", 2) + make_cases("space", 1)
+    asked = edits_of(cases, editor.bridge)
+    made = [editor.prepare(**edit) for edit in asked]
+    lengths = {edit.prompts[0][0].shape[1] for edit in made}
+    assert len(lengths) > 1  # so that padding and its mask are at work
+    together = editor.denoise(made)
+    alone = [editor.edit(**edit)[0] for edit in asked]
+    assert max(map(farthest, together, alone)) <= CLOSE
+    for first in range(0, len(asked), 3):
+        assert farthest(together[first], together[first + 2]) > 5 * CLOSE  # the bridge is in its own arm
+
+
+def test_the_padding_of_a_batch_is_never_seen(editor: Any) -> None:
+    import torch
+
+    short, long = (editor.prepare(**edits_of([case], None)[0]) for case in make_cases("ocr", 2))
+    alone = editor.denoise([short])[0]
+    embeds, _ = short.prompts[0]
+    noise = 50 * torch.randn(1, 9, embeds.shape[-1], generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(1, embeds.shape[1] + 9, dtype=torch.bool)
+    seen[:, embeds.shape[1] :] = False
+    dirty = (torch.cat([embeds, noise.to(embeds)], 1), seen.to(embeds.device))
+    masked = short._replace(prompts=(dirty, *short.prompts[1:]))
+    assert farthest(editor.denoise([masked, long])[0], alone) <= CLOSE
+
+
+def test_edits_that_cannot_share_a_batch_are_refused_and_the_pipeline_stays_stock(editor: Any) -> None:
+    case = make_cases("detail", 1)[0]
+    one = editor.prepare(case.image, case.prompt, **SHORT)
+    other = editor.prepare(case.image.resize((128, 96)), case.prompt, **SHORT)
+    longer = editor.prepare(case.image, case.prompt, num_inference_steps=4)
+    before = vars(editor.pipe).keys() - {"_callback_tensor_inputs"}
+    for edits in ([one, other], [one, longer], []):
+        with pytest.raises(ValueError, match="same sizes and the same options"):
+            editor.denoise(edits)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        editor.prepare(case.image, " ")
+    assert {"encode_prompt", "prepare_latents"}.isdisjoint(vars(editor.pipe))
+    assert before <= vars(editor.pipe).keys()
+    assert editor.pipe.vae.use_slicing is False
+
+
+def test_the_first_edit_pipeline_denoises_together_too(pipe: Any, photo: Image.Image) -> None:
+    import diffusers
+    import torch
+
+    from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+
+    first = diffusers.QwenImageEditPipeline(**pipe.components)
+    first.set_progress_bar_config(disable=True)
+    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=first, dtype=torch.float32)
+    asked = [{"image": photo, "prompt": prompt, **SHORT} for prompt in ("a", "make the suit blue")]
+    together = editor.denoise([editor.prepare(**edit) for edit in asked])
+    assert max(map(farthest, together, [editor.edit(**edit)[0] for edit in asked])) <= CLOSE
+
+
+def test_a_run_in_batches_finds_what_one_by_one_finds_under_keys_of_its_own(
+    editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = make_cases("space", 2) + make_cases("consistency", 1)
+    arms = [
+        Arm("baseline"),
+        Arm("off", editor.bridge, "random", 0.0),
+        Arm("on", editor.bridge, "random", 2.0),
+    ]
+    sizes: list[int] = []
+    denoise = editor.denoise
+
+    def counted(edits: list[Prepared]) -> list[Image.Image]:
+        sizes.append(len(edits))
+        return denoise(edits)
+
+    monkeypatch.setattr(editor, "denoise", counted)
+    alone = evaluate(editor, cases, tmp_path, arms, **SHORT)
+    assert sizes == []
+    together = evaluate(editor, cases, tmp_path, arms, batch_arms=6, **SHORT)
+    assert sorted(sizes) == [3, 6]
+    edits = [[r for r in found.records if r["level"] == "edit"] for found in (alone, together)]
+    assert together.done_before == len(alone.records) - len(edits[0])  # the questions alone
+    assert {r["key"] for r in edits[0]}.isdisjoint(r["key"] for r in edits[1])
+    for one, other in zip(*edits, strict=True):
+        assert (one["case_id"], one["arm"], one["seed"]) == (other["case_id"], other["arm"], other["seed"])
+        shown = [Image.open(tmp_path / record["picture"]) for record in (one, other)]
+        assert farthest(*shown) <= CLOSE
+        assert one["metrics"].keys() == other["metrics"].keys()
+        difference = one["metrics"]["target_difference"] - other["metrics"]["target_difference"]
+        assert abs(difference) < 0.1
+    again = evaluate(editor, cases, tmp_path, arms, batch_arms=6, **SHORT)
+    assert again.done_before == len(again.records)
+    with pytest.raises(ValueError, match="batch_arms is a whole number from 1"):
+        evaluate(editor, cases, tmp_path, arms, batch_arms=0, **SHORT)
+
+
+def test_one_bad_edit_of_a_batch_is_an_error_and_can_be_tried_again(
+    editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = make_cases("detail", 2)
+    prepare = editor.prepare
+
+    def fail(image: Any, prompt: str, *rest: Any, **options: Any) -> Prepared:
+        if prompt == bad.prompt:
+            raise ValueError("no such edit")
+        return prepare(image, prompt, *rest, **options)
+
+    arms = [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
+    same = {"arms": arms, "perception": False, "batch_arms": 4, "num_inference_steps": 5}
+    with monkeypatch.context() as patch:
+        patch.setattr(editor, "prepare", fail)
+        found = evaluate(editor, [good, bad], tmp_path, **same)
+    errors = {record["case_id"]: record["error"] for record in found.records}
+    assert errors == {good.case_id: None, bad.case_id: "ValueError: no such edit"}
+    still = evaluate(editor, [good, bad], tmp_path, **same)
+    assert still.records == found.records  # what failed is not tried again unasked
+    tried = evaluate(editor, [good, bad], tmp_path, retry_errors=True, **same)
+    assert [record["error"] for record in tried.records] == [None] * 4
+    assert tried.done_before == 2
+    assert evaluate(editor, [good, bad], tmp_path, **same).records == tried.records
+
+
+def test_pictures_measured_in_other_processes_have_the_same_records(editor: Any, tmp_path: Path) -> None:
+    cases, arms = make_cases("detail", 2), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
+    found = [
+        evaluate(editor, cases, tmp_path / str(workers), arms, perception=False, workers=workers, **SHORT)
+        for workers in (0, 1)
+    ]
+    first, second = ([{**record, "seconds": 0} for record in run.records] for run in found)
+    assert first == second
+    assert all("right" in record["metrics"] for record in first)

@@ -1,0 +1,79 @@
+"""LPIPS is measured where its weights are, by the published formula, and left out with a word elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vision_bridge import perceptual
+from qwen_vision_bridge.evaluation import evaluate
+from qwen_vision_bridge.measuring import measure
+from qwen_vision_bridge.world import make_cases
+
+
+@pytest.fixture
+def random_alexnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A network of the right shape in the folder where torch.hub keeps the real one."""
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    model = alexnet(weights=None)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(model.state_dict(), folder / perceptual.WEIGHTS["alex"])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    perceptual._network.cache_clear()
+    yield model
+    perceptual._network.cache_clear()
+
+
+def test_lpips_follows_the_published_formula(random_alexnet: Any, photo: Image.Image) -> None:
+    other = photo.rotate(3)
+    heads = perceptual._network("alex").lins
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    maps = []
+    for picture in (photo, other):
+        hidden = (torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1 - mean) / std
+        found, hidden = [], hidden[None]
+        for index, layer in enumerate(random_alexnet.features):
+            hidden = layer(hidden)
+            if index in (1, 4, 7, 9, 11):  # behind every ReLU
+                found.append(hidden / hidden.norm(dim=1, keepdim=True))
+        maps.append(found)
+    expected = sum(
+        (head.model[-1].weight * (a - b) ** 2).sum(1).mean() for head, a, b in zip(heads, *maps, strict=True)
+    )
+    assert perceptual.lpips(photo, other) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert perceptual.lpips(photo, photo) == 0
+    kept = np.zeros((photo.height, photo.width), bool)
+    kept[:40] = True
+    below = np.asarray(photo).copy()
+    below[60:] = 0
+    assert perceptual.lpips(photo, Image.fromarray(below), mask=kept) == 0
+    with pytest.raises(ValueError, match="same size"):
+        perceptual.lpips(photo, photo.resize((80, 80)))
+
+
+def test_lpips_is_in_the_metrics_where_its_weights_are(random_alexnet: Any) -> None:
+    case = make_cases("detail", 1)[0]
+    assert measure(case, case.image)["unedited_lpips_alex"] == 0
+    assert "unedited_lpips_squeeze" not in measure(case, case.image)
+
+
+def test_without_weights_lpips_is_left_out_with_a_word(
+    editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    case = make_cases("detail", 1)[0]
+    assert not any("lpips" in name for name in measure(case, case.image))
+    found = evaluate(editor, [case], tmp_path, perception=False, num_inference_steps=2)
+    says = [line for line in found.left_out if line.startswith("LPIPS")]
+    assert "no alexnet-owt-7be5be79.pth in" in says[0]
+    with pytest.raises(ValueError, match="LPIPS cannot be measured"):
+        perceptual.lpips(case.image, case.target)
