@@ -144,8 +144,8 @@ class DatasetLessons:
             import datasets
         except ImportError as error:
             raise ValueError(
-                "--dataset_name needs the package `datasets`, which is not installed: `uv run --with datasets "
-                "python train_bridge.py …`, or give a folder with --train_data_dir"
+                "--dataset_name needs the package `datasets`, which is not installed: `uv run --with "
+                "datasets python train_bridge.py …`, or give a folder with --train_data_dir"
             ) from error
         self.kind, self.data = kind, datasets.load_dataset(name, split=split)
         wanted = {"image", *COLUMNS[kind]}
