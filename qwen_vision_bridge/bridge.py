@@ -57,8 +57,8 @@ class BridgeConfig:
     init: Literal["zero", "random"] = "zero"
     """`zero`: an untrained bridge changes nothing; `random`: its update has about the baseline's RMS."""
     blend: Literal["add", "replace"] = "add"
-    """`add`: the update comes on top of the baseline; `replace`: in its place. A fresh bridge that replaces has
-    a gate of 0, which makes it the identity too."""
+    """`add`: the update comes on top of the baseline; `replace`: in its place. A fresh bridge that replaces
+    has a gate of 0, which makes it the identity too."""
     seed: int = 0
     """Seed of the starting weights."""
     source_model: str | None = None

@@ -4,7 +4,7 @@ Second moments are summed over a stream of tokens, so memory does not grow with 
 by fold, so that cross-validation costs no second pass. Levels and features are first taken to a basis of
 their principal components (Halko, Martinsson and Tropp 2011, arXiv 0909.4061): at the released shapes the
 moments of 12 288 channels over 10⁶ tokens would cost 3·10¹⁴ operations, those of 3 × 512 cost 5·10¹². What
-the bases leave out is measured over the whole stream and reported. Reduced rank: Izenman 1975.
+the bases leave out is measured along the stream and reported. Reduced rank: Izenman 1975.
 
 What is regressed on decides what the update means. `target`: the levels' account of the target's own
 features, so what the source cannot confirm is averaged out. `teacher`: features of the same picture seen
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ COMPONENTS = 512  # of each level's basis and of the features'
 SUBSET = 32_768  # tokens that the bases are found from
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the levels' moments
 FOLDS = 5
+NOTED = 8  # of so many chunks one is looked at for what the levels' bases leave out
 SWEEPS = 3  # over the levels, each refitted to what the others leave
 
 
@@ -151,23 +151,21 @@ class Sums:
         self.energy = torch.zeros(FOLDS, 3, dtype=torch.float64)  # of baseline, teacher, their difference
         self.inside = torch.zeros(len(bases.levels) + 1, 2, dtype=torch.float64)  # in the basis, in all
         self.counts = [0] * FOLDS
+        self._chunks = 0
         self.taught = False
 
     def add(self, chunk: Tokens, fold: int) -> None:
         """Add a chunk's moments to a fold's."""
-        parts = []
-        for number, (basis, level) in enumerate(zip(self.bases.levels, chunk.levels, strict=True)):
-            rows = normalised(level).div_(basis.scale)
-            parts.append(rows @ basis.directions)
-            self._note(number, parts[-1], rows)
-        x = torch.cat(parts, dim=1)  # (n, L·K)
+        x = torch.cat(
+            [self._project(number, level) for number, level in enumerate(chunk.levels)], dim=1
+        )  # (n, L·K)
         basis, rms = self.bases.features, _rms(chunk.baseline)
         rows = _over(chunk.baseline, rms).div_(basis.scale)
         own = rows @ basis.directions
-        self._note(-1, own, rows)
         self.levels[fold] += (x.T @ x).double()
         self.own[fold] += (x.T @ own).double()
         self.energy[fold, 0] += rows.square().sum().double()
+        self._note(-1, own, rows)
         if chunk.teacher is not None:
             self.taught = True
             finer = _over(chunk.teacher, rms).div_(basis.scale)
@@ -175,6 +173,19 @@ class Sums:
             self.energy[fold, 1] += finer.square().sum().double()
             self.energy[fold, 2] += (finer - rows).square().sum().double()
         self.counts[fold] += len(x)
+        self._chunks += 1
+
+    def _project(self, number: int, level: Tensor) -> Tensor:
+        """A level in its basis; its norm and scale are applied where that touches the fewest numbers."""
+        basis = self.bases.levels[number]
+        if self._chunks % NOTED == 0:
+            rows = normalised(level).div_(basis.scale)
+            projected = rows @ basis.directions
+            self._note(number, projected, rows)
+            return projected
+        rows = level.float()
+        rms = (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return (rows @ (basis.directions / basis.scale[:, None])) / rms
 
     def _note(self, number: int, projected: Tensor, rows: Tensor) -> None:
         self.inside[number, 0] += projected.square().sum().double()

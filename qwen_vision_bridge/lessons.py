@@ -176,7 +176,11 @@ class Part:
 
     def __init__(self, lessons: Lessons, indices: Sequence[int]) -> None:
         self.lessons, self.indices = lessons, list(indices)
-        self.digest = digest_of([lessons.digest, self.indices])
+
+    @property
+    def digest(self) -> str:
+        """Of the whole list and the indices."""
+        return digest_of([self.lessons.digest, self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)

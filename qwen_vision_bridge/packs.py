@@ -2,8 +2,8 @@
 
 A pack is a folder: `<field>.bin` holds a field's rows of all lessons one after the other in bf16, and
 `lessons.jsonl` says for each lesson how many rows it has, its grid and its words. Rows are written before
-the line that counts them, so a run that was stopped goes on behind the last whole lesson. `pack.json`, written
-last, says that the pack is finished.
+the line that counts them, so a run that was stopped goes on behind the last whole lesson. `pack.json`,
+written last, says that the pack is finished.
 """
 
 from __future__ import annotations

@@ -36,9 +36,15 @@ class Rows(NamedTuple):
     lengths: Tensor
     """(n,): tokens up to the reply."""
 
-    def at(self, index: Tensor) -> Rows:
+    def at(self, index: Tensor | slice) -> Rows:
         """Some of the texts."""
         return Rows(*(part[index] for part in self))
+
+    def shortened(self, least: int = 1) -> Rows:
+        """Without the padding that none of the texts needs; at least so many tokens stay."""
+        used = (self.labels >= 0).any(0).nonzero()
+        longest = max(int(self.lengths.max()), int(used[-1]) + 2 if len(used) else 0, least)
+        return Rows(*(part[:, :longest] for part in self[:3]), self.lengths)
 
     def to(self, device: torch.device) -> Rows:
         """The same on a device."""
@@ -159,13 +165,22 @@ class Reader:
         return (errors * rows.weights).sum(), right.sum(), rows.weights.sum()
 
     @torch.no_grad()
-    def reply(self, features: Tensor, prompt: str, grid: tuple[int, int], most: int = 24) -> list[str]:
-        """Greedy replies to one question about each of several pictures' features (B, N, D)."""
-        (asked,), end = self._ids([self.template(prompt)[1]]), self._ids(["<|im_end|>"])[0][0]
+    def reply(
+        self, features: Tensor, prompts: Sequence[str], grid: tuple[int, int], most: int = 24
+    ) -> list[str]:
+        """Greedy replies to a question about each of several pictures' features (B, N, D).
+
+        Raises:
+            ValueError: prompts of different lengths in tokens, which are not padded here.
+        """
+        asked = self._ids([self.template(prompt)[1] for prompt in prompts])
+        end = self._ids(["<|im_end|>"])[0][0]
+        if len(set(map(len, asked))) != 1:
+            raise ValueError(f"questions asked together are equally long, got {sorted(set(map(len, asked)))}")
         opening = self._opening(grid, False)
-        ids = torch.tensor(asked, device=self.device).expand(len(features), -1)
+        ids = torch.tensor(asked, device=self.device)
         states, past = self._forward(features, ids, opening, None, keep=True)
-        place, said = len(opening.ids) + len(asked), []
+        place, said = len(opening.ids) + ids.shape[1], []
         for _ in range(most):
             said.append(self.model.lm_head(states[:, -1]).argmax(-1))  # (B,)
             if all((torch.stack(said) == end).any(0)):

@@ -1,4 +1,4 @@
-"""Calibration finds a linear map that is there, ignores one that is not, and needs one pass over the tokens."""
+"""Calibration finds a linear map that is there and ignores one that is not, from sums over a stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = BridgeConfig(source_dim=24, target_dim=20, rank=8, heads=4, query_dim=8
 
 
 def made(count: int = 4000, noise: float = 0.0, rank: int = 4, seed: int = 0) -> Tokens:
-    """Levels, and features that two of them give through maps of low rank, in very different channel sizes."""
+    """Levels, and features that two of them give through maps of low rank, in channels of many sizes."""
     generator = torch.Generator().manual_seed(seed)
     levels = [torch.randn(count, 24, generator=generator) for _ in range(3)]
     maps = torch.Generator().manual_seed(99)

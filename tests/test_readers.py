@@ -61,7 +61,7 @@ def test_replies_are_those_of_asking_the_stock_pipeline(
 ) -> None:
     question = Question("read", "What does it say?", "")
     stock = [ask(editor, case.image, question, Arm("baseline"), None) for case in CASES]
-    assert reader.reply(features, question.text, GRID, 32) == stock
+    assert reader.reply(features, [question.text] * len(CASES), GRID, 32) == stock
 
 
 def test_the_template_worked_out_once_changes_nothing_and_neither_does_checkpointing(
