@@ -99,7 +99,8 @@ class Pack:
     def draw(self, step: int, count: int, seed: int) -> Tensor:
         """Lessons (count,) of one layout, drawn with replacement from (seed, step) alone."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        spin = int(torch.randint(len(self), (), generator=generator))
+        total = sum(map(len, self.layouts.values()))
+        spin = int(torch.randint(total, (), generator=generator))
         for members in self.layouts.values():
             if spin < len(members):
                 break
