@@ -15,7 +15,7 @@ import torch
 
 from .arms import Features
 from .bridge import BridgeConfig, VisionBridge
-from .calibration import Calibration, Tokens, calibrate
+from .calibration import FOLDS, Calibration, Tokens, calibrate
 from .examining import edit_error, examine, predict, summary
 from .learners import BridgeLearner, Learner, rival_of
 from .lessons import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
@@ -29,6 +29,8 @@ Method = Literal["calibrate", "perceive", "edit", "perceive+edit"]
 METHODS = ("calibrate", "perceive", "edit", "perceive+edit")
 WORLD_SAMPLES = 12_000
 CALIBRATION_CHUNK = 4096  # tokens
+ASKED = 64  # held-out questions of a user's own that are replied to in a validation
+SAMPLES = 2  # held-out edits that are painted in a validation
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Course:
             raise ValueError("a target-only bridge cannot be calibrated: it would learn the identity")
 
     @property
+    def is_world(self) -> bool:
+        """Whether the lessons are the synthetic world's."""
+        return self.train_data_dir is None and self.dataset_name is None
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of lessons that the method learns from."""
         return ("perceive",) if self.method == "calibrate" else tuple(self.method.split("+"))  # type: ignore[return-value]
@@ -82,7 +89,7 @@ class Course:
         Raises:
             FileNotFoundError, ValueError: what is wrong with the data.
         """
-        if self.train_data_dir is None and self.dataset_name is None:
+        if self.is_world:
             taught, size = self.family.name == "miniature", self.family.picture_size
             counts = {"train": self.max_train_samples or WORLD_SAMPLES, "validation": self.validation_samples}
             train, validation = (WorldLessons(kind, s, n, taught, size) for s, n in counts.items())
@@ -125,10 +132,15 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
     trained, validated = ({kind: pair[n] for kind, pair in packs.items()} for n in (0, 1))
     flow = models.flow() if "edit" in course.kinds else None
     study = Study(models.reader(), trained.get("perceive"), trained.get("edit"), flow)
-    validate = _validation(learner, study, validated)
+    validate = _validation(course, learner, study, validated)
     from .training import Trainer
 
-    trainer = Trainer(course.output_dir, learner, study, settings, accelerator, validate)
+    def look(step: int) -> dict[str, float]:
+        if "edit" in course.kinds and accelerator.is_main_process:
+            paint_samples(course, models, learner, lessons["edit"][1], step)
+        return validate(step)
+
+    trainer = Trainer(course.output_dir, learner, study, settings, accelerator, look)
     accelerator.init_trackers("bridge", config={})
     trainer.resume(resume)
     finished = trainer.run()
@@ -227,15 +239,20 @@ def _packs(
 ) -> tuple[Pack, Pack]:
     """The packs of both lists; the first process makes what is missing."""
     root = course.cache_dir or cache_home() / "packs"
-    key = digest_of([models.eyes.key(), kind, course.family.editor.name if kind == "edit" else ""])
     packs = []
     for lessons in (train, validation):
-        folder = root / digest_of([key, lessons.digest, len(lessons)])
+        key, name = pack_name(models.eyes.key(), kind, course.family, lessons)
         with accelerator.main_process_first():
             workers = course.dataloader_num_workers
-            build_pack(folder, lessons, lambda: models.see(kind), key, workers)
-        packs.append(Pack(folder, models.device))
+            build_pack(root / name, lessons, lambda: models.see(kind), key, workers)
+        packs.append(Pack(root / name, models.device))
     return packs[0], packs[1]
+
+
+def pack_name(eyes_key: str, kind: str, family: Family, lessons: Lessons) -> tuple[str, str]:
+    """The key of what is seen of lessons of a kind, and the name of the folder that their pack is kept in."""
+    key = digest_of([eyes_key, kind, family.editor.name if kind == "edit" else ""])
+    return key, digest_of([key, lessons.digest, len(lessons)])
 
 
 def _learner(course: Course, settings: TrainingSettings, models: _Models, device: torch.device) -> Learner:
@@ -246,14 +263,15 @@ def _learner(course: Course, settings: TrainingSettings, models: _Models, device
     return BridgeLearner(bridge.to(device).float(), course.features, course.strength, settings.seed)
 
 
-def _validation(learner: Learner, study: Study, packs: dict[str, Pack]) -> Any:
+def _validation(course: Course, learner: Learner, study: Study, packs: dict[str, Pack]) -> Any:
     """Step → figures on held-out lessons."""
+    asked = ("read", None) if course.is_world else (None, ASKED)
 
     def validate(_step: int) -> dict[str, float]:
         figures: dict[str, float] = {}
         if "perceive" in packs:
             figures |= predict(learner, study, packs["perceive"])
-            figures |= summary(examine(learner, study.reader, packs["perceive"], "read"))
+            figures |= summary(examine(learner, study.reader, packs["perceive"], *asked))
         if "edit" in packs:
             held_out_study = Study(study.reader, None, packs["edit"], study.flow)
             figures["edit"] = edit_error(learner, held_out_study)
@@ -268,7 +286,7 @@ def _calibrate(course: Course, settings: TrainingSettings, models: _Models, trai
     found = calibrate(config, lambda: token_stream(train, learner))
     study = Study(models.reader(), train)
     learner = BridgeLearner(found.bridge.to(models.device), course.features, course.strength, settings.seed)
-    figures = predict(learner, study, held) | summary(examine(learner, study.reader, held, "read"))
+    figures = _validation(course, learner, study, {"perceive": held})(0)
     learner.save(course.output_dir)
     _write_about(course, settings, {f"validation/{k}": v for k, v in figures.items()}, 0, found)
 
@@ -277,7 +295,8 @@ def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
     """All tokens of a pack, in chunks of whole pictures, with the levels that a learner sees."""
     for members in pack.layouts.values():
         rows, columns = pack.grid_of(members)
-        for lessons in members.split(max(CALIBRATION_CHUNK // (rows * columns), 1)):
+        pictures = min(CALIBRATION_CHUNK // (rows * columns), len(members) // (2 * FOLDS))
+        for lessons in members.split(max(pictures, 1)):
             baseline = pack.rows("vision", lessons)
             levels = [level.flatten(0, 1).cpu() for level in learner.levels(pack, lessons, baseline)]
             teacher = pack.rows("teacher", lessons) if "teacher" in pack.fields else None
@@ -285,6 +304,26 @@ def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
                 levels, baseline.flatten(0, 1).cpu(),
                 None if teacher is None else teacher.flatten(0, 1).cpu(),
             )  # fmt: skip
+
+
+def paint_samples(course: Course, models: _Models, learner: Learner, lessons: Lessons, step: int) -> None:
+    """Held-out edits without and with the bridge as it is now, into `samples/`; a control paints none."""
+    import copy
+
+    from .pipeline import EnhancedQwenImageEdit
+
+    if not isinstance(learner, BridgeLearner) or course.features != "own":
+        return
+    bridge = copy.deepcopy(learner.bridge)
+    pipeline = EnhancedQwenImageEdit(
+        course.family, bridge, device=models.device, dtype=models.dtype, pipe=models.pipe, keep_source=True
+    )
+    for index in range(min(SAMPLES, len(lessons))):
+        lesson = lessons[index]
+        sheet = course.output_dir / "samples" / f"step-{step:06d}-{index}.png"
+        pipeline.compare(
+            lesson.image, lesson.prompt, strength=course.strength, seed=index, save_comparison=sheet
+        )
 
 
 def _write_about(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from .packs import Pack
 from .readers import Reader
 
 BATCH = 64
-READ = re.compile(r"^What does it say\?")
 
 
 class Answer(NamedTuple):
@@ -52,29 +50,30 @@ class Answer(NamedTuple):
 
 
 @torch.no_grad()
-def examine(learner: Learner | None, reader: Reader, pack: Pack, only: str | None = None) -> list[Answer]:
+def examine(
+    learner: Learner | None, reader: Reader, pack: Pack, only: str | None = None, most: int | None = None
+) -> list[Answer]:
     """Greedy replies to a pack's questions; without a learner those of the baseline.
 
     Args:
-        only: a kind of question, see `Answer.kind`.
+        only: a kind of question, see `Answer.kind`. most: the first so many alone.
     """
     asked: dict[tuple, list[int]] = defaultdict(list)
     lengths = reader.rows([(prompt, None) for prompt, _ in pack.texts()]).lengths.tolist()
     layout_of = {int(i): name for name, members in pack.layouts.items() for i in members}
-    for index, (prompt, wanted) in enumerate(pack.texts()):
-        if only is None or Answer(index, prompt, wanted, "").kind == only:
-            asked[layout_of[index], lengths[index]].append(index)
+    texts = pack.texts()
+    chosen = [i for i, text in enumerate(texts) if only in (None, Answer(i, *text, "").kind)]
+    for index in chosen[:most]:
+        asked[layout_of[index], lengths[index]].append(index)
     answers = []
     for members in asked.values():
         for first in range(0, len(members), BATCH):
             lessons = torch.tensor(members[first : first + BATCH])
-            texts = [pack.texts()[index] for index in lessons.tolist()]
-            said = reader.reply(
-                features_of(learner, pack, lessons), [prompt for prompt, _ in texts], pack.grid_of(lessons)
-            )
+            shown = features_of(learner, pack, lessons)
+            said = reader.reply(shown, [texts[index][0] for index in lessons.tolist()], pack.grid_of(lessons))
             answers += [
-                Answer(int(index), prompt, wanted, reply)
-                for index, (prompt, wanted), reply in zip(lessons, texts, said, strict=True)
+                Answer(index, *texts[index], reply)
+                for index, reply in zip(lessons.tolist(), said, strict=True)
             ]
     return sorted(answers)
 

@@ -61,6 +61,14 @@ def test_the_script_trains_calibrates_and_continues(tmp_path: Path) -> None:
     assert second.state_dict()["ups.0.weight"].abs().sum() > 0
     packs = list((tmp_path / "packs").glob("*/pack.json"))
     assert len(packs) == 2  # the second run found the features of the first
+    train_bridge.main([*SMALL, *places, str(tmp_path / "three"), "--method", "perceive+edit"])
+    about = json.loads((tmp_path / "three" / "training.json").read_text())
+    assert about["validation"]["validation/edit"] > 0
+    assert len(list((tmp_path / "three" / "samples").glob("step-000002-*.png"))) == 2
+    train_bridge.main([*SMALL, *places, str(tmp_path / "four"), "--method", "calibrate", "--strength", "0.1"])
+    about = json.loads((tmp_path / "four" / "training.json").read_text())
+    assert about["calibration"]["tokens"] == 6 * 64
+    assert VisionBridge.from_pretrained(tmp_path / "four").config.blend == "replace"
 
 
 def test_a_dry_run_plans_the_released_models_and_downloads_nothing(

@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen_vision_bridge import VisionBridge
 from qwen_vision_bridge.bridge import BridgeConfig
 from qwen_vision_bridge.calibration import calibrate
-from qwen_vision_bridge.course import token_stream
+from qwen_vision_bridge.course import pack_name, token_stream
 from qwen_vision_bridge.extractor import load_processor
 from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
@@ -52,16 +52,16 @@ class Bench:
 
     Args:
         folder: of packs and runs. samples: lessons of each kind to learn from.
-        workers: processes that render. editor: another editor's folder than the shipped one.
+        workers: processes that render.
+        packs: where features are kept; None is the folder itself.
     """
 
-    def __init__(self, folder: Path, samples: int, workers: int, editor: str | None = None) -> None:
+    def __init__(self, folder: Path, samples: int, workers: int, packs: Path | None = None) -> None:
         self.folder, self.samples, self.workers = folder, samples, workers
+        self.packs = packs or folder / "packs"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.pipeline = EnhancedQwenImageEdit(
-            "miniature", "fresh", editor=editor, device=self.device, dtype=self.dtype
-        )
+        self.pipeline = EnhancedQwenImageEdit("miniature", "fresh", device=self.device, dtype=self.dtype)
         self.pipeline.pipe.set_progress_bar_config(disable=True)
         self.family = self.pipeline.family
         self._eyes = Eyes(self.family, self.device, self.dtype)
@@ -145,11 +145,10 @@ class Bench:
         return BridgeLearner(bridge, design.features, seed=seed), self.reader()
 
     def _pack(self, lessons: Any, kind: str) -> Pack:
-        name = digest_of([kind, lessons.digest, self._eyes.key()])
+        key, name = pack_name(self._eyes.key(), kind, self.family, lessons)
         if name not in self._packs:
-            folder = self.folder / "packs" / name
-            build_pack(folder, lessons, lambda: self._see(kind), self._eyes.key(), self.workers)
-            self._packs[name] = Pack(folder, self.device)
+            build_pack(self.packs / name, lessons, lambda: self._see(kind), key, self.workers)
+            self._packs[name] = Pack(self.packs / name, self.device)
         return self._packs[name]
 
     def _see(self, kind: str) -> See:

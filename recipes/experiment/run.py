@@ -28,7 +28,7 @@ TINY = {"samples": 24, "cases": 6, "edits": 2, "steps": 2, "batch": 2, "seeds": 
 def main(given: Sequence[str] | None = None) -> None:
     """Run one part of the experiment."""
     arguments = _arguments(given)
-    bench = Bench(arguments.folder, arguments.samples, arguments.workers, arguments.editor)
+    bench = Bench(arguments.folder, arguments.samples, arguments.workers, arguments.packs)
     {"choose": choose, "final": final, "curves": curves}[arguments.part](bench, arguments)
 
 
@@ -50,7 +50,8 @@ def final(bench: Bench, arguments: argparse.Namespace) -> None:
     rows = _perceived(bench, found, arguments, "test")
     rows += [{**row, "split": "novel"} for row in _perceived(bench, found, arguments, "novel")]
     if arguments.edits:
-        records = edit_all(bench, found, arguments.folder / "edits", arguments.edits, arguments.edit_steps)
+        some = [one for one in found if one[1] in arguments.seeds[: arguments.edit_seeds]]
+        records = edit_all(bench, some, arguments.folder / "edits", arguments.edits, arguments.edit_steps)
         for against in ("baseline", *CONTROLS):
             rows += rows_of(records, "edit", against)
     _write(arguments, "final", rows)
@@ -149,7 +150,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("part", choices=["choose", "final", "curves"])
     parser.add_argument("--folder", type=Path, required=True, help="packs, runs, records and results")
-    parser.add_argument("--editor", help="another editor's folder than the shipped one")
+    parser.add_argument("--packs", type=Path, help="where features are kept; default: in the folder")
     parser.add_argument("--designs", nargs="+", choices=sorted(EXTRA), help="these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=12_000, help="lessons of each kind")
@@ -157,6 +158,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", type=int, default=500, help="held-out cases a group")
     parser.add_argument("--edits", type=int, default=500, help="edited cases a group; 0: none")
+    parser.add_argument("--edit-seeds", type=int, default=3, help="so many of the training seeds are edited")
     parser.add_argument("--edit-steps", type=int, default=20, help="denoising steps of an edit")
     parser.add_argument("--workers", type=int, default=0, help="processes that render")
     parser.add_argument("--tiny", action="store_true", help="rehearse")
