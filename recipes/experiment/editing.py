@@ -49,8 +49,6 @@ def _rival(
     bench: Bench, design: Design, seed: int, place: Path, cases: Sequence[Any], folder: Path, steps: int
 ) -> list[dict[str, Any]]:
     """The rival in the pipeline's own text encoder, evaluated as that pipeline's baseline."""
-    from peft import PeftModel
-
     pipe = bench.pipeline.pipe
     kept = pipe.text_encoder
     _, reader = bench.load(design, place, seed)
@@ -63,7 +61,6 @@ def _rival(
             )
     finally:
         pipe.text_encoder = kept
-    assert not isinstance(kept, PeftModel)
     return [_record(record, design.name, seed) for record in evaluated.records]
 
 
