@@ -19,10 +19,11 @@ from .calibration import FOLDS, Calibration, Tokens, calibrate
 from .examining import edit_error, examine, predict, summary
 from .learners import BridgeLearner, Learner, rival_of
 from .lessons import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
-from .objectives import Study, TrainingSettings
+from .objectives import Study
 from .packs import Pack, See, build_pack
 from .processes import LONGEST_WAIT
 from .records import digest_of, provenance, write_json
+from .settings import TrainingSettings
 from .specs import Family, cache_home
 
 Method = Literal["calibrate", "perceive", "edit", "perceive+edit"]

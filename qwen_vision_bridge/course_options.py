@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .bridge import BridgeConfig, VisionBridge, check_strength
 from .specs import FAMILIES, LEVEL_NAMES, resolve_family
+
+METADATA = "metadata.jsonl"  # as in `lessons`, which imports torch
 
 if TYPE_CHECKING:
     from .course import Course
-    from .objectives import TrainingSettings
+    from .settings import TrainingSettings
 
 
 def parse(given: Sequence[str], description: str | None) -> argparse.Namespace:
@@ -28,7 +29,7 @@ def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
     Raises:
         ValueError: a number out of its range.
     """
-    from .objectives import TrainingSettings
+    from .settings import TrainingSettings
 
     given = {item.name: getattr(arguments, item.name, None) for item in fields(TrainingSettings)}
     return TrainingSettings(**{name: value for name, value in given.items() if value is not None})
@@ -40,6 +41,8 @@ def course_of(arguments: argparse.Namespace) -> Course:
     Raises:
         ValueError, FileNotFoundError, OSError: what is wrong with a flag, a model or a bridge.
     """
+    _check_folder(arguments.train_data_dir)  # before torch is imported
+    from .bridge import BridgeConfig, check_strength, resolve_bridge
     from .course import Course
 
     if arguments.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
@@ -57,10 +60,20 @@ def course_of(arguments: argparse.Namespace) -> Course:
              "max_train_samples", "validation_samples", "cache_dir", "dataloader_num_workers", "load_in_8bit",
              "gradient_checkpointing")  # fmt: skip
     return Course(
-        family=family, bridge=VisionBridge.from_pretrained(arguments.bridge) if arguments.bridge else None,
+        family=family, bridge=resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
         config=BridgeConfig.for_family(family, **changes), strength=check_strength(arguments.strength),
         **{name: getattr(arguments, name) for name in names},
     )  # fmt: skip
+
+
+def _check_folder(folder: Path | None) -> None:
+    if folder is not None and not (folder / METADATA).is_file():
+        what = (
+            f"{folder} has no {METADATA}" if folder.is_dir() else f"no such folder of training data: {folder}"
+        )
+        raise FileNotFoundError(
+            f"{what}; a line of it has image, question, answer or image, instruction, target"
+        )
 
 
 def _underscored(word: str) -> str:
@@ -114,7 +127,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
-    from .objectives import SCHEDULES, TrainingSettings
+    from .settings import SCHEDULES, TrainingSettings
 
     chosen = {"lr_scheduler": SCHEDULES}
     for item in fields(TrainingSettings):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import metrics
 from .learners import Learner
-from .objectives import StepPlan, Study, TrainingSettings
+from .objectives import StepPlan, Study
 from .packs import Pack
 from .readers import Reader
+from .settings import TrainingSettings
 
 BATCH = 64
 

@@ -15,7 +15,7 @@ import torch
 from .bridge import BridgeConfig, VisionBridge, count_parameters
 from .course import WORLD_SAMPLES, Course
 from .editors import BYTES, UNQUANTISED_ENCODER_B
-from .objectives import TrainingSettings
+from .settings import TrainingSettings
 from .specs import Family, cache_home
 
 SOURCE_TOWER_B, TARGET_TOWER_B, VAE_B = 0.576, 0.676, 0.127  # 10⁹ parameters of the released models

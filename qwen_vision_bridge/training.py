@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .learners import Learner
 from .milestones import find_checkpoint, load_checkpoint, save_checkpoint
-from .objectives import StepPlan, Study, TrainingSettings
+from .objectives import StepPlan, Study
+from .settings import TrainingSettings
 
 LOG = "log.jsonl"
 

@@ -130,7 +130,8 @@ from accelerate import Accelerator
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
 from qwen_vision_bridge.learners import BridgeLearner
 from qwen_vision_bridge.lessons import WorldLessons
-from qwen_vision_bridge.objectives import Study, TrainingSettings
+from qwen_vision_bridge.objectives import Study
+from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.packs import build_pack
 from qwen_vision_bridge.readers import Rows
 from qwen_vision_bridge import training

@@ -19,8 +19,8 @@ from typing import Any
 from bench import Bench
 from designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design
 
-from qwen_vision_bridge.objectives import TrainingSettings
 from qwen_vision_bridge.records import provenance, write_json, write_whole
+from qwen_vision_bridge.settings import TrainingSettings
 
 TINY = {"samples": 24, "cases": 6, "edits": 2, "steps": 2, "batch": 2, "seeds": [0], "edit_steps": 2}
 
