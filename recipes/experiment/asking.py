@@ -20,14 +20,15 @@ Record = dict[str, Any]
 
 
 def ask_all(
-    bench: Bench, found: Sequence[tuple[Design, int, Path]], split: str, count: int, log: Path
-) -> list[Record]:
+    bench: Bench, found: Sequence[tuple[Design, int, Path]], split: str, count: int, log: Path,
+    groups: Sequence[str] = GROUPS[:3],
+) -> list[Record]:  # fmt: skip
     """Records of the baseline and of every finished design; those that the log has are not asked again."""
     done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     have = {(record["arm"], record["seed"], record["split"], record["group"]) for record in done}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
-        for group in GROUPS[:3]:
+        for group in groups:
             if (BASELINE, 0, split, group) not in have:
                 done += _keep(file, _asked(bench, None, BASELINE, 0, 1.0, split, group, count))
             for design, seed, folder in found:

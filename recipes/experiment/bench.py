@@ -117,7 +117,7 @@ class Bench:
 
     def train(self, design: Design, seed: int, settings: TrainingSettings) -> Path:
         """The folder of a design's bridge at a seed: trained now, from its last checkpoint on, or there."""
-        folder = self.folder / "runs" / f"{design.name.replace(' ', '-')}-seed{seed}"
+        folder = self.folder / "runs" / f"{design.name}-seed{seed}"
         if (folder / "done.json").is_file():
             return folder
         learner, reader = self.learner(design, seed)

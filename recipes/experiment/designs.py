@@ -50,22 +50,22 @@ ARMS = (
 
 DESIGNS = (
     Design("perceive"),
-    Design("late alone", config={"levels": ("late",)}),
-    Design("early alone", config={"levels": ("early",)}),
-    Design("no query", frozen=NO_QUERY, zeroed=NO_QUERY),
+    Design("late-alone", config={"levels": ("late",)}),
+    Design("early-alone", config={"levels": ("early",)}),
+    Design("no-query", frozen=NO_QUERY, zeroed=NO_QUERY),
     Design("anchored", settings={"anchor": 0.1}),
     Design("statistics", settings={"match_statistics": 0.01}),
     Design("replace", config={"blend": "replace"}),
-    Design("from calibrated", start="calibrate"),
-    Design("norms and gate alone", start="calibrate", frozen=("query", "keys", "ups", "downs")),
-    Design("random start", config={"init": "random"}, settings={"learning_rate": 1e-3}),
-    Design("average kept", settings={"use_ema": True}),
+    Design("from-calibrated", start="calibrate"),
+    Design("norms-and-gate-alone", start="calibrate", frozen=("query", "keys", "ups", "downs")),
+    Design("random-start", config={"init": "random"}, settings={"learning_rate": 1e-3}),
+    Design("average-kept", settings={"use_ema": True}),
 )
 """What validation chooses among; the first is the library's default."""
 
 RANKS = tuple(
-    Design(f"rank {rank}", config={"rank": rank, "query_dim": rank}) for rank in (4, 12, 24, 48, 96)
+    Design(f"rank-{rank}", config={"rank": rank, "query_dim": rank}) for rank in (4, 12, 24, 48, 96)
 )
-AMOUNTS = tuple(Design(f"{count} lessons", samples=count) for count in (250, 1000, 4000))
+AMOUNTS = tuple(Design(f"{count}-lessons", samples=count) for count in (250, 1000, 4000))
 EXTRA = {design.name: design for design in (*ARMS, *DESIGNS, *RANKS, *AMOUNTS)}
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

@@ -21,6 +21,7 @@ from designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design
 
 from qwen_vision_bridge.records import provenance, write_json, write_whole
 from qwen_vision_bridge.settings import TrainingSettings
+from qwen_vision_bridge.world import GROUPS
 
 TINY = {"samples": 24, "cases": 6, "edits": 2, "steps": 2, "batch": 2, "seeds": [0], "edit_steps": 2}
 
@@ -114,7 +115,7 @@ def _perceived(
 
     log = arguments.folder / f"asked-{split}.jsonl"
     names = {"baseline", *(design.name for design, _, _ in found)}
-    asked = ask_all(bench, found, split, arguments.cases, log)
+    asked = ask_all(bench, found, split, arguments.cases, log, arguments.groups)
     records = [record for record in asked if record["arm"] in names]
     return [row for against in ("baseline", *CONTROLS) for row in rows_of(records, "perception", against)]
 
@@ -157,6 +158,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", type=int, default=500, help="held-out cases a group")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS[:3], default=GROUPS[:3], help="to ask about")
     parser.add_argument("--edits", type=int, default=500, help="edited cases a group; 0: none")
     parser.add_argument("--edit-seeds", type=int, default=3, help="so many of the training seeds are edited")
     parser.add_argument("--edit-steps", type=int, default=20, help="denoising steps of an edit")
