@@ -19,6 +19,7 @@ from .calibration import FOLDS, Calibration, Tokens, calibrate
 from .examining import edit_error, examine, predict, summary
 from .learners import BridgeLearner, Learner, rival_of
 from .lessons import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
+from .milestones import save_result
 from .objectives import Study
 from .packs import Pack, See, build_pack
 from .processes import LONGEST_WAIT
@@ -148,7 +149,7 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
     accelerator.end_training()
     if finished and accelerator.is_main_process:
         with trainer.averaged():
-            learner.save(course.output_dir)
+            save_result(course.output_dir, learner.save)
             figures = {f"validation/{k}": v for k, v in validate(trainer.step).items()}
         _write_about(course, settings, figures, trainer.step)
     return course.output_dir
@@ -288,7 +289,7 @@ def _calibrate(course: Course, settings: TrainingSettings, models: _Models, trai
     study = Study(models.reader(), train)
     learner = BridgeLearner(found.bridge.to(models.device), course.features, course.strength, settings.seed)
     figures = _validation(course, learner, study, {"perceive": held})(0)
-    learner.save(course.output_dir)
+    save_result(course.output_dir, learner.save)
     _write_about(course, settings, {f"validation/{k}": v for k, v in figures.items()}, 0, found)
 
 

@@ -76,6 +76,24 @@ def save_checkpoint(
     return place
 
 
+def save_result(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside, and move its files in once all are whole.
+
+    Raises:
+        OSError: it could not be written; what was there is as it was.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    workshop = Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
+    try:
+        write(workshop)
+        for path in sorted(workshop.iterdir()):
+            path.chmod(0o644)
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
 def find_checkpoint(folder: str | Path, given: str | None) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, a name, or `latest`; None for none.
 

@@ -223,6 +223,22 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert trainer.step == 4
 
 
+def test_a_result_replaces_another_whole_or_not_at_all(tmp_path: Path) -> None:
+    first, second = learner(), learner(init="random")
+    milestones.save_result(tmp_path, first.save)
+
+    def half(folder: Path) -> None:
+        second.save(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        milestones.save_result(tmp_path, half)
+    assert bridge_digest(VisionBridge.from_pretrained(tmp_path)) == bridge_digest(first.bridge)
+    milestones.save_result(tmp_path, second.save)
+    assert bridge_digest(VisionBridge.from_pretrained(tmp_path)) == bridge_digest(second.bridge)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_only_so_many_checkpoints_are_kept_and_others_are_refused(tmp_path: Path, questions: Study) -> None:
     settings = TrainingSettings(
         **vars(SETTINGS) | {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "use_ema": True}

@@ -22,6 +22,7 @@ from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
 from qwen_vision_bridge.learners import BridgeLearner, Learner, rival_of
 from qwen_vision_bridge.lessons import Lesson, WorldLessons
+from qwen_vision_bridge.milestones import save_result
 from qwen_vision_bridge.objectives import Study
 from qwen_vision_bridge.packs import Pack, See, build_pack
 from qwen_vision_bridge.perception import questions_of
@@ -129,9 +130,9 @@ class Bench:
             if not trainer.run():
                 raise KeyboardInterrupt
             with trainer.averaged():
-                learner.save(folder)
+                save_result(folder, learner.save)
         else:
-            learner.save(folder)
+            save_result(folder, learner.save)
         write_json(folder / "done.json", {"design": design.name, "seed": seed})
         return folder
 
