@@ -28,11 +28,10 @@ def main(given: Sequence[str] | None = None) -> int:
         return 0
     from qwen_vision_bridge.course import run
 
-    folder = run(
+    run(
         course, settings, arguments.resume_from_checkpoint,
         mixed_precision=arguments.mixed_precision, report_to=arguments.report_to,
     )  # fmt: skip
-    print(f"in {folder}")
     return 0
 
 

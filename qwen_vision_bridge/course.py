@@ -152,6 +152,8 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
             save_result(course.output_dir, learner.save)
             figures = {f"validation/{k}": v for k, v in validate(trainer.step).items()}
         _write_about(course, settings, figures, trainer.step)
+    elif accelerator.is_main_process:
+        print(f"stopped after step {trainer.step}: --resume_from_checkpoint latest goes on from there")
     return course.output_dir
 
 
@@ -343,5 +345,4 @@ def _write_about(
     if calibration is not None:
         about["calibration"] = {k: v for k, v in calibration._asdict().items() if k != "bridge"}
     write_json(course.output_dir / "training.json", about)
-    for name, value in figures.items():
-        print(f"{name} {value:.4f}")
+    print(f"{course.output_dir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))

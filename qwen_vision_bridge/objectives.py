@@ -26,6 +26,8 @@ class Study:
     rows: dict[str, Rows] = field(default_factory=dict)
     nothing: Rows | None = None
     """The prompt that guidance calls empty."""
+    hard: Tensor | None = None
+    """Questions that the baseline gets wrong, by index; found when they are first asked for."""
 
     def __post_init__(self) -> None:
         if self.perceive is None and self.edit is None:
@@ -49,6 +51,8 @@ class StepPlan:
         self.study, self.kind, self.settings, self.whole = study, kind, settings, whole
         self.pack: Pack = getattr(study, kind)
         self.lessons = self.pack.draw(step, whole, settings.seed)
+        if kind == "perceive" and settings.hard_share:
+            self.lessons = _harder(study, self.lessons, step, settings)
         rows = study.rows[kind].at(self.lessons)
         self.rows = rows.shortened(int(study.nothing.lengths[0]))
         self.total = rows.weights.sum()
@@ -100,6 +104,31 @@ class StepPlan:
             self.pack.rows("references", lessons), self.pack.rows("after", lessons), states,
             real.to(device), self.shape, self.noise[part].to(device), self.spread[part].to(device),
         ).sum()  # fmt: skip
+
+
+def find_hard(study: Study, batch: int = 64) -> Tensor:
+    """The questions that the baseline gets wrong, by index."""
+    pack, rows, found = study.perceive, study.rows["perceive"], []
+    for members in pack.layouts.values():
+        for lessons in members.split(batch):
+            part = rows.at(lessons).shortened().to(study.reader.device)
+            missed = study.reader.misses(pack.rows("vision", lessons), part, pack.grid_of(lessons))
+            found.append(lessons[missed.cpu()])
+    return torch.cat(found)
+
+
+def _harder(study: Study, lessons: Tensor, step: int, settings: TrainingSettings) -> Tensor:
+    """The lessons with a share of them exchanged for hard ones of the same layout, evenly spread."""
+    if study.hard is None:
+        study.hard = find_hard(study)
+    (members,) = (part for part in study.perceive.layouts.values() if bool((part == lessons[0]).any()))
+    options = members[torch.isin(members, study.hard)]
+    if not len(options):
+        return lessons
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step + 500_000_000)
+    drawn = options[torch.randint(len(options), (len(lessons),), generator=generator)]
+    places = torch.arange(1, len(lessons) + 1) * settings.hard_share
+    return torch.where(places.floor() > (places - settings.hard_share).floor(), drawn, lessons)
 
 
 def distance(features: Tensor, baseline: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a learner is trained; the defaults were chosen on the miniature's validation pictures."""
+    """How a learner is trained; the defaults are those of the miniature's first bridge, see its card."""
 
     max_train_steps: int = 1000
     train_batch_size: int = 32
@@ -29,7 +29,9 @@ class TrainingSettings:
     anchor: float = 0.0
     """Weight of the squared update, in squared RMS of the baseline: what is not needed is not changed."""
     match_statistics: float = 0.0
-    """Weight of the distance of each channel's mean and spread from the baseline's, over a batch."""
+    """Weight of the distance of each channel's mean and spread over a picture from the baseline's."""
+    hard_share: float = 0.0
+    """Of a step's questions, how many are drawn among those that the baseline gets wrong."""
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = 2
     validation_steps: int = 0
@@ -46,7 +48,7 @@ class TrainingSettings:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, not {getattr(self, name)!r}")
-        for name in ("condition_dropout", "ema_decay"):
+        for name in ("condition_dropout", "ema_decay", "hard_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a share from 0 to below 1, not {getattr(self, name)!r}")
         if self.lr_scheduler not in SCHEDULES:

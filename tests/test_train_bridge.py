@@ -88,7 +88,10 @@ def test_a_dry_run_plans_the_released_models_and_downloads_nothing(
     assert not (tmp_path / "x").exists()
 
 
-def test_bad_flags_and_data_end_in_one_line(tmp_path: Path, capsys: Any) -> None:
+def test_bad_flags_and_data_end_in_one_line(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_vision_bridge.course_options.find_spec", lambda name: None)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.jsonl").write_text(
         '{"image": "gone.png", "question": "Q", "answer": "A"}\n'
@@ -104,6 +107,7 @@ def test_bad_flags_and_data_end_in_one_line(tmp_path: Path, capsys: Any) -> None
         (["--rival", "lora", "--features", "shuffled"], "a rival has no bridge"),
         (["--method", "calibrate", "--features", "target"], "cannot be calibrated"),
         (["--strength", "nan"], "finite"),
+        (["--report_to", "tensorboard"], "uv run --with tensorboard"),
     ):
         assert message in refused([*arguments, *out], capsys)
 

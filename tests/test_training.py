@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -24,7 +25,7 @@ from qwen_vision_bridge.flow import Flow
 from qwen_vision_bridge.learners import BridgeLearner, rival_of
 from qwen_vision_bridge.lessons import WorldLessons
 from qwen_vision_bridge.milestones import checkpoints, find_checkpoint
-from qwen_vision_bridge.objectives import StepPlan, Study
+from qwen_vision_bridge.objectives import StepPlan, Study, find_hard
 from qwen_vision_bridge.packs import Pack, build_pack
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.settings import TrainingSettings
@@ -259,6 +260,24 @@ def test_only_so_many_checkpoints_are_kept_and_others_are_refused(tmp_path: Path
     (tmp_path / "checkpoint-5" / "state.safetensors").write_bytes(b"cut short")
     with pytest.raises(OSError, match="damaged"):
         Trainer(tmp_path, learner(), questions, settings, alone()).resume("latest")
+
+
+def test_hard_lessons_are_those_that_the_baseline_gets_wrong(questions: Study) -> None:
+    pack = copy.copy(questions.perceive)
+    pack.lines = copy.deepcopy(pack.lines)
+    for index in (2, 5, 11):  # what no picture says
+        pack.lines[index]["answer"] = "ZZZZ"
+    asked = Study(questions.reader, pack)
+    assert sorted(find_hard(asked).tolist()) == [2, 5, 11]
+    settings = TrainingSettings(**vars(SETTINGS) | {"hard_share": 0.5})
+    drawn, plain = (
+        torch.cat([StepPlan(asked, "perceive", step, 8, one).lessons for step in range(6)])
+        for one in (settings, SETTINGS)
+    )
+    assert set(drawn[1::2].tolist()) == {2, 5, 11}
+    assert torch.equal(drawn[::2], plain[::2])
+    again = StepPlan(asked, "perceive", 5, 8, settings).lessons
+    assert torch.equal(again, drawn[-8:])  # a resumed run draws the same
 
 
 def test_controls_see_what_they_should(study: Study) -> None:

@@ -59,6 +59,7 @@ DESIGNS = (
     Design("from-calibrated", start="calibrate"),
     Design("norms-and-gate-alone", start="calibrate", frozen=("query", "keys", "ups", "downs")),
     Design("random-start", config={"init": "random"}, settings={"learning_rate": 1e-3}),
+    Design("hard-first", settings={"hard_share": 0.5}),
     Design("average-kept", settings={"use_ema": True}),
 )
 """What validation chooses among; the first is the library's default."""
