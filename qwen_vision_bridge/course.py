@@ -17,11 +17,12 @@ from .arms import Features
 from .bridge import BridgeConfig, VisionBridge
 from .calibration import FOLDS, Calibration, Tokens, calibrate
 from .examining import edit_error, examine, predict, summary
+from .frozen import FrozenModels
 from .learners import BridgeLearner, Learner, rival_of
 from .lessons import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
 from .milestones import save_result
 from .objectives import Study
-from .packs import Pack, See, build_pack
+from .packs import Pack, build_pack
 from .processes import LONGEST_WAIT
 from .records import digest_of, provenance, write_json
 from .settings import TrainingSettings
@@ -118,11 +119,11 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
         The folder, which `bridge=` and `--bridge` take.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: of data, models and disk; FloatingPointError: see `Trainer`.
+        FileNotFoundError, ValueError, OSError: of data, models and disk, and of `Trainer`.
     """
     lessons = {kind: course.lessons(kind) for kind in course.kinds}
     accelerator = _accelerator(course, **trackers)
-    models = _Models(course, accelerator.device)
+    models = FrozenModels(course, accelerator.device)
     packs = {kind: _packs(course, models, kind, *lessons[kind], accelerator) for kind in course.kinds}
     models.free_eyes()
     if course.method == "calibrate":
@@ -130,17 +131,29 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
             _calibrate(course, settings, models, *packs["perceive"])
         accelerator.wait_for_everyone()
         return course.output_dir
+    _train(course, settings, models, packs, lessons, accelerator, resume)
+    return course.output_dir
+
+
+def _train(
+    course: Course, settings: TrainingSettings, models: FrozenModels, packs: dict[str, tuple[Pack, Pack]],
+    lessons: dict[str, tuple[Lessons, Lessons]], accelerator: Any, resume: str | None,
+) -> None:  # fmt: skip
+    from .training import Trainer
+
     learner = _learner(course, settings, models, accelerator.device)
     trained, validated = ({kind: pair[n] for kind, pair in packs.items()} for n in (0, 1))
     flow = models.flow() if "edit" in course.kinds else None
     study = Study(models.reader(), trained.get("perceive"), trained.get("edit"), flow)
     validate = _validation(course, learner, study, validated)
-    from .training import Trainer
+    figures: dict[str, float] = {}
 
     def look(step: int) -> dict[str, float]:
-        if "edit" in course.kinds and accelerator.is_main_process:
-            paint_samples(course, models, learner, lessons["edit"][1], step)
-        return validate(step)
+        with trainer.averaged():
+            if "edit" in course.kinds and accelerator.is_main_process:
+                paint_samples(course, models, learner, lessons["edit"][1], step)
+            figures.update(validate(step))
+        return figures
 
     trainer = Trainer(course.output_dir, learner, study, settings, accelerator, look)
     accelerator.init_trackers("bridge", config={})
@@ -150,11 +163,9 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
     if finished and accelerator.is_main_process:
         with trainer.averaged():
             save_result(course.output_dir, learner.save)
-            figures = {f"validation/{k}": v for k, v in validate(trainer.step).items()}
-        _write_about(course, settings, figures, trainer.step)
+        _write_about(course, settings, figures or look(trainer.step), trainer.step)
     elif accelerator.is_main_process:
         print(f"stopped after step {trainer.step}: --resume_from_checkpoint latest goes on from there")
-    return course.output_dir
 
 
 def _accelerator(course: Course, mixed_precision: str | None = None, report_to: str | None = None) -> Any:
@@ -167,79 +178,8 @@ def _accelerator(course: Course, mixed_precision: str | None = None, report_to: 
     )  # fmt: skip
 
 
-class _Models:
-    """The frozen models of a course, each loaded when it is first needed."""
-
-    def __init__(self, course: Course, device: torch.device) -> None:
-        self.course, self.device = course, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._eyes: Any = None
-        self._pipeline: Any = None
-        self._target: Any = None
-
-    @property
-    def eyes(self) -> Any:
-        from .eyes import Eyes
-
-        if self._eyes is None:
-            self._eyes = Eyes(self.course.family, self.device, self.dtype, self.course.teacher)
-        return self._eyes
-
-    def free_eyes(self) -> None:
-        if self._eyes is not None:
-            self._eyes.close()
-
-    @property
-    def pipe(self) -> Any:
-        """The stock edit pipeline, for edits alone."""
-        from .pipeline import EnhancedQwenImageEdit
-
-        if self._pipeline is None:
-            self._pipeline = EnhancedQwenImageEdit(
-                self.course.family, "fresh", self.course.load_in_8bit, device=self.device, dtype=self.dtype
-            )
-        return self._pipeline.pipe
-
-    @property
-    def target(self) -> Any:
-        """The target with its language model; the pipeline's own where edits are learnt too."""
-        if "edit" in self.course.kinds:
-            return self.pipe.text_encoder
-        if self._target is None:
-            from .towers import load_whole
-
-            self._target = load_whole(
-                self.course.family.target, self.device, self.dtype, self.course.load_in_8bit
-            )
-        return self._target
-
-    def reader(self) -> Any:
-        from .extractor import load_processor
-        from .readers import Reader
-
-        spec, course = self.course.family.target, self.course
-        processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
-        checkpointing, learning = course.gradient_checkpointing, course.rival is not None
-        return Reader(self.target, processor, course.family, checkpointing, learning)
-
-    def flow(self) -> Any:
-        from .flow import Flow
-
-        return Flow(self.pipe, self.course.family.editor, self.course.gradient_checkpointing)
-
-    def see(self, kind: str) -> See:
-        """What the frozen models make of lessons of a kind."""
-        eyes = self.eyes
-        if kind == "perceive":
-            return eyes.see
-        flow = self.flow()
-        return lambda lessons: [
-            one | other for one, other in zip(eyes.see(lessons), flow.see(lessons), strict=True)
-        ]
-
-
 def _packs(
-    course: Course, models: _Models, kind: Kind, train: Lessons, validation: Lessons, accelerator: Any
+    course: Course, models: FrozenModels, kind: Kind, train: Lessons, validation: Lessons, accelerator: Any
 ) -> tuple[Pack, Pack]:
     """The packs of both lists; the first process makes what is missing."""
     root = course.cache_dir or cache_home() / "packs"
@@ -259,7 +199,9 @@ def pack_name(eyes_key: str, kind: str, family: Family, lessons: Lessons) -> tup
     return key, digest_of([key, lessons.digest, len(lessons)])
 
 
-def _learner(course: Course, settings: TrainingSettings, models: _Models, device: torch.device) -> Learner:
+def _learner(
+    course: Course, settings: TrainingSettings, models: FrozenModels, device: torch.device
+) -> Learner:
     config = course.config or BridgeConfig.for_family(course.family)
     if course.rival:
         return rival_of(config, models.target, settings.seed)
@@ -284,7 +226,9 @@ def _validation(course: Course, learner: Learner, study: Study, packs: dict[str,
     return validate
 
 
-def _calibrate(course: Course, settings: TrainingSettings, models: _Models, train: Pack, held: Pack) -> None:
+def _calibrate(
+    course: Course, settings: TrainingSettings, models: FrozenModels, train: Pack, held: Pack
+) -> None:
     config = course.config or BridgeConfig.for_family(course.family)
     learner = BridgeLearner(VisionBridge(config), course.features, seed=settings.seed)
     found = calibrate(config, lambda: token_stream(train, learner))
@@ -292,7 +236,7 @@ def _calibrate(course: Course, settings: TrainingSettings, models: _Models, trai
     learner = BridgeLearner(found.bridge.to(models.device), course.features, course.strength, settings.seed)
     figures = _validation(course, learner, study, {"perceive": held})(0)
     save_result(course.output_dir, learner.save)
-    _write_about(course, settings, {f"validation/{k}": v for k, v in figures.items()}, 0, found)
+    _write_about(course, settings, figures, 0, found)
 
 
 def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
@@ -310,7 +254,9 @@ def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
             )  # fmt: skip
 
 
-def paint_samples(course: Course, models: _Models, learner: Learner, lessons: Lessons, step: int) -> None:
+def paint_samples(
+    course: Course, models: FrozenModels, learner: Learner, lessons: Lessons, step: int
+) -> None:
     """Held-out edits without and with the bridge as it is now, into `samples/`; a control paints none."""
     import copy
 

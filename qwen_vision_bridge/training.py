@@ -29,6 +29,10 @@ from .settings import TrainingSettings
 LOG = "log.jsonl"
 
 
+class NotFiniteError(ValueError):
+    """A loss or gradient is infinite or not a number."""
+
+
 class Trainer:
     """One training run in a folder.
 
@@ -62,7 +66,7 @@ class Trainer:
             Whether all steps are done.
 
         Raises:
-            FloatingPointError: a loss or gradient is not finite; the last good checkpoint stays.
+            NotFiniteError: a loss or gradient is not finite; the last good checkpoint stays.
             OSError: a checkpoint could not be written; the one before stays.
         """
         settings, since = self.settings, (time.perf_counter(), self.step)
@@ -203,7 +207,7 @@ class Trainer:
         means = {name: value / count for name, value in zip(names, sums, strict=True)}
         if not all(map(math.isfinite, means.values())):
             bad = {name: value for name, value in means.items() if not math.isfinite(value)}
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"not finite in the steps up to {self.step}: {bad}. Nothing of it was saved: resume from the "
                 "last checkpoint with a lower learning rate, or in another precision"
             )
