@@ -15,7 +15,7 @@ from .packs import Pack
 from .readers import Reader
 from .settings import TrainingSettings
 
-BATCH = 64
+BATCH = {"cpu": 64, "cuda": 512}  # pictures
 
 
 class Answer(NamedTuple):
@@ -66,10 +66,10 @@ def examine(
     chosen = [i for i, text in enumerate(texts) if only in (None, Answer(i, *text, "").kind)]
     for index in chosen[:most]:
         asked[layout_of[index], lengths[index]].append(index)
-    answers = []
+    answers, size = [], BATCH[reader.device.type]
     for members in asked.values():
-        for first in range(0, len(members), BATCH):
-            lessons = torch.tensor(members[first : first + BATCH])
+        for first in range(0, len(members), size):
+            lessons = torch.tensor(members[first : first + size])
             shown = features_of(learner, pack, lessons)
             said = reader.reply(shown, [texts[index][0] for index in lessons.tolist()], pack.grid_of(lessons))
             answers += [
@@ -90,7 +90,7 @@ def predict(learner: Learner | None, study: Study, pack: Pack) -> dict[str, floa
     rows = study.reader.rows(pack.texts())
     sums = torch.zeros(3)
     for members in pack.layouts.values():
-        for lessons in members.split(BATCH):
+        for lessons in members.split(BATCH[study.reader.device.type]):
             part = rows.at(lessons).shortened().to(study.reader.device)
             features = features_of(learner, pack, lessons)
             found = study.reader.wrongness(features, part, pack.grid_of(lessons))

@@ -189,7 +189,7 @@ class Reader:
         place, said = len(opening.ids) + ids.shape[1], []
         for _ in range(most):
             said.append(self.model.lm_head(states[:, -1]).argmax(-1))  # (B,)
-            if all((torch.stack(said) == end).any(0)):
+            if (torch.stack(said) == end).any(0).all():  # every reply has ended
                 break
             output = self.language(
                 inputs_embeds=self.language.embed_tokens(said[-1][:, None]), past_key_values=past,

@@ -30,7 +30,12 @@ def main(given: Sequence[str] | None = None) -> None:
     """Run one part of the experiment."""
     arguments = _arguments(given)
     bench = Bench(arguments.folder, arguments.samples, arguments.workers, arguments.packs)
-    {"choose": choose, "final": final, "curves": curves}[arguments.part](bench, arguments)
+    {"train": train, "choose": choose, "final": final, "curves": curves}[arguments.part](bench, arguments)
+
+
+def train(bench: Bench, arguments: argparse.Namespace) -> None:
+    """The arms, or some of them, alone: several processes may share a folder that has its packs."""
+    _trained(bench, [EXTRA[name] for name in arguments.designs] if arguments.designs else ARMS, arguments)
 
 
 def choose(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -48,15 +53,18 @@ def final(bench: Bench, arguments: argparse.Namespace) -> None:
 
     designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else ARMS
     found = _trained(bench, designs, arguments)
-    rows = _perceived(bench, found, arguments, "test")
-    rows += [{**row, "split": "novel"} for row in _perceived(bench, found, arguments, "novel")]
+    rows = [
+        {**row, "split": split}
+        for split in arguments.splits
+        for row in _perceived(bench, found, arguments, split)
+    ]
     if arguments.edits:
         some = [one for one in found if one[1] in arguments.seeds[: arguments.edit_seeds]]
         records = edit_all(bench, some, arguments.folder / "edits", arguments.edits, arguments.edit_steps)
         for against in ("baseline", *CONTROLS):
-            rows += rows_of(records, "edit", against)
+            rows += [{**row, "split": "test"} for row in rows_of(records, "edit", against)]
     _write(arguments, "final", rows)
-    against_baseline = [row for row in rows if row["against"] == "baseline" and row.get("split") != "novel"]
+    against_baseline = [row for row in rows if row["against"] == "baseline" and row["split"] == "test"]
     for gain, metric in (("perception", "letters"), ("perception", "answered"), ("edit", "right")):
         draw_differences(against_baseline, arguments.folder / f"{gain}-{metric}.png", gain, metric)
 
@@ -149,7 +157,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["choose", "final", "curves"])
+    parser.add_argument("part", choices=["train", "choose", "final", "curves"])
     parser.add_argument("--folder", type=Path, required=True, help="packs, runs, records and results")
     parser.add_argument("--packs", type=Path, help="where features are kept; default: in the folder")
     parser.add_argument("--designs", nargs="+", choices=sorted(EXTRA), help="these alone")
@@ -159,6 +167,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", type=int, default=500, help="held-out cases a group")
     parser.add_argument("--groups", nargs="+", choices=GROUPS[:3], default=GROUPS[:3], help="to ask about")
+    parser.add_argument("--splits", nargs="+", choices=["test", "novel"], default=["test", "novel"])
     parser.add_argument("--edits", type=int, default=500, help="edited cases a group; 0: none")
     parser.add_argument("--edit-seeds", type=int, default=3, help="so many of the training seeds are edited")
     parser.add_argument("--edit-steps", type=int, default=20, help="denoising steps of an edit")
