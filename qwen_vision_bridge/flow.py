@@ -19,6 +19,7 @@ from .specs import EditorSpec
 
 TIMES = (0.4, 1.2)  # mean and spread of the logit of the time, 1 being noise
 CHANGED = 3.0  # how much more a latent token counts that the edit changes
+TOGETHER = 2**22  # px that the VAE encodes in one batch
 MOVED = 0.2  # mean absolute change of a latent token, normalised, from which it counts as changed
 
 
@@ -79,13 +80,21 @@ class Flow:
         self, pictures: Sequence[Any], like: Sequence[Any] | None = None
     ) -> tuple[list[Tensor], list[tuple[int, int]]]:
         """Packed, normalised latents of each picture at the size of itself or of another."""
-        pipe, found, shapes = self.pipe, [], []
+        pipe = self.pipe
         sizes = [vae_size(type(pipe), self.editor, picture) for picture in like or pictures]
-        for picture, (width, height) in zip(pictures, sizes, strict=True):
-            pixels = pipe.image_processor.preprocess(picture, height, width)[:, :, None]  # (1, 3, 1, H, W)
-            pixels = pixels.to(pipe.vae.device, pipe.vae.dtype)
-            latents = pipe._encode_vae_image(image=pixels, generator=None)[:, :, 0]  # (1, 16, H / 8, W / 8)
-            channels, rows, columns = latents.shape[1:]
-            found.append(pipe._pack_latents(latents, 1, channels, rows, columns)[0])
-            shapes.append((rows // 2, columns // 2))
+        found: list[Tensor | None] = [None] * len(sizes)
+        shapes = [(0, 0)] * len(sizes)
+        for width, height in sorted(set(sizes)):
+            alike = [number for number, size in enumerate(sizes) if size == (width, height)]
+            together = max(TOGETHER // (width * height), 1)
+            for first in range(0, len(alike), together):
+                part = alike[first : first + together]
+                shown = [pictures[number] for number in part]
+                pixels = pipe.image_processor.preprocess(shown, height, width)[:, :, None]  # (B, 3, 1, H, W)
+                pixels = pixels.to(pipe.vae.device, pipe.vae.dtype)
+                latents = pipe._encode_vae_image(image=pixels, generator=None)[:, :, 0]  # (B, 16, H/8, W/8)
+                packed = pipe._pack_latents(latents, *latents.shape)
+                for number, rows in zip(part, packed, strict=True):
+                    found[number] = rows
+                    shapes[number] = (latents.shape[2] // 2, latents.shape[3] // 2)
         return found, shapes

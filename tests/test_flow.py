@@ -86,6 +86,43 @@ def test_latents_are_those_of_the_stock_pipeline(study: Study, pipe: Any) -> Non
     assert seen["img_shapes"][0] == [(1, *study.edit.lines[0]["latents"])] * 2
 
 
+def test_latents_do_not_depend_on_what_is_encoded_beside_them(study: Study) -> None:
+    lessons = [LESSONS[index] for index in range(3)]
+    wide = lessons[1]._replace(
+        image=lessons[1].image.resize((192, 96)), after=lessons[1].after.resize((192, 96))
+    )
+    mixed = study.flow.see([lessons[0], wide, lessons[2]])
+    for found, lesson in zip(mixed, (lessons[0], wide, lessons[2]), strict=True):
+        (alone,) = study.flow.see([lesson])
+        assert alone["latents"] == found["latents"]
+        for field in ("references", "after"):
+            torch.testing.assert_close(found[field], alone[field], atol=1e-4, rtol=1e-3)
+    assert mixed[1]["latents"][1] > mixed[1]["latents"][0]
+
+
+def test_checkpointing_the_transformer_changes_no_loss_and_no_gradient(study: Study, pipe: Any) -> None:
+    plan = StepPlan(study, "edit", 0, 2, TrainingSettings())
+    states = torch.randn(2, 5, 224, generator=torch.Generator().manual_seed(0))
+
+    def gradient(flow: Flow) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = states.clone().requires_grad_()
+        loss = flow.losses(
+            study.edit.rows("references", plan.lessons), study.edit.rows("after", plan.lessons), asked,
+            torch.ones(2, 5, dtype=torch.bool), plan.shape, plan.noise, plan.spread,
+        ).sum()  # fmt: skip
+        return loss.detach(), torch.autograd.grad(loss, asked)[0]
+
+    plain = gradient(study.flow)
+    try:
+        saving = gradient(Flow(pipe, FAMILY.editor, checkpointing=True))
+    finally:
+        pipe.transformer.disable_gradient_checkpointing()
+        pipe.transformer.eval()
+    assert plain[1].abs().sum() > 0
+    for one, other in zip(plain, saving, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 def test_the_changed_region_counts_more(study: Study) -> None:
     flow, lessons = study.flow, torch.tensor([0])
     before, after = (study.edit.rows(name, lessons).float() for name in ("references", "after"))

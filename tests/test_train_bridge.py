@@ -125,6 +125,21 @@ def test_every_flag_reaches_what_it_is_for(tmp_path: Path) -> None:
     assert settings_of(parse(["--output_dir", "x"], None)).use_ema is False
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_in_bf16_and_through_8_bit_models(tmp_path: Path) -> None:
+    places = ["--cache_dir", str(tmp_path / "packs"), "--output_dir"]
+    for name, flags in (
+        ("bf16", ["--method", "perceive+edit", "--gradient_checkpointing"]),
+        ("8-bit", ["--method", "perceive", "--load_in_8bit"]),
+        ("rival", ["--method", "perceive", "--rival", "lora"]),
+    ):
+        train_bridge.main([*SMALL, *places, str(tmp_path / name), *flags])
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert all(row["norm"] > 0 for row in rows if "norm" in row)
+        assert (tmp_path / name / "training.json").is_file()
+
+
 RUN = """
 import sys
 from contextlib import nullcontext
