@@ -108,7 +108,7 @@ class LoraLearner:
         return baseline, baseline
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def rival_of(config: BridgeConfig, model: Any, seed: int = 0) -> LoraLearner:

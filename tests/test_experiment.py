@@ -47,6 +47,16 @@ def test_rows_pair_cases_and_average_seeds_within_them() -> None:
     assert "| perception | ocr | hard | perceive | letters | 1 | 3 | 0.500 | 0.800 |" in table([hard])
 
 
+def test_level_shares_are_means_over_the_edits_of_an_arm() -> None:
+    from results import level_shares
+
+    weights = [{"early": 0.2, "late": 0.8}, {"early": 0.6, "late": 0.4}]
+    records = [{**record("perceive", "a", 1.0), "level_weights": one} for one in (*weights, None)]
+    assert level_shares(records) == [
+        {"arm": "perceive", "group": "ocr", "n": 2, "early": pytest.approx(0.4), "late": pytest.approx(0.6)}
+    ]
+
+
 def test_every_arm_that_is_promised_is_there_and_designs_differ() -> None:
     from designs import ARMS, DESIGNS, EXTRA
 

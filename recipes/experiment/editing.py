@@ -68,6 +68,7 @@ def _record(record: dict[str, Any], arm: str, seed: int) -> dict[str, Any]:
     return {
         "arm": arm, "seed": seed, "group": record["group"], "difficulty": record["difficulty"],
         "case": record["case_id"], "metrics": record["metrics"],
+        "level_weights": record.get("level_weights"),
     }  # fmt: skip
 
 

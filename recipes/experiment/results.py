@@ -22,7 +22,7 @@ SHOWN = {
 
 
 def rows_of(records: Sequence[Record], gain: str, against: str = BASELINE) -> list[Row]:
-    """One row an arm, group, difficulty and metric, beside the baseline or another arm.
+    """One row an arm, group, difficulty and metric, beside the baseline; of a control, headline metrics.
 
     Args:
         records: with `arm`, `seed`, `group`, `difficulty`, `case` and `metrics`.
@@ -38,8 +38,10 @@ def rows_of(records: Sequence[Record], gain: str, against: str = BASELINE) -> li
                 cases.setdefault(record["case"], []).append(value)
     rows = []
     for (group, difficulty, metric), arms in sorted(values.items()):
+        if against not in arms or (against != BASELINE and metric not in SHOWN[gain]):
+            continue
         for arm, cases in sorted(arms.items()):
-            if arm != against and against in arms:
+            if arm not in (against, BASELINE):
                 rows.append(
                     {"arm": arm, "group": group, "difficulty": difficulty, "gain": gain, "metric": metric}
                     | _paired(arms[against], cases) | {"seeds": sorted(seeds[arm]), "against": against}
@@ -56,6 +58,19 @@ def _paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> Ro
         "n": len(both), "baseline": float(pairs[:, 0].mean()), "value": float(pairs[:, 1].mean()),
         "diff": float(differences.mean()), "ci_low": low, "ci_high": high,
     }  # fmt: skip
+
+
+def level_shares(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The mean weight of each level in the edits of every arm, by group."""
+    weights: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    for record in records:
+        if record["level_weights"]:
+            weights[record["arm"], record["group"]].append(record["level_weights"])
+    return [
+        {"arm": arm, "group": group, "n": len(found)}
+        | {level: float(np.mean([one[level] for one in found])) for level in found[0]}
+        for (arm, group), found in sorted(weights.items())
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -49,7 +49,7 @@ def choose(bench: Bench, arguments: argparse.Namespace) -> None:
 def final(bench: Bench, arguments: argparse.Namespace) -> None:
     """All arms on the test split, and on words and pairs that no training has shown."""
     from editing import edit_all
-    from results import CONTROLS, draw_differences, rows_of
+    from results import CONTROLS, draw_differences, level_shares, rows_of
 
     designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else ARMS
     found = _trained(bench, designs, arguments)
@@ -61,6 +61,7 @@ def final(bench: Bench, arguments: argparse.Namespace) -> None:
     if arguments.edits:
         some = [one for one in found if one[1] in arguments.seeds[: arguments.edit_seeds]]
         records = edit_all(bench, some, arguments.folder / "edits", arguments.edits, arguments.edit_steps)
+        write_json(arguments.folder / "levels.json", level_shares(records))
         for against in ("baseline", *CONTROLS):
             rows += [{**row, "split": "test"} for row in rows_of(records, "edit", against)]
     _write(arguments, "final", rows)
