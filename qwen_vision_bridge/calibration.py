@@ -23,7 +23,7 @@ from torch import Tensor
 from .bridge import BridgeConfig, VisionBridge
 
 COMPONENTS = 512  # of each level's basis and of the features'
-SUBSET = 32_768  # tokens that the bases are found from
+SUBSET = 16_384  # tokens that the bases are found from
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the levels' moments
 FOLDS = 5
 NOTED = 8  # of so many chunks one is looked at for what the levels' bases leave out
@@ -318,7 +318,7 @@ def _principal(rows: Tensor, components: int) -> Basis:
         return Basis(scale, torch.eye(width))
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(width, components + 32, generator=generator)
-    for _ in range(3):  # subspace iteration
+    for _ in range(2):  # subspace iteration
         probe = torch.linalg.qr(rows.T @ (rows @ probe))[0]
     _, vectors = torch.linalg.eigh((rows @ probe).T @ (rows @ probe))
     return Basis(scale, probe @ vectors.flip(1)[:, :components])
