@@ -101,7 +101,7 @@ def predict(learner: Learner | None, study: Study, pack: Pack) -> dict[str, floa
 @torch.no_grad()
 def edit_error(learner: Learner, study: Study, batch: int = 32) -> float:
     """The flow-matching loss of a study's edits, prompts never left out; the same noise in every call."""
-    settings = TrainingSettings(condition_dropout=0.0)
+    settings = TrainingSettings(condition_dropout=0.0, edit_weight=1.0)
     count, error = -(-len(study.edit) // batch), 0.0
     for turn in range(count):
         plan = StepPlan(study, "edit", turn, batch, settings)

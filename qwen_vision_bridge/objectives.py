@@ -77,7 +77,9 @@ class StepPlan:
             losses = {"answers": wrong / float(self.total)}
             figures = {"right": right / float(self.total)}
         else:
-            losses = {"edit": self.settings.edit_weight * self._edit(features, lessons, part) / self.whole}
+            error = self._edit(features, lessons, part) / self.whole
+            losses = {"edit": self.settings.edit_weight * error}
+            figures = {"velocity": error}
         if self.settings.anchor:
             away = distance(features, baseline).sum() / self.whole
             losses[f"anchor/{self.kind}"] = self.settings.anchor * away
