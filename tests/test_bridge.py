@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qwen_vision_bridge.bridge import (
+    SHIPPED_BRIDGES,
     BridgeConfig,
     VisionBridge,
     bridge_digest,
@@ -250,3 +251,16 @@ def test_a_bridge_that_replaces_puts_the_levels_account_in_the_baselines_place(
     assert torch.equal(fresh(levels, baseline).features, baseline)
     with pytest.raises(ValueError, match="blend"):
         BridgeConfig(blend="swap")
+
+
+def test_the_shipped_bridge_is_the_miniatures_default_small_and_does_something(
+    levels_and_baseline: tuple[list[torch.Tensor], torch.Tensor],
+) -> None:
+    bridge, name = resolve_bridge(None, FAMILIES["miniature"])
+    folder = SHIPPED_BRIDGES["miniature"]
+    assert Path(name) == folder
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+    levels, baseline = levels_and_baseline
+    with torch.no_grad():
+        assert not torch.equal(bridge(levels, baseline).features, baseline)
+    assert not any(parameter.requires_grad for parameter in bridge.parameters())
