@@ -275,21 +275,27 @@ def _search(config: BridgeConfig, sums: Sums, ranks: Sequence[int], ridges: Sequ
     pairs = fit(sums.levels.sum(0), cross.sum(0), sizes, rank, ridge)
     shares = (sums.inside[:, 0] / sums.inside[:, 1]).tolist()
     return Calibration(
-        _bridge_of(replace(config, rank=rank), sums.bases, pairs), by_rank[rank], ridge, rank, by_rank,
+        _bridge_of(replace(config, rank=rank), sums, pairs), by_rank[rank], ridge, rank, by_rank,
         dict(zip((*config.levels, "features"), shares, strict=True)), sum(sums.counts),
     )  # fmt: skip
 
 
-def _bridge_of(config: BridgeConfig, bases: Bases, pairs: Sequence[tuple[Tensor, Tensor]]) -> VisionBridge:
-    """The bridge that computes the regression: keys of zero weigh all levels alike."""
+def _bridge_of(config: BridgeConfig, sums: Sums, pairs: Sequence[tuple[Tensor, Tensor]]) -> VisionBridge:
+    """The bridge that computes the regression: keys of zero weigh all levels alike.
+
+    `fit` makes latents whose squares sum to one over all tokens; here they get the size that those of a new
+    bridge have, about one a token, so that training can go on from it.
+    """
     bridge = VisionBridge(replace(config, init="zero"))
+    bases, size = sums.bases, sum(sums.counts) ** 0.5
     features = bases.features
     with torch.no_grad():
         bridge.gate.fill_(1.0)
         for number, (basis, (down, up)) in enumerate(zip(bases.levels, pairs, strict=True)):
             bridge.keys[number].weight.zero_()
-            bridge.downs[number].weight.copy_((basis.directions @ down.float() / basis.scale[:, None]).T)
-            wide = (up.float() @ features.directions.T) * features.scale  # (rank, target_dim)
+            narrow = basis.directions @ (size * down).float() / basis.scale[:, None]  # (source_dim, rank)
+            bridge.downs[number].weight.copy_(narrow.T)
+            wide = ((up / size).float() @ features.directions.T) * features.scale  # (rank, target_dim)
             bridge.ups[number].weight.copy_(len(pairs) * wide.T)
     return bridge.eval()
 

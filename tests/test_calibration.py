@@ -90,6 +90,15 @@ def test_a_calibrated_bridge_is_the_identity_at_strength_zero_and_loads_anywhere
     assert torch.equal(loaded(levels, baseline, strength=0).features, baseline)
 
 
+def test_training_can_go_on_from_a_calibrated_bridge_as_its_weights_have_a_new_ones_size() -> None:
+    tokens = made(noise=1.0)
+    bridge = calibrated(tokens).bridge
+    for level, down in zip(tokens.levels, bridge.downs, strict=True):
+        latents = down(normalised(level))
+        assert 0.5 < latents.square().mean().sqrt() < 2
+    assert all(up.weight.abs().max() < 10 for up in bridge.ups)
+
+
 def test_what_the_bases_leave_out_is_reported() -> None:
     tokens = made()
     assert min(calibrated(tokens).kept.values()) > 0.999
