@@ -16,7 +16,7 @@ import torch
 from .arms import Features
 from .bridge import BridgeConfig, VisionBridge
 from .calibration import FOLDS, Calibration, Tokens, calibrate
-from .examining import edit_error, examine, predict, summary
+from .examining import choose_gate, edit_error, examine, predict, summary
 from .frozen import FrozenModels
 from .learners import BridgeLearner, Learner, rival_of
 from .lessons import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
@@ -234,7 +234,8 @@ def _calibrate(
     found = calibrate(config, lambda: token_stream(train, learner))
     study = Study(models.reader(), train)
     learner = BridgeLearner(found.bridge.to(models.device), course.features, course.strength, settings.seed)
-    figures = _validation(course, learner, study, {"perceive": held})(0)
+    gate = choose_gate(learner, study)
+    figures = {"gate": gate, **_validation(course, learner, study, {"perceive": held})(0)}
     save_result(course.output_dir, learner.save)
     _write_about(course, settings, figures, 0, found)
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .learners import Learner
+from .learners import BridgeLearner, Learner
 from .objectives import StepPlan, Study
 from .packs import Pack
 from .readers import Reader
 from .settings import TrainingSettings
 
+GATES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 BATCH = {"cpu": 64, "cuda": 512}  # pictures
 
 
@@ -85,17 +86,37 @@ def features_of(learner: Learner | None, pack: Pack, lessons: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict(learner: Learner | None, study: Study, pack: Pack) -> dict[str, float]:
-    """Cross-entropy of a pack's replies, and the share of their tokens that is predicted right."""
+def predict(learner: Learner | None, study: Study, pack: Pack, most: int | None = None) -> dict[str, float]:
+    """Cross-entropy of a pack's replies, and the share of their tokens that is predicted right.
+
+    Args:
+        most: of each layout only the first so many.
+    """
     rows = study.reader.rows(pack.texts())
     sums = torch.zeros(3)
-    for members in pack.layouts.values():
+    for members in (members[:most] for members in pack.layouts.values()):
         for lessons in members.split(BATCH[study.reader.device.type]):
             part = rows.at(lessons).shortened().to(study.reader.device)
             features = features_of(learner, pack, lessons)
             found = study.reader.wrongness(features, part, pack.grid_of(lessons))
             sums += torch.stack(found).float().cpu()
     return {"loss": float(sums[0] / sums[2]), "right": float(sums[1] / sums[2])}
+
+
+@torch.no_grad()
+def choose_gate(learner: BridgeLearner, study: Study, lessons: int = 512) -> float:
+    """Set a calibrated bridge's gate to the value of `GATES` under which the language model answers best.
+
+    Regression knows nothing of the model that reads the features: replacing them whole does harm where a
+    small share of it helps. The first so many lessons of the study are asked, none that validates.
+    """
+    losses = {}
+    for gate in GATES:
+        learner.bridge.gate.fill_(gate)
+        losses[gate] = predict(learner, study, study.perceive, lessons)["loss"]
+    best = min(losses, key=lambda gate: losses[gate])
+    learner.bridge.gate.fill_(best)
+    return best
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen_vision_bridge import milestones
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
-from qwen_vision_bridge.examining import examine, predict, summary
+from qwen_vision_bridge.examining import GATES, choose_gate, examine, predict, summary
 from qwen_vision_bridge.extractor import load_processor
 from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
@@ -278,6 +278,23 @@ def test_hard_lessons_are_those_that_the_baseline_gets_wrong(questions: Study) -
     assert torch.equal(drawn[::2], plain[::2])
     again = StepPlan(asked, "perceive", 5, 8, settings).lessons
     assert torch.equal(again, drawn[-8:])  # a resumed run draws the same
+
+
+@pytest.mark.parametrize(("helps", "best"), [(True, GATES[-1]), (False, GATES[0])])
+def test_the_gate_of_a_calibrated_bridge_is_chosen_by_the_answers(
+    questions: Study, helps: bool, best: float
+) -> None:
+    class Mixed(BridgeLearner):
+        """Its gate takes other tokens' features away, or puts them in."""
+
+        def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
+            right = pack.rows("vision", lessons).float()
+            share = 1 - self.bridge.gate if helps else self.bridge.gate
+            return right + 3 * share * right.roll(3, 1), right
+
+    pupil = Mixed(learner().bridge)
+    assert choose_gate(pupil, questions, 6) == best
+    assert float(pupil.bridge.gate.detach()) == pytest.approx(best)
 
 
 def test_controls_see_what_they_should(study: Study) -> None:

@@ -17,6 +17,7 @@ from qwen_vision_bridge import VisionBridge
 from qwen_vision_bridge.bridge import BridgeConfig
 from qwen_vision_bridge.calibration import calibrate
 from qwen_vision_bridge.course import pack_name, token_stream
+from qwen_vision_bridge.examining import choose_gate
 from qwen_vision_bridge.extractor import load_processor
 from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
@@ -112,6 +113,8 @@ class Bench:
                 if name.startswith(design.zeroed):
                     parameter.zero_()
         learner = BridgeLearner(bridge.to(self.device), design.features, seed=seed)
+        if "calibrate" in (design.start, design.method):
+            choose_gate(learner, Study(self.reader(), self.lessons("perceive")))
         for name, parameter in bridge.named_parameters():
             parameter.requires_grad_(not (design.frozen and name.startswith(design.frozen)))
         return learner, self.reader()
