@@ -66,6 +66,9 @@ def calibrate(
 ) -> Calibration:
     """Fit a bridge to a stream of tokens; with a teacher in it to the teacher, else to the target itself.
 
+    The bridge's gate is 1, the whole regression; how much of it the language model can use is another
+    question, see `examining.choose_gate`.
+
     Args:
         config: shapes and names; `rank` is the largest tried, and `blend` follows from what fits better.
         stream: starts the stream anew each time; chunks go to the folds in turn.
