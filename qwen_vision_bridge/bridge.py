@@ -3,6 +3,9 @@
 For token n and level l:  z_l = Down_l(Norm_l(x_l)),  a_l = softmax over l of <Query(Norm(b)), Key_l(z_l)>,
 u = Σ_l Up_l(a_l · z_l),  out = b + strength · gate · rms(b) · clamp(u).
 
+With `blend="replace"` the baseline gives way as the update comes in, u = Σ_l Up_l(a_l · z_l) − b / rms(b): so
+strength · gate is the share of b that the levels' own account of it replaces.
+
 The attention runs over the levels of one token, not over tokens, so its cost is linear in N. Each head weighs
 its own slice of z. `Up` starts at zero, which makes an untrained bridge exactly the identity.
 """
@@ -53,6 +56,9 @@ class BridgeConfig:
     """Largest size of one channel's update before the gate, in RMS of the baseline token."""
     init: Literal["zero", "random"] = "zero"
     """`zero`: an untrained bridge changes nothing; `random`: its update has about the baseline's RMS."""
+    blend: Literal["add", "replace"] = "add"
+    """`add`: the update comes on top of the baseline; `replace`: in its place. A fresh bridge that replaces
+    has a gate of 0, which makes it the identity too."""
     seed: int = 0
     """Seed of the starting weights."""
     source_model: str | None = None
@@ -74,6 +80,8 @@ class BridgeConfig:
             raise ValueError(f"levels are at least one name, each once, not {self.levels}")
         if self.init not in ("zero", "random"):
             raise ValueError(f'init is "zero" or "random", not {self.init!r}')
+        if self.blend not in ("add", "replace"):
+            raise ValueError(f'blend is "add" or "replace", not {self.blend!r}')
         if not (math.isfinite(self.clamp) and self.clamp > 0):
             raise ValueError(f"clamp is a positive number, not {self.clamp!r}")
 
@@ -194,7 +202,11 @@ class VisionBridge(
             up((weight[..., None] * z.unflatten(-1, (heads, -1))).flatten(-2))
             for up, weight, z in zip(self.ups, attention, latents, strict=True)
         ]  # L × (B, N, Dt), in RMS of the baseline
-        scale = self.gate * baseline.square().mean(-1, keepdim=True).sqrt()
+        rms = baseline.square().mean(-1, keepdim=True).sqrt()
+        if self.config.blend == "replace":  # every level takes its share of the baseline away
+            own = baseline / rms.clamp_min(torch.finfo(dtype).tiny) / len(updates)
+            updates = [update - own for update in updates]
+        scale = self.gate * rms
         limited = self._clamp(updates)
         return [scale * part for part in limited], attention.mean(-1).permute(1, 2, 0)
 
@@ -240,6 +252,8 @@ class VisionBridge(
     def _initialise(self) -> None:
         generator = torch.Generator().manual_seed(self.config.seed)
         zero = self.config.init == "zero"
+        if zero and self.config.blend == "replace":
+            nn.init.zeros_(self.gate)
         for name, parameter in self.named_parameters():
             if parameter.ndim != 2:
                 continue

@@ -14,7 +14,7 @@ from PIL import Image
 from .attention import VisionAttention, check_vision_attention, tower_attention
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
 from .checkpoints import open_checkpoint
-from .images import ImageLike, image_digest, load_images
+from .images import ImageLike, image_digest, load_images, on_grids
 from .processors import load_processor
 from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
 from .states import source_states
@@ -127,12 +127,19 @@ class VisionCacheExtractor:
             raise ValueError(f"{len(pictures)} pictures need as many grids, got {len(grids)}")
         return self._cached("qwen3", pictures, prompt, grids, self._run_source)
 
-    def extract_qwen25_vision(self, image: ImageLike | Sequence[ImageLike], prompt: str = "") -> VisionCache:
+    def extract_qwen25_vision(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str = "",
+        grids: Sequence[Grid] | None = None,
+    ) -> VisionCache:
         """The target's features, as its own processor and tower make them: the baseline.
 
         Args:
             image: one picture or several; several are packed on one axis, in order.
             prompt: changes the features with `scope="language"` only; the tower never sees it.
+            grids: (gh, gw) of each picture, which is resized to it; None is what the processor gives. With
+                `scope="vision"` only.
 
         Returns:
             A cache with `vision` features (1, N, D), in picture order: the merged output of the tower, or
@@ -142,8 +149,11 @@ class VisionCacheExtractor:
             ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and of loading the model.
         """
         pictures = load_images(image, self.family.target.token_px)
-        grids = tuple(self.target_grid(picture) for picture in pictures)
-        return self._cached("qwen25", pictures, prompt, grids, self._run_target)
+        if grids is not None:
+            pictures = on_grids(pictures, grids, self.family.target.token_px)
+        else:
+            grids = [self.target_grid(picture) for picture in pictures]
+        return self._cached("qwen25", pictures, prompt, tuple(grids), self._run_target)
 
     def extract_batch(
         self, role: Literal["qwen3", "qwen25"], pictures: Sequence[Image.Image], grids: Sequence[Grid]
@@ -260,11 +270,7 @@ class VisionCacheExtractor:
     def _run_source(
         self, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...]
     ) -> dict[str, torch.Tensor]:
-        px = self.family.source.token_px
-        locked = [
-            picture.resize((columns * px, rows * px), Image.Resampling.BICUBIC)
-            for picture, (rows, columns) in zip(pictures, grids, strict=True)
-        ]
+        locked = on_grids(pictures, grids, self.family.source.token_px)
         model = self._model("qwen3")
         if self.scope == "language":
             inputs = self._language_inputs("qwen3", locked, prompt, do_resize=False)
@@ -286,7 +292,10 @@ class VisionCacheExtractor:
             hidden = model.model(**inputs).last_hidden_state  # (1, T, D), after the final norm
             features = hidden[inputs["input_ids"] == model.config.image_token_id]
         else:
-            inputs = self._image_processor("qwen25")(images=pictures, return_tensors="pt")
+            px = self.family.target.token_px
+            exact = [(rows * px, columns * px) for rows, columns in grids]
+            fits = exact == [(picture.height, picture.width) for picture in pictures]
+            inputs = self._image_processor("qwen25")(images=pictures, do_resize=not fits, return_tensors="pt")
             pixels, shapes = inputs["pixel_values"].to(self.device, self.dtype), inputs["image_grid_thw"]
             # pooler_output is in picture order; last_hidden_state would be in window order
             features = model(pixels, shapes.to(self.device)).pooler_output  # (N, D)

@@ -42,6 +42,14 @@ def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) 
     return [_load_one(picture, smallest_side) for picture in pictures]
 
 
+def on_grids(pictures: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px: int) -> list[Image.Image]:
+    """Pictures resized so that each has its grid (gh, gw) of tokens of `px` pixels a side."""
+    return [
+        picture.resize((columns * px, rows * px), Image.Resampling.BICUBIC)
+        for picture, (rows, columns) in zip(pictures, grids, strict=True)
+    ]
+
+
 def image_digest(image: Image.Image) -> str:
     """SHA-256 of an RGB picture's size and pixels: equal pictures have equal digests, whatever their file."""
     digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())

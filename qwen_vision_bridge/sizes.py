@@ -78,6 +78,15 @@ def condition_size(pipeline_class: type, editor: EditorSpec, picture: Image.Imag
     return int(width), int(height)
 
 
+def vae_size(pipeline_class: type, editor: EditorSpec, picture: Image.Image) -> tuple[int, int]:
+    """(width, height) in px at which the pipeline's VAE encodes a reference picture."""
+    module = import_module(pipeline_class.__module__)
+    with picture_sizes(pipeline_class, editor):
+        area = getattr(module, "VAE_IMAGE_SIZE", STOCK_AREA)
+        width, height = module.calculate_dimensions(area, picture.width / picture.height)[:2]
+    return int(width), int(height)
+
+
 def takes_several(pipeline_class_name: str) -> bool:
     """Whether the pipeline takes several reference pictures in one edit."""
     return pipeline_class_name != "QwenImageEditPipeline"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qwen_vision_bridge.bridge import (
+    SHIPPED_BRIDGES,
     BridgeConfig,
     VisionBridge,
     bridge_digest,
@@ -223,3 +224,43 @@ def test_a_bridge_made_for_other_models_is_refused_and_both_are_named(tmp_path: 
     config = BridgeConfig.for_family(FAMILIES["miniature"], source_model="Qwen3-VL-2B")
     with pytest.raises(ValueError, match=r"Qwen3-VL-2B.*miniature-source"):
         resolve_bridge(VisionBridge(config), FAMILIES["miniature"])
+
+
+def test_a_bridge_that_replaces_puts_the_levels_account_in_the_baselines_place(
+    levels_and_baseline: tuple[list[torch.Tensor], torch.Tensor],
+) -> None:
+    levels, baseline = levels_and_baseline
+    shapes = {
+        "source_dim": 256,
+        "target_dim": 224,
+        "rank": 16,
+        "query_dim": 16,
+        "init": "random",
+        "clamp": 1e6,
+    }
+    adds, replaces = (VisionBridge(BridgeConfig(**shapes, blend=blend)) for blend in ("add", "replace"))
+    with torch.no_grad():
+        replaces.load_state_dict(adds.state_dict())
+        summed, placed = adds(levels, baseline).features, replaces(levels, baseline).features
+        half = replaces(levels, baseline, 0.5).features
+        parts, _ = replaces.contributions(levels, baseline)
+    torch.testing.assert_close(placed, summed - baseline, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(half, (baseline + placed) / 2, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sum(parts), placed - baseline, atol=1e-4, rtol=1e-4)
+    fresh = VisionBridge(BridgeConfig(**shapes | {"init": "zero"}, blend="replace"))
+    assert torch.equal(fresh(levels, baseline).features, baseline)
+    with pytest.raises(ValueError, match="blend"):
+        BridgeConfig(blend="swap")
+
+
+def test_the_shipped_bridge_is_the_miniatures_default_small_and_does_something(
+    levels_and_baseline: tuple[list[torch.Tensor], torch.Tensor],
+) -> None:
+    bridge, name = resolve_bridge(None, FAMILIES["miniature"])
+    folder = SHIPPED_BRIDGES["miniature"]
+    assert Path(name) == folder
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+    levels, baseline = levels_and_baseline
+    with torch.no_grad():
+        assert not torch.equal(bridge(levels, baseline).features, baseline)
+    assert not any(parameter.requires_grad for parameter in bridge.parameters())

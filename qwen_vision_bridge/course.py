@@ -1,0 +1,295 @@
+"""A whole training run: from data and frozen models to a bridge in a folder that loads anywhere.
+
+Data is checked before a model is loaded. Features of both towers are worked out once, into packs that later
+runs on the same data find again; then the towers are freed, and what stays are the readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .arms import Features
+from .bridge import BridgeConfig, VisionBridge
+from .calibration import FOLDS, Calibration, Tokens, calibrate
+from .examining import choose_gate, edit_error, examine, predict, summary
+from .frozen import FrozenModels
+from .learners import BridgeLearner, Learner, rival_of
+from .lessons import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
+from .milestones import save_result
+from .objectives import Study
+from .packs import Pack, build_pack
+from .processes import LONGEST_WAIT
+from .records import digest_of, provenance, write_json
+from .settings import TrainingSettings
+from .specs import Family, cache_home
+
+Method = Literal["calibrate", "perceive", "edit", "perceive+edit"]
+METHODS = ("calibrate", "perceive", "edit", "perceive+edit")
+WORLD_SAMPLES = 12_000
+CALIBRATION_CHUNK = 4096  # tokens
+ASKED = 64  # held-out questions of a user's own that are replied to in a validation
+SAMPLES = 2  # held-out edits that are painted in a validation
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is learnt, from what and by which way; `TrainingSettings` says how."""
+
+    family: Family
+    method: Method
+    output_dir: Path
+    bridge: VisionBridge | None = None
+    """To continue from; None is a fresh one."""
+    config: BridgeConfig | None = None
+    """Of a fresh bridge; None is the family's."""
+    features: Features = "own"
+    rival: str | None = None
+    """`lora` trains a LoRA of the bridge's size on the target's language model instead."""
+    strength: float = 1.0
+    teacher: bool = False
+    """Calibrate on the target's features of the picture seen finer."""
+    train_data_dir: Path | None = None
+    dataset_name: str | None = None
+    max_train_samples: int | None = None
+    """None is all of a user's data, and `WORLD_SAMPLES` of the world."""
+    validation_samples: int = 256
+    cache_dir: Path | None = None
+    """Where packs of features go; None is the toolkit's own folder."""
+    dataloader_num_workers: int = 0
+    load_in_8bit: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.rival not in (None, "lora"):
+            raise ValueError(f"the only rival is lora, not {self.rival!r}")
+        if self.rival and (self.method == "calibrate" or self.features != "own" or self.bridge):
+            raise ValueError("a rival has no bridge: it goes with no --bridge, --features or calibration")
+        if self.train_data_dir and self.dataset_name:
+            raise ValueError("give --train_data_dir or --dataset_name, not both")
+        if self.method == "calibrate" and self.features == "target":
+            raise ValueError("a target-only bridge cannot be calibrated: it would learn the identity")
+
+    @property
+    def is_world(self) -> bool:
+        """Whether the lessons are the synthetic world's."""
+        return self.train_data_dir is None and self.dataset_name is None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of lessons that the method learns from."""
+        return ("perceive",) if self.method == "calibrate" else tuple(self.method.split("+"))  # type: ignore[return-value]
+
+    def lessons(self, kind: Kind) -> tuple[Lessons, Lessons]:
+        """Lessons to learn from and to validate on, checked.
+
+        Raises:
+            FileNotFoundError, ValueError: what is wrong with the data.
+        """
+        if self.is_world:
+            taught, size = self.family.name == "miniature", self.family.picture_size
+            counts = {"train": self.max_train_samples or WORLD_SAMPLES, "validation": self.validation_samples}
+            train, validation = (WorldLessons(kind, s, n, taught, size) for s, n in counts.items())
+            return train, validation
+        given: Lessons = (
+            FolderLessons(self.train_data_dir, kind)
+            if self.train_data_dir is not None
+            else DatasetLessons(self.dataset_name, kind)
+        )
+        train, validation = held_out(given, self.validation_samples)
+        if self.max_train_samples is not None:
+            train.indices = train.indices[: self.max_train_samples]
+        return train, validation
+
+
+def run(course: Course, settings: TrainingSettings, resume: str | None = None, **trackers: Any) -> Path:
+    """Train as a course says and write what was learnt into its folder.
+
+    Args:
+        resume: a checkpoint's path or name, or `latest`.
+        trackers: `mixed_precision` and `report_to`, as accelerate takes them.
+
+    Returns:
+        The folder, which `bridge=` and `--bridge` take.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: of data, models and disk, and of `Trainer`.
+    """
+    lessons = {kind: course.lessons(kind) for kind in course.kinds}
+    accelerator = _accelerator(course, **trackers)
+    models = FrozenModels(course, accelerator.device)
+    packs = {kind: _packs(course, models, kind, *lessons[kind], accelerator) for kind in course.kinds}
+    models.free_eyes()
+    if course.method == "calibrate":
+        if accelerator.is_main_process:
+            _calibrate(course, settings, models, *packs["perceive"])
+        accelerator.wait_for_everyone()
+        return course.output_dir
+    _train(course, settings, models, packs, lessons, accelerator, resume)
+    return course.output_dir
+
+
+def _train(
+    course: Course, settings: TrainingSettings, models: FrozenModels, packs: dict[str, tuple[Pack, Pack]],
+    lessons: dict[str, tuple[Lessons, Lessons]], accelerator: Any, resume: str | None,
+) -> None:  # fmt: skip
+    from .training import Trainer
+
+    learner = _learner(course, settings, models, accelerator.device)
+    trained, validated = ({kind: pair[n] for kind, pair in packs.items()} for n in (0, 1))
+    flow = models.flow() if "edit" in course.kinds else None
+    study = Study(models.reader(), trained.get("perceive"), trained.get("edit"), flow)
+    validate = _validation(course, learner, study, validated)
+    figures: dict[str, float] = {}
+
+    def look(step: int) -> dict[str, float]:
+        with trainer.averaged():
+            if "edit" in course.kinds and accelerator.is_main_process:
+                paint_samples(course, models, learner, lessons["edit"][1], step)
+            figures.update(validate(step))
+        return figures
+
+    trainer = Trainer(course.output_dir, learner, study, settings, accelerator, look)
+    accelerator.init_trackers("bridge", config={})
+    trainer.resume(resume)
+    finished = trainer.run()
+    accelerator.end_training()
+    if finished and accelerator.is_main_process:
+        with trainer.averaged():
+            save_result(course.output_dir, learner.save)
+        _write_about(course, settings, figures or look(trainer.step), trainer.step)
+    elif accelerator.is_main_process:
+        print(f"stopped after step {trainer.step}: --resume_from_checkpoint latest goes on from there")
+
+
+def _accelerator(course: Course, mixed_precision: str | None = None, report_to: str | None = None) -> Any:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    precision = mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    return Accelerator(
+        mixed_precision=precision, log_with=report_to, project_dir=str(course.output_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )  # fmt: skip
+
+
+def _packs(
+    course: Course, models: FrozenModels, kind: Kind, train: Lessons, validation: Lessons, accelerator: Any
+) -> tuple[Pack, Pack]:
+    """The packs of both lists; the first process makes what is missing."""
+    root = course.cache_dir or cache_home() / "packs"
+    packs = []
+    for lessons in (train, validation):
+        key, name = pack_name(models.eyes.key(), kind, course.family, lessons)
+        with accelerator.main_process_first():
+            workers = course.dataloader_num_workers
+            build_pack(root / name, lessons, lambda: models.see(kind), key, workers)
+        packs.append(Pack(root / name, models.device))
+    return packs[0], packs[1]
+
+
+def pack_name(eyes_key: str, kind: str, family: Family, lessons: Lessons) -> tuple[str, str]:
+    """The key of what is seen of lessons of a kind, and the name of the folder that their pack is kept in."""
+    key = digest_of([eyes_key, kind, family.editor.name if kind == "edit" else ""])
+    return key, digest_of([key, lessons.digest, len(lessons)])
+
+
+def _learner(
+    course: Course, settings: TrainingSettings, models: FrozenModels, device: torch.device
+) -> Learner:
+    config = course.config or BridgeConfig.for_family(course.family)
+    if course.rival:
+        return rival_of(config, models.target, settings.seed)
+    bridge = course.bridge or VisionBridge(replace(config, seed=settings.seed))
+    return BridgeLearner(bridge.to(device).float(), course.features, course.strength, settings.seed)
+
+
+def _validation(course: Course, learner: Learner, study: Study, packs: dict[str, Pack]) -> Any:
+    """Step → figures on held-out lessons."""
+    asked = ("read", None) if course.is_world else (None, ASKED)
+
+    def validate(_step: int) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        if "perceive" in packs:
+            figures |= predict(learner, study, packs["perceive"])
+            figures |= summary(examine(learner, study.reader, packs["perceive"], *asked))
+        if "edit" in packs:
+            held_out_study = Study(study.reader, None, packs["edit"], study.flow)
+            figures["edit"] = edit_error(learner, held_out_study)
+        return figures
+
+    return validate
+
+
+def _calibrate(
+    course: Course, settings: TrainingSettings, models: FrozenModels, train: Pack, held: Pack
+) -> None:
+    config = course.config or BridgeConfig.for_family(course.family)
+    learner = BridgeLearner(VisionBridge(config), course.features, seed=settings.seed)
+    found = calibrate(config, lambda: token_stream(train, learner))
+    study = Study(models.reader(), train)
+    learner = BridgeLearner(found.bridge.to(models.device), course.features, course.strength, settings.seed)
+    gate = choose_gate(learner, study)
+    figures = {"gate": gate, **_validation(course, learner, study, {"perceive": held})(0)}
+    save_result(course.output_dir, learner.save)
+    _write_about(course, settings, figures, 0, found)
+
+
+def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
+    """All tokens of a pack, in chunks of whole pictures, with the levels that a learner sees."""
+    for members in pack.layouts.values():
+        rows, columns = pack.grid_of(members)
+        pictures = min(CALIBRATION_CHUNK // (rows * columns), len(members) // (2 * FOLDS))
+        for lessons in members.split(max(pictures, 1)):
+            baseline = pack.rows("vision", lessons)
+            levels = [level.flatten(0, 1).cpu() for level in learner.levels(pack, lessons, baseline)]
+            teacher = pack.rows("teacher", lessons) if "teacher" in pack.fields else None
+            yield Tokens(
+                levels, baseline.flatten(0, 1).cpu(),
+                None if teacher is None else teacher.flatten(0, 1).cpu(),
+            )  # fmt: skip
+
+
+def paint_samples(
+    course: Course, models: FrozenModels, learner: Learner, lessons: Lessons, step: int
+) -> None:
+    """Held-out edits without and with the bridge as it is now, into `samples/`; a control paints none."""
+    import copy
+
+    from .pipeline import EnhancedQwenImageEdit
+
+    if not isinstance(learner, BridgeLearner) or course.features != "own":
+        return
+    bridge = copy.deepcopy(learner.bridge)
+    pipeline = EnhancedQwenImageEdit(
+        course.family, bridge, device=models.device, dtype=models.dtype, pipe=models.pipe, keep_source=True
+    )
+    for index in range(min(SAMPLES, len(lessons))):
+        lesson = lessons[index]
+        sheet = course.output_dir / "samples" / f"step-{step:06d}-{index}.png"
+        pipeline.compare(
+            lesson.image, lesson.prompt, strength=course.strength, seed=index, save_comparison=sheet
+        )
+
+
+def _write_about(
+    course: Course, settings: TrainingSettings, figures: dict[str, float], step: int,
+    calibration: Calibration | None = None,
+) -> None:  # fmt: skip
+    """`training.json`: what made the bridge beside it, and its figures on held-out lessons."""
+    device = "cuda" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    about = provenance(
+        [settings.seed], device, family=course.family.name, source=course.family.source.name,
+        target=course.family.target.name,
+    )  # fmt: skip
+    about |= {"method": course.method, "features": course.features, "rival": course.rival, "steps": step}
+    about |= {"strength": course.strength, "settings": asdict(settings), "validation": figures}
+    if calibration is not None:
+        about["calibration"] = {k: v for k, v in calibration._asdict().items() if k != "bridge"}
+    write_json(course.output_dir / "training.json", about)
+    print(f"{course.output_dir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))

@@ -1,0 +1,90 @@
+"""What both towers see of many pictures, as an edit pipeline would show them, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from .extractor import VisionCacheExtractor
+from .lessons import Lesson
+from .packs import Seen
+from .records import digest_of
+from .sizes import condition_size
+from .specs import LEVEL_NAMES, Family
+
+FINER = 2  # times the grid a side: what a teacher sees
+
+
+class Eyes:
+    """Both towers over lessons: the source's levels and the target's features, on one grid.
+
+    Args:
+        teacher: also the target's features of the picture at `FINER` times the grid, averaged over the tokens
+            that share a place.
+        load_in_8bit: of the towers; needs CUDA.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        teacher: bool = False,
+        load_in_8bit: bool = False,
+    ) -> None:
+        self.family, self.teacher = family, teacher
+        self.extractor = VisionCacheExtractor(
+            family, load_in_8bit, device=device, dtype=dtype, feature_cache=False, keep_models=True
+        )
+
+    def key(self) -> str:
+        """Changes whenever the features of an equal picture would."""
+        extractor = self.extractor
+        return digest_of([
+            extractor.revision("qwen3"), extractor.revision("qwen25"), str(extractor.dtype),
+            extractor.load_in_8bit, self.family.editor.pipeline_class, self.family.editor.condition_area,
+            self.teacher,
+        ])  # fmt: skip
+
+    def see(self, lessons: Sequence[Lesson]) -> list[Seen]:
+        """The fields `early`, `mid`, `late`, `vision` and perhaps `teacher`, and each lesson's `grid`."""
+        pictures = [lesson.image for lesson in lessons]
+        target = self.extractor.extract_qwen25_vision([self._shown(picture) for picture in pictures])
+        source = self.extractor.extract_qwen3_vision(pictures, grids=target.grids)
+        finer = self._finer(pictures, target.grids) if self.teacher else None
+        seen = []
+        for number, (one, other) in enumerate(zip(source.split(), target.split(), strict=True)):
+            fields = {name: one.features[name][0] for name in LEVEL_NAMES}
+            fields["vision"] = other.vision_features[0]
+            if finer is not None:
+                fields["teacher"] = finer[number]
+            seen.append({**fields, "grid": list(other.grid)})
+        return seen
+
+    def close(self) -> None:
+        """Free both towers."""
+        self.extractor.unload()
+
+    def _shown(self, picture: Image.Image) -> Image.Image:
+        """The picture as the pipeline gives it to the target's processor."""
+        import diffusers
+
+        editor = self.family.editor
+        width, height = condition_size(getattr(diffusers, editor.pipeline_class), editor, picture)
+        return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+    def _finer(self, pictures: list[Image.Image], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        wide = [(FINER * rows, FINER * columns) for rows, columns in grids]
+        cache = self.extractor.extract_qwen25_vision(pictures, grids=wide)
+        return [pooled(part.vision_features[0], part.grid) for part in cache.split()]
+
+
+def pooled(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean over FINER × FINER neighbours: (FINER²·N, D) on `grid` to (N, D)."""
+    rows, columns = grid
+    planes = features.float().T.view(1, -1, rows, columns)
+    return F.avg_pool2d(planes, FINER).flatten(2)[0].T.to(features.dtype)

@@ -1,0 +1,199 @@
+"""Frozen features of many lessons in few files, made once and mapped from disk: what training reads.
+
+A pack is a folder: `<field>.bin` holds a field's rows of all lessons one after the other in bf16, and
+`lessons.jsonl` says for each lesson how many rows it has, its grid and its words. Rows are written before
+the line that counts them, so a run that was stopped goes on behind the last whole lesson. `pack.json`,
+written last, says that the pack is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .lessons import Lesson, Lessons
+from .records import write_json
+from .specs import LEVEL_NAMES, read_json
+
+FORMAT = "qwen-vision-bridge/pack/1"
+CHUNK = 64  # lessons looked at together
+Seen = dict[str, Any]
+"""What frozen models make of a lesson: tensors (rows, width) by field, and plain data by name."""
+See = Callable[[Sequence[Lesson]], list[Seen]]
+
+
+def build_pack(
+    folder: str | Path, lessons: Lessons, see: Callable[[], See], key: str, workers: int = 0
+) -> Pack:
+    """The pack of some lessons: the one in `folder` if it is theirs, else made there now.
+
+    Args:
+        see: starts the frozen models; not called where there is nothing left to see.
+        key: of everything that decides the features, beside the lessons.
+        workers: processes that read or render lessons; 0 is this one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to; what is whole stays.
+    """
+    folder = Path(folder)
+    name = {"format": FORMAT, "key": key, "lessons": lessons.digest, "count": len(lessons)}
+    begun = folder / "begun.json"
+    if not (begun.is_file() and read_json(begun) == name):
+        for path in (folder / "pack.json", folder / "lessons.jsonl", *folder.glob("*.bin")):
+            path.unlink(missing_ok=True)
+        write_json(begun, name)
+    if not (folder / "pack.json").is_file():
+        _fill(folder, lessons, see, workers)
+        write_json(folder / "pack.json", {**name, "fields": _fields(folder)})
+    return Pack(folder)
+
+
+class Pack:
+    """A finished pack, its rows mapped from disk or put on a device.
+
+    Args:
+        device: where batches go. On CUDA the rows themselves go there too if they take less than `share` of
+            its free memory.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu", share: float = 0.6) -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
+        about = read_json(self.folder / "pack.json")
+        text = (self.folder / "lessons.jsonl").read_text(encoding="utf-8")
+        self.lines = [json.loads(line) for line in text.splitlines()]
+        self.fields: dict[str, Tensor] = {}
+        for field, width in about["fields"].items():
+            rows = sum(line["rows"][field] for line in self.lines)
+            path = str(self.folder / f"{field}.bin")
+            flat = torch.from_file(path, shared=False, size=rows * width, dtype=torch.bfloat16)
+            self.fields[field] = flat.view(rows, width)
+        self._starts, self._sizes = {}, {}
+        for field in self.fields:
+            counts = torch.tensor([line["rows"][field] for line in self.lines])
+            self._sizes[field], self._starts[field] = counts, counts.cumsum(0) - counts
+        if self.device.type == "cuda":
+            self._to_device(share)
+        self.layouts = self._by_layout()
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def texts(self) -> list[tuple[str, str | None]]:
+        """Prompt and answer of each lesson."""
+        return [(line["prompt"], line["answer"]) for line in self.lines]
+
+    def rows(self, field: str, lessons: Tensor) -> Tensor:
+        """A field's rows (B, n, D) of lessons (B,) that are laid out alike, on the device."""
+        count = int(self._sizes[field][lessons[0]])
+        place = (self._starts[field][lessons, None] + torch.arange(count)).flatten()  # (B·n,)
+        values = self.fields[field]
+        taken = values.index_select(0, place.to(values.device)).view(len(lessons), count, -1)
+        return taken.to(self.device, non_blocking=True)
+
+    def draw(self, step: int, count: int, seed: int) -> Tensor:
+        """Lessons (count,) of one layout, drawn with replacement from (seed, step) alone."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        total = sum(map(len, self.layouts.values()))
+        spin = int(torch.randint(total, (), generator=generator))
+        for members in self.layouts.values():
+            if spin < len(members):
+                break
+            spin -= len(members)
+        return members[torch.randint(len(members), (count,), generator=generator)]
+
+    def partners(self, seed: int) -> Tensor:
+        """For each lesson another of its layout, (n,), once each; itself where it is the only one."""
+        partner = torch.arange(len(self))
+        for members in self.layouts.values():
+            order = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))]
+            partner[order] = order.roll(1)
+        return partner
+
+    def grid_of(self, lessons: Tensor) -> tuple[int, int]:
+        """The grid of lessons that are laid out alike."""
+        return tuple(self.lines[int(lessons[0])]["grid"])
+
+    def _by_layout(self) -> dict[str, Tensor]:
+        layouts: dict[str, list[int]] = {}
+        for index, line in enumerate(self.lines):
+            layouts.setdefault(json.dumps([line["grid"], line["rows"]], sort_keys=True), []).append(index)
+        return {layout: torch.tensor(members) for layout, members in sorted(layouts.items())}
+
+    def _to_device(self, share: float) -> None:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if sum(values.nbytes for values in self.fields.values()) < share * free:
+            self.fields = {field: values.to(self.device) for field, values in self.fields.items()}
+
+
+def levels_of(pack: Pack, lessons: Tensor) -> list[Tensor]:
+    """The source's levels of lessons, each (B, N, source_dim)."""
+    return [pack.rows(name, lessons) for name in LEVEL_NAMES]
+
+
+def _fill(folder: Path, lessons: Lessons, see: Callable[[], See], workers: int) -> None:
+    from tqdm import tqdm
+
+    done = _recover(folder)
+    looking = see()
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
+        log = stack.enter_context((folder / "lessons.jsonl").open("a", encoding="utf-8"))
+        bar = stack.enter_context(tqdm(total=len(lessons), initial=done, desc="features", unit="picture"))
+        for chunk in _chunks(lessons, done, workers):
+            found = looking(chunk)
+            for lesson, seen in zip(chunk, found, strict=True):
+                rows = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
+                for field, values in rows.items():
+                    if field not in files:
+                        files[field] = stack.enter_context((folder / f"{field}.bin").open("ab"))
+                    plain = values.detach().to("cpu", torch.bfloat16).contiguous()
+                    files[field].write(plain.view(torch.uint8).numpy().data)
+                seen = {name: value for name, value in seen.items() if name not in rows}
+                line = {
+                    **seen, "rows": {field: len(values) for field, values in rows.items()},
+                    "widths": {field: values.shape[1] for field, values in rows.items()},
+                    "prompt": lesson.prompt, "answer": lesson.answer,
+                }  # fmt: skip
+                for file in files.values():
+                    file.flush()
+                log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.update(len(chunk))
+
+
+def _recover(folder: Path) -> int:
+    """Cut off what a stopped run left half done; how many lessons are whole."""
+    path = folder / "lessons.jsonl"
+    if not path.is_file():
+        for left in folder.glob("*.bin"):
+            left.unlink()
+        return 0
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = [json.loads(line) for line in whole.splitlines()]
+    with path.open("r+b") as file:
+        file.truncate(len(whole))
+    for left in folder.glob("*.bin"):
+        numbers = (line["rows"].get(left.stem, 0) * line["widths"].get(left.stem, 0) for line in lines)
+        with left.open("r+b") as file:
+            file.truncate(2 * sum(numbers))
+    return len(lines)
+
+
+def _fields(folder: Path) -> dict[str, int]:
+    with (folder / "lessons.jsonl").open(encoding="utf-8") as file:
+        return json.loads(file.readline())["widths"]
+
+
+def _chunks(lessons: Lessons, first: int, workers: int) -> Iterator[list[Lesson]]:
+    """The lessons from the `first` one on, read by worker processes where there are any."""
+    from torch.utils.data import DataLoader, Subset
+
+    rest = Subset(lessons, range(first, len(lessons)))  # type: ignore[arg-type]
+    return iter(DataLoader(rest, CHUNK, collate_fn=list, num_workers=workers))

@@ -1,0 +1,158 @@
+"""What a training run would load, where it would go and how much memory it takes: before any download.
+
+GB are 10⁹ bytes, worked out from parameter counts and shapes. What activations take and how many steps a
+second there are depends on the machine: the plan says so where nothing was measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .bridge import BridgeConfig, VisionBridge, count_parameters
+from .course import WORLD_SAMPLES, Course
+from .editors import BYTES, UNQUANTISED_ENCODER_B
+from .settings import TrainingSettings
+from .specs import Family, cache_home
+
+SOURCE_TOWER_B, TARGET_TOWER_B, VAE_B = 0.576, 0.676, 0.127  # 10⁹ parameters of the released models
+AREA = 384 * 384  # px² that the released editors show to the target
+UNKNOWN = "unknown until measured"
+STEPS_A_SECOND = {"perceive": "1.4 to 2.2", "edit": "0.4"}
+"""Of the miniature's 32 lessons on one busy CPU thread (`train_bridge.py`, seed 0, 2026-11-25)."""
+
+
+class Need(NamedTuple):
+    """One thing that a run loads or writes."""
+
+    what: str
+    where: str
+    gb: float
+
+
+def plan(course: Course, settings: TrainingSettings) -> str:
+    """The plan as text."""
+    lines = [f"{course.family.name}: --method {course.method}, nothing is downloaded by this plan"]
+    for title, needs in (
+        ("1. " + _first(course), features_needs(course)),
+        ("2. " + _second(course), training_needs(course)),
+    ):
+        lines.append(title)
+        lines += [f"   {need.what:<58} {need.where:<6} {need.gb:7.2f} GB" for need in needs]
+        sums = {where: sum(n.gb for n in needs if n.where == where) for where in ("device", "disk")}
+        total = ", ".join(f"{gb:.1f} GB of {where}" for where, gb in sums.items() if gb)
+        lines.append(f"   in all {total}; activations {UNKNOWN}")
+    lines += [f"download at most {download_gb(course):.1f} GB, less what is on disk already"]
+    lines += [_steps(course, settings), _machine(course)]
+    return "\n".join(lines)
+
+
+def features_needs(course: Course) -> list[Need]:
+    """What working out the features takes."""
+    family, count = course.family, _lessons(course)
+    config = course.config or BridgeConfig.for_family(family)
+    tokens = tokens_of(family)
+    width = len(config.levels) * config.source_dim + config.target_dim * (2 if course.teacher else 1)
+    pictures = len(course.kinds) * (count + course.validation_samples)
+    needs = [] if _is_small(family) else [
+        Need(f"vision tower of {family.source.name}, bf16", "device", 2 * SOURCE_TOWER_B),
+        Need(f"vision tower of {family.target.name}, bf16", "device", 2 * TARGET_TOWER_B),
+    ]  # fmt: skip
+    if _is_small(family):
+        needs.append(Need("both towers, fp32", "device", 0.01))
+    what = f"features of {pictures} pictures of about {tokens} tokens, bf16"
+    needs.append(Need(what, "disk", pictures * tokens * width * 2 / 1e9))
+    if "edit" in course.kinds:
+        latents = (course.family.editor.vae_area or 1024 * 1024) // 256
+        edits = count + course.validation_samples
+        needs.append(Need("latents before and after", "disk", edits * latents * 2 * 64 * 2 / 1e9))
+    return needs
+
+
+def training_needs(course: Course) -> list[Need]:
+    """What stays on the device while training."""
+    family, needs = course.family, []
+    bits = 8 if course.load_in_8bit else None
+    named = "8-bit" if bits else "bf16"
+    if _is_small(family):
+        needs.append(Need("all frozen models, fp32", "device", 0.08))
+    else:
+        kept = min(UNQUANTISED_ENCODER_B, family.editor.encoder_params)
+        encoder = (family.editor.encoder_params - kept) * BYTES[bits] + 2 * kept
+        needs.append(Need(f"{family.target.name} with its language model, {named}", "device", encoder))
+        if "edit" in course.kinds:
+            dit = family.editor.transformer_params * BYTES[bits]
+            needs.append(Need(f"transformer of {family.editor.name}, {named}", "device", dit))
+            needs.append(Need("VAE, bf16", "device", 2 * VAE_B))
+    config = course.bridge.config if course.bridge else course.config or BridgeConfig.for_family(family)
+    size = count_parameters(VisionBridge(config))
+    if course.method != "calibrate":
+        what = f"bridge, {size / 1e6:.1f} M parameters, with gradient, moments and average, fp32"
+        needs.append(Need(what, "device", 5 * 4 * size / 1e9))
+    return needs
+
+
+def download_gb(course: Course) -> float:
+    """GB of weights that a run may fetch."""
+    if _is_small(course.family):
+        return 0.0
+    editor = course.family.editor
+    whole = 2 * (SOURCE_TOWER_B + editor.encoder_params)
+    return whole + (2 * (editor.transformer_params + VAE_B) if "edit" in course.kinds else 0.0)
+
+
+def tokens_of(family: Family) -> int:
+    """Merged tokens of a square picture as the editor shows it to the target."""
+    if family.editor.condition_area is not None:  # the miniature's processor has a limit of its own
+        return 64
+    return round(AREA**0.5 / family.target.token_px) ** 2
+
+
+def _first(course: Course) -> str:
+    if "edit" in course.kinds:
+        return "features, once (both vision towers, and for the latents already the pipeline of 2.)"
+    return "features, once (both vision towers, no language model)"
+
+
+def _second(course: Course) -> str:
+    if course.method == "calibrate":
+        return "regression on the CPU, then reading held-out pictures"
+    through = "language model and transformer" if "edit" in course.kinds else "language model"
+    return f"training through the frozen {through}; the towers are freed"
+
+
+def _steps(course: Course, settings: TrainingSettings) -> str:
+    if course.method == "calibrate":
+        return f"time: {UNKNOWN}"
+    whole = settings.train_batch_size * settings.gradient_accumulation_steps
+    known = STEPS_A_SECOND.get(course.method) if _is_small(course.family) else None
+    speed = f"{known} were measured for 32 lessons on one CPU thread" if known else UNKNOWN
+    return (
+        f"{settings.max_train_steps} steps of {whole} lessons a process; steps a second: {speed} "
+        "(log.jsonl says after the first steps)"
+    )
+
+
+def _machine(course: Course) -> str:
+    folder = course.cache_dir or cache_home()
+    while not Path(folder).exists():
+        folder = Path(folder).parent
+    free = shutil.disk_usage(folder).free / 1e9
+    if torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info()[0] / 1e9
+        return f"this machine: {memory:.0f} GB of GPU memory and {free:.0f} GB of disk are free"
+    return f"this machine: no CUDA device; {free:.0f} GB of disk are free"
+
+
+def _lessons(course: Course) -> int:
+    """How many lessons of a kind there will be; those of a hub dataset are not counted before it is there."""
+    if course.train_data_dir is None:
+        return course.max_train_samples or WORLD_SAMPLES
+    return max(len(course.lessons(kind)[0]) for kind in course.kinds)
+
+
+def _is_small(family: Family) -> bool:
+    return family.editor.transformer_params == 0

@@ -1,0 +1,203 @@
+"""The frozen models and packs that all runs of the experiment share, loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from designs import Design
+from torch import Tensor
+
+from qwen_vision_bridge import VisionBridge
+from qwen_vision_bridge.bridge import BridgeConfig
+from qwen_vision_bridge.calibration import calibrate
+from qwen_vision_bridge.course import pack_name, token_stream
+from qwen_vision_bridge.examining import choose_gate
+from qwen_vision_bridge.extractor import load_processor
+from qwen_vision_bridge.eyes import Eyes
+from qwen_vision_bridge.flow import Flow
+from qwen_vision_bridge.learners import BridgeLearner, Learner, rival_of
+from qwen_vision_bridge.lessons import Lesson, WorldLessons
+from qwen_vision_bridge.milestones import save_result
+from qwen_vision_bridge.objectives import Study
+from qwen_vision_bridge.packs import Pack, See, build_pack
+from qwen_vision_bridge.perception import questions_of
+from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+from qwen_vision_bridge.readers import Reader
+from qwen_vision_bridge.records import digest_of, write_json
+from qwen_vision_bridge.settings import TrainingSettings
+from qwen_vision_bridge.training import Trainer
+from qwen_vision_bridge.world import Case, make_cases
+
+
+class CaseLessons:
+    """Every question of some cases, with the case and kind it belongs to."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self.asked = [(case, question) for case in cases for question in questions_of(case)]
+        self.digest = digest_of([[case.case_id, question.text] for case, question in self.asked])
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def __getitem__(self, index: int) -> Lesson:
+        case, question = self.asked[index]
+        return Lesson(case.image, question.text, question.answer)
+
+
+class Bench:
+    """Models and data of the experiment.
+
+    Args:
+        folder: of packs and runs. samples: lessons of each kind to learn from.
+        workers: processes that render.
+        packs: where features are kept; None is the folder itself.
+    """
+
+    def __init__(self, folder: Path, samples: int, workers: int, packs: Path | None = None) -> None:
+        self.folder, self.samples, self.workers = folder, samples, workers
+        self.packs = packs or folder / "packs"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.pipeline = EnhancedQwenImageEdit("miniature", "fresh", device=self.device, dtype=self.dtype)
+        self.pipeline.pipe.set_progress_bar_config(disable=True)
+        self.family = self.pipeline.family
+        self._eyes = Eyes(self.family, self.device, self.dtype)
+        self.flow = Flow(self.pipeline.pipe, self.family.editor)
+        self.accelerator = Accelerator(mixed_precision="bf16" if self.device.type == "cuda" else "no")
+        self._packs: dict[str, Pack] = {}
+
+    def reader(self, model: Any = None) -> Reader:
+        """A reader of the pipeline's own text encoder, or of another one that learns."""
+        spec = self.family.target
+        processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
+        own = self.pipeline.pipe.text_encoder
+        return Reader(model or own, processor, self.family, learning=model is not None)
+
+    def lessons(self, kind: str) -> Pack:
+        """What is learnt from."""
+        return self._pack(WorldLessons(kind, "train", self.samples), kind)
+
+    def questions(self, group: str, split: str, count: int) -> tuple[Pack, CaseLessons]:
+        """Questions about held-out cases of a group."""
+        lessons = CaseLessons(make_cases(group, count, seed=7, split=split))
+        return self._pack(lessons, "perceive"), lessons
+
+    def study(self, design: Design, reader: Reader) -> Study:
+        """What a design learns from."""
+        kinds = design.method.split("+")
+        packs = {kind: self.lessons(kind) for kind in kinds}
+        if design.samples is not None:
+            packs = {kind: _first(pack, design.samples) for kind, pack in packs.items()}
+        return Study(reader, packs.get("perceive"), packs.get("edit"), self.flow)
+
+    def learner(self, design: Design, seed: int) -> tuple[Learner, Reader]:
+        """What a design trains, at its start, and what reads for it."""
+        config = BridgeConfig.for_family(self.family, seed=seed, **design.config)
+        if design.rival:
+            model = _copy(self.pipeline.pipe.text_encoder)
+            return rival_of(config, model, seed), self.reader(model)
+        if "calibrate" in (design.start, design.method):
+            aside = BridgeLearner(VisionBridge(config), design.features, seed=seed)
+            bridge = calibrate(config, lambda: token_stream(self.lessons("perceive"), aside)).bridge
+        else:
+            changes = {"init": "random"} if design.method == "random" else {}
+            bridge = VisionBridge(replace(config, **changes))
+        with torch.no_grad():
+            for name, parameter in bridge.named_parameters():
+                if name.startswith(design.zeroed):
+                    parameter.zero_()
+        learner = BridgeLearner(bridge.to(self.device), design.features, seed=seed)
+        if "calibrate" in (design.start, design.method):
+            choose_gate(learner, Study(self.reader(), self.lessons("perceive")))
+        for name, parameter in bridge.named_parameters():
+            parameter.requires_grad_(not (design.frozen and name.startswith(design.frozen)))
+        return learner, self.reader()
+
+    def train(self, design: Design, seed: int, settings: TrainingSettings) -> Path:
+        """The folder of a design's bridge at a seed: trained now, from its last checkpoint on, or there."""
+        folder = self.folder / "runs" / f"{design.name}-seed{seed}"
+        if (folder / "done.json").is_file():
+            return folder
+        learner, reader = self.learner(design, seed)
+        if design.is_trained:
+            changed = replace(settings, seed=seed, **design.settings)
+            learning = Learning(learner)
+            trainer = Trainer(folder, learning, self.study(design, reader), changed, self.accelerator)
+            trainer.resume("latest")
+            if not trainer.run():
+                raise KeyboardInterrupt
+            with trainer.averaged():
+                save_result(folder, learner.save)
+        else:
+            save_result(folder, learner.save)
+        write_json(folder / "done.json", {"design": design.name, "seed": seed})
+        return folder
+
+    def load(self, design: Design, folder: Path, seed: int) -> tuple[Learner, Reader]:
+        """A finished design, to be asked."""
+        if design.rival:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(_copy(self.pipeline.pipe.text_encoder), folder)
+            return Untouched(), self.reader(model.base_model.model)
+        bridge = VisionBridge.from_pretrained(folder).to(self.device)
+        return BridgeLearner(bridge, design.features, seed=seed), self.reader()
+
+    def _pack(self, lessons: Any, kind: str) -> Pack:
+        key, name = pack_name(self._eyes.key(), kind, self.family, lessons)
+        if name not in self._packs:
+            build_pack(self.packs / name, lessons, lambda: self._see(kind), key, self.workers)
+            self._packs[name] = Pack(self.packs / name, self.device)
+        return self._packs[name]
+
+    def _see(self, kind: str) -> See:
+        if kind == "perceive":
+            return self._eyes.see
+        return lambda lessons: [
+            one | other for one, other in zip(self._eyes.see(lessons), self.flow.see(lessons), strict=True)
+        ]
+
+
+class Learning:
+    """A learner of which only the parameters that require a gradient are trained."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.see, self.save, self._learner = learner.see, learner.save, learner
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self._learner.parameters().items() if p.requires_grad}
+
+
+class Untouched:
+    """The features as the target's tower makes them."""
+
+    def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
+        features = pack.rows("vision", lessons).float()
+        return features, features
+
+
+def _first(pack: Pack, count: int) -> Pack:
+    """The same pack with only its first lessons to draw from."""
+    import copy
+
+    part = copy.copy(pack)
+    part.layouts = {name: members[members < count] for name, members in pack.layouts.items()}
+    part.layouts = {name: members for name, members in part.layouts.items() if len(members)}
+    return part
+
+
+def _copy(model: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def mean_by_case(values: dict[str, list[float]]) -> dict[str, float]:
+    """Mean of each case's values."""
+    return {name: float(np.mean(numbers)) for name, numbers in values.items()}

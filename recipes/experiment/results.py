@@ -1,0 +1,123 @@
+"""From records to rows, a table and figures: paired differences over cases, seeds averaged within a case."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_vision_bridge.comparisons import BASELINE, bootstrap_interval
+from qwen_vision_bridge.records import write_whole
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+CONTROLS = ("shuffled", "target-only")
+SHOWN = {
+    "perception": ("letters", "answered", "location_error"),
+    "edit": ("right", "target_difference", "unedited_ssim"),
+}
+
+
+def rows_of(records: Sequence[Record], gain: str, against: str = BASELINE) -> list[Row]:
+    """One row an arm, group, difficulty and metric, beside the baseline; of a control, headline metrics.
+
+    Args:
+        records: with `arm`, `seed`, `group`, `difficulty`, `case` and `metrics`.
+        gain: `perception` or `edit`.
+    """
+    values: dict[tuple, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for record in records:
+        seeds[record["arm"]].add(record["seed"])
+        for metric, value in record["metrics"].items():
+            for difficulty in (record["difficulty"], "all"):
+                cases = values[record["group"], difficulty, metric][record["arm"]]
+                cases.setdefault(record["case"], []).append(value)
+    rows = []
+    for (group, difficulty, metric), arms in sorted(values.items()):
+        if against not in arms or (against != BASELINE and metric not in SHOWN[gain]):
+            continue
+        for arm, cases in sorted(arms.items()):
+            if arm not in (against, BASELINE):
+                rows.append(
+                    {"arm": arm, "group": group, "difficulty": difficulty, "gain": gain, "metric": metric}
+                    | _paired(arms[against], cases) | {"seeds": sorted(seeds[arm]), "against": against}
+                )  # fmt: skip
+    return rows
+
+
+def _paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> Row:
+    both = sorted(before.keys() & after.keys())
+    pairs = np.array([[np.mean(before[case]), np.mean(after[case])] for case in both])
+    differences = pairs[:, 1] - pairs[:, 0]
+    low, high = bootstrap_interval(differences)
+    return {
+        "n": len(both), "baseline": float(pairs[:, 0].mean()), "value": float(pairs[:, 1].mean()),
+        "diff": float(differences.mean()), "ci_low": low, "ci_high": high,
+    }  # fmt: skip
+
+
+def level_shares(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The mean weight of each level in the edits of every arm, by group."""
+    weights: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    for record in records:
+        if record["level_weights"]:
+            weights[record["arm"], record["group"]].append(record["level_weights"])
+    return [
+        {"arm": arm, "group": group, "n": len(found)}
+        | {level: float(np.mean([one[level] for one in found])) for level in found[0]}
+        for (arm, group), found in sorted(weights.items())
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The headline metrics as a table in Markdown."""
+    lines = ["| gain | group | difficulty | arm | metric | n | seeds | baseline | value | difference |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for row in rows:
+        if row["metric"] in SHOWN[row["gain"]]:
+            difference = f"{row['diff']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+            numbers = f"{row['n']} | {len(row['seeds'])} | {row['baseline']:.3f} | {row['value']:.3f}"
+            named = f"{row['gain']} | {row['group']} | {row['difficulty']} | {row['arm']} | {row['metric']}"
+            lines.append(f"| {named} | {numbers} | {difference} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_differences(rows: Sequence[Row], path: Path, gain: str, metric: str) -> None:
+    """Each arm's difference to the baseline with its interval, a panel a group."""
+    from matplotlib.figure import Figure
+
+    chosen = [r for r in rows if r["gain"] == gain and r["metric"] == metric and r["difficulty"] == "all"]
+    groups = sorted({row["group"] for row in chosen})
+    if not groups:
+        return
+    figure = Figure(
+        figsize=(4 * len(groups), 0.35 * len({r["arm"] for r in chosen}) + 1.4), layout="constrained"
+    )
+    for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        part = [row for row in chosen if row["group"] == group][::-1]
+        places = range(len(part))
+        middle = [100 * row["diff"] for row in part]
+        errors = [[m - 100 * r["ci_low"] for m, r in zip(middle, part, strict=True)],
+                  [100 * r["ci_high"] - m for m, r in zip(middle, part, strict=True)]]  # fmt: skip
+        axis.errorbar(middle, places, xerr=errors, fmt="o", capsize=3)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=f"{group}: {metric}", xlabel="points over the baseline")
+        axis.set_yticks(list(places), [row["arm"] for row in part])
+    write_whole(path, lambda file: figure.savefig(file, dpi=120))
+
+
+def draw_curve(points: Sequence[tuple[float, float, float, float]], path: Path, name: str) -> None:
+    """A curve of (x, difference, low, high), in points of letters."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    x, middle, low, high = (np.array(column) for column in zip(*sorted(points), strict=True))
+    axis.errorbar(x, 100 * middle, yerr=[100 * (middle - low), 100 * (high - middle)], fmt="o-", capsize=3)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.set(xlabel=name, ylabel="letters right: points over the baseline")
+    write_whole(path, lambda file: figure.savefig(file, dpi=120))

@@ -1,0 +1,144 @@
+"""Lessons follow from their index, and all that is wrong with a user's data is said before anything loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vision_bridge import lessons as module
+from qwen_vision_bridge.lessons import (
+    DatasetLessons,
+    FolderLessons,
+    LessonFileError,
+    WorldLessons,
+    held_out,
+)
+
+GOOD = {"image": "a.png", "question": "What does it say?", "answer": "HELLO"}
+EDIT = {"file_name": "a.png", "instruction": "Make it red.", "target": "b.png"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures of two sizes, one broken, and no metadata yet."""
+    for name, size in (("a.png", (64, 48)), ("b.png", (64, 48)), ("small.png", (32, 32))):
+        Image.new("RGB", size, (200, 30, 30)).save(tmp_path / name)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    (tmp_path / "words.png").write_text("no picture")
+    return tmp_path
+
+
+def write(folder: Path, *rows: dict[str, Any] | str) -> Path:
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_a_folder_gives_its_questions_and_its_edits(folder: Path) -> None:
+    write(folder, GOOD, EDIT, "")
+    asked, edits = FolderLessons(folder, "perceive"), FolderLessons(folder, "edit")
+    assert len(asked) == len(edits) == 1
+    assert asked[0][1:] == ("What does it say?", "HELLO", None)
+    assert edits[0].prompt == "Make it red."
+    assert edits[0].after.size == edits[0].image.size == (64, 48)
+    before = asked.digest
+    Image.new("RGB", (64, 48), (0, 0, 9)).save(folder / "a.png", compress_level=0)
+    assert FolderLessons(folder, "perceive").digest != before  # another picture, other features
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({**GOOD, "image": "none.png"}, "no such picture"),
+        ({**GOOD, "image": "cut.png"}, "no readable picture"),
+        ({**GOOD, "image": "words.png"}, "no readable picture"),
+        ({**GOOD, "answer": ""}, "answer is missing or empty"),
+        ({"question": "Q", "answer": "A"}, "image is missing"),
+        ({"image": "a.png"}, "needs question and answer, or instruction and target"),
+        ({**EDIT, "target": "gone.png"}, "no such picture"),
+        ({"image": "a.png", "instruction": "Make it red."}, "target is missing"),
+        ({**EDIT, "target": "small.png"}, "the target is .*32, 32.*64, 48"),
+        ("{not json", "not JSON"),
+        ("[1, 2]", "needed is an object"),
+    ],
+)
+def test_every_fault_is_named_with_its_line(folder: Path, row: Any, fault: str) -> None:
+    write(folder, GOOD, row)
+    with pytest.raises(LessonFileError, match=f"metadata.jsonl:2: .*{fault}"):
+        FolderLessons(folder, "perceive")
+
+
+def test_all_faults_come_at_once_and_empty_data_are_refused(folder: Path) -> None:
+    write(folder, *[{**GOOD, "answer": ""}] * 30)
+    with pytest.raises(LessonFileError, match=r"(?s):1: .*:20: .*and 10 more"):
+        FolderLessons(folder, "perceive")
+    write(folder, GOOD)
+    with pytest.raises(LessonFileError, match="no line with image, instruction and target"):
+        FolderLessons(folder, "edit")
+    write(folder, "")
+    with pytest.raises(LessonFileError, match="no line with"):
+        FolderLessons(folder, "perceive")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        FolderLessons(folder / "nowhere", "perceive")
+    (folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no metadata\.jsonl"):
+        FolderLessons(folder / "empty", "perceive")
+    with pytest.raises(ValueError, match="at least two"):
+        held_out(FolderLessons(write(folder, GOOD), "perceive"), 10)
+
+
+def test_a_dataset_without_the_package_or_a_column_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="package `datasets`, which is not installed"):
+        DatasetLessons("someone/something", "perceive")
+
+    class Rows(list):
+        column_names = ("image", "question", "answer")
+        _fingerprint = "f"
+
+    rows = Rows([{"image": Image.new("L", (8, 8)), "question": "Q", "answer": "A"}])
+    stand_in = SimpleNamespace(load_dataset=lambda name, split: rows)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    assert DatasetLessons("x/y", "perceive")[0][1:] == ("Q", "A", None)
+    assert DatasetLessons("x/y", "perceive")[0].image.mode == "RGB"
+    with pytest.raises(ValueError, match="no column 'instruction'"):
+        DatasetLessons("x/y", "edit")
+
+
+def test_world_lessons_follow_from_their_index_and_share_nothing_between_splits() -> None:
+    one, again = WorldLessons("perceive", "train", 8), WorldLessons("perceive", "train", 20)
+    for index in range(8):
+        assert one[index][1:] == again[index][1:]
+        assert np.array_equal(one[index].image, again[index].image)
+    assert one.digest != again.digest
+    held = WorldLessons("perceive", "validation", 8)
+    assert all(not np.array_equal(one[i].image, held[i].image) for i in range(8))
+    edits = WorldLessons("edit", "train", 4)
+    assert all(edits[i].after.size == edits[i].image.size for i in range(4))
+    with pytest.raises(ValueError, match="split"):
+        WorldLessons("perceive", "elsewhere", 3)
+
+
+def test_a_model_that_was_not_taught_the_world_is_told_how_to_reply() -> None:
+    asked = [WorldLessons("perceive", "train", 40, taught=False)[index] for index in range(40)]
+    assert {lesson.prompt.split()[0] for lesson in asked} == {"What", "Where", "How"}
+    assert all("Reply with" in lesson.prompt for lesson in asked)
+    assert all(lesson.answer != "nothing" for lesson in asked if lesson.prompt.startswith("What"))
+
+
+def test_held_out_lessons_are_never_learnt_from() -> None:
+    whole = WorldLessons("perceive", "train", 50)
+    train, validation = held_out(whole, 4)
+    assert len(validation) == 4
+    assert sorted([*train.indices, *validation.indices]) == list(range(50))
+    assert len(held_out(whole, 256)[1]) == 5  # a tenth
+    assert validation[0][1:] == whole[validation.indices[0]][1:]
+    assert module.Part(whole, [1, 2]).digest != module.Part(whole, [1, 3]).digest

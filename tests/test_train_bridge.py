@@ -1,0 +1,213 @@
+"""The training script plans, trains, continues and refuses in one line; two processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_bridge
+from qwen_vision_bridge.bridge import VisionBridge
+from qwen_vision_bridge.commands import run
+from qwen_vision_bridge.course_options import course_of, parse, settings_of
+
+SMALL = [
+    "--max_train_samples",
+    "6",
+    "--validation_samples",
+    "5",
+    "--max_train_steps",
+    "2",
+    "--log_every",
+    "1",
+]
+
+
+def refused(arguments: list[str], capsys: Any) -> str:
+    """The one line with which the script refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_bridge.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            run(train_bridge.main)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_the_script_trains_calibrates_and_continues(tmp_path: Path) -> None:
+    places = ["--cache_dir", str(tmp_path / "packs"), "--output_dir"]
+    train_bridge.main(
+        [*SMALL, *places, str(tmp_path / "one"), "--method", "perceive", "--train-batch-size=3"]
+    )
+    about = json.loads((tmp_path / "one" / "training.json").read_text())
+    assert about["steps"] == 2
+    assert about["method"] == "perceive"
+    assert about["settings"]["train_batch_size"] == 3
+    assert {"answered/read", "loss", "right"} == set(about["validation"])
+    first = VisionBridge.from_pretrained(tmp_path / "one")
+    continued = ["--bridge", str(tmp_path / "one"), "--features", "shuffled", "--learning-rate", "1e-9"]
+    train_bridge.main([*SMALL, *places, str(tmp_path / "two"), *continued])
+    second = VisionBridge.from_pretrained(tmp_path / "two")
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert second.state_dict()["ups.0.weight"].abs().sum() > 0
+    packs = list((tmp_path / "packs").glob("*/pack.json"))
+    assert len(packs) == 2  # the second run found the features of the first
+    train_bridge.main([*SMALL, *places, str(tmp_path / "three"), "--method", "perceive+edit"])
+    about = json.loads((tmp_path / "three" / "training.json").read_text())
+    assert about["validation"]["edit"] > 0
+    assert len(list((tmp_path / "three" / "samples").glob("step-000002-*.png"))) == 2
+    train_bridge.main([*SMALL, *places, str(tmp_path / "four"), "--method", "calibrate", "--strength", "0.1"])
+    about = json.loads((tmp_path / "four" / "training.json").read_text())
+    assert about["calibration"]["tokens"] == 6 * 64
+    assert VisionBridge.from_pretrained(tmp_path / "four").config.blend == "replace"
+
+
+def test_a_dry_run_plans_the_released_models_and_downloads_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("a download"))
+    places = ["--output_dir", str(tmp_path / "x"), "--cache_dir", str(tmp_path)]
+    train_bridge.main(["--models", "qwen", "--method", "perceive+edit", "--dry-run", *places])
+    whole = capsys.readouterr().out
+    train_bridge.main(["--models", "qwen", "--method", "perceive", "--load_in_8bit", "--dry-run", *places])
+    part = capsys.readouterr().out
+    for line in ("vision tower of Qwen3-VL-8B", "transformer of Qwen-Image-Edit-2509, bf16",
+                 "5.2 M parameters", "unknown until measured", "download at most"):  # fmt: skip
+        assert line in whole
+    assert "transformer of" not in part
+    assert "with its language model, 8-bit" in part
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_flags_and_data_end_in_one_line(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_vision_bridge.course_options.find_spec", lambda name: None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metadata.jsonl").write_text(
+        '{"image": "gone.png", "question": "Q", "answer": "A"}\n'
+    )
+    out = ["--output_dir", str(tmp_path / "out")]
+    for arguments, message in (
+        (["--train_data_dir", str(tmp_path / "data")], "metadata.jsonl:1: no such picture"),
+        (["--train_data_dir", str(tmp_path / "none")], "no such folder"),
+        (["--learning_rate", "0"], "learning_rate is above 0"),
+        (["--max_train_steps", "0"], "max_train_steps is a whole number from 1"),
+        (["--bridge", str(tmp_path)], "config.json"),
+        (["--rank", "6"], "does not divide into 4 heads"),
+        (["--rival", "lora", "--features", "shuffled"], "a rival has no bridge"),
+        (["--method", "calibrate", "--features", "target"], "cannot be calibrated"),
+        (["--strength", "nan"], "finite"),
+        (["--report_to", "tensorboard"], "uv run --with tensorboard"),
+    ):
+        assert message in refused([*arguments, *out], capsys)
+
+
+def test_every_flag_reaches_what_it_is_for(tmp_path: Path) -> None:
+    given = (
+        f"--output-dir {tmp_path} --use-ema --levels late --rank 8 --blend=replace --train-batch-size 7 "
+        "--lr-scheduler linear --anchor 0.5 --seed 3"
+    ).split()
+    arguments = parse(given, None)
+    settings, course = settings_of(arguments), course_of(arguments)
+    assert (settings.train_batch_size, settings.lr_scheduler, settings.use_ema) == (7, "linear", True)
+    assert (settings.anchor, settings.seed) == (0.5, 3)
+    assert (course.config.levels, course.config.rank, course.config.blend) == (("late",), 8, "replace")
+    assert settings_of(parse(["--output_dir", "x"], None)).use_ema is False
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_in_bf16_and_through_8_bit_models(tmp_path: Path) -> None:
+    places = ["--cache_dir", str(tmp_path / "packs"), "--output_dir"]
+    for name, flags in (
+        ("bf16", ["--method", "perceive+edit", "--gradient_checkpointing"]),
+        ("8-bit", ["--method", "perceive", "--load_in_8bit"]),
+        ("rival", ["--method", "perceive", "--rival", "lora"]),
+    ):
+        train_bridge.main([*SMALL, *places, str(tmp_path / name), *flags])
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert all(row["norm"] > 0 for row in rows if "norm" in row)
+        assert (tmp_path / name / "training.json").is_file()
+
+
+RUN = """
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+import torch
+from accelerate import Accelerator
+from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
+from qwen_vision_bridge.learners import BridgeLearner
+from qwen_vision_bridge.lessons import WorldLessons
+from qwen_vision_bridge.objectives import Study
+from qwen_vision_bridge.settings import TrainingSettings
+from qwen_vision_bridge.packs import build_pack
+from qwen_vision_bridge.readers import Rows
+from qwen_vision_bridge import training
+from qwen_vision_bridge.training import Trainer
+
+training._schedule = lambda *_: lambda step: 1.0  # transformers' costs an import of half a minute
+
+
+class StandIn:
+    device = torch.device("cpu")
+
+    def rows(self, texts, edit=False):
+        ids = torch.tensor([[len(prompt) % 5, 1, 2] for prompt, _ in texts])
+        return Rows(ids, ids, (ids + 1).float(), torch.full((len(ids),), 3))
+
+    def wrongness(self, features, rows, grid):
+        logits = features @ torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+        labels = rows.labels.flatten()
+        errors = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+        return (errors * rows.weights.flatten()).sum(), torch.zeros(()), rows.weights.sum()
+
+
+def see(lessons):
+    made = []
+    for lesson in lessons:
+        noise = torch.Generator().manual_seed(len(lesson.prompt))
+        fields = {name: torch.randn(3, 16, generator=noise) for name in ("early", "mid", "late")}
+        made.append({**fields, "vision": torch.randn(3, 12, generator=noise), "grid": [1, 3]})
+    return made
+
+
+folder, batch = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+with accelerator.main_process_first():
+    pack = build_pack(folder + "-pack", WorldLessons("perceive", "train", 20), lambda: see, "k")
+config = BridgeConfig(source_dim=16, target_dim=12, rank=8, query_dim=8, init="random")
+settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2, anchor=0.1)
+trainer = Trainer(folder, BridgeLearner(VisionBridge(config)), Study(StandIn(), pack), settings, accelerator)
+trainer.run()
+"""
+
+
+def test_two_processes_equal_one_within_rounding(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--main_process_port", "0"]  # fmt: skip
+    for command, name, batch in (([sys.executable], "one", "4"), (launch, "two", "2")):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        subprocess.run(
+            [*command, str(script), str(tmp_path / name), batch], env=environment, check=True, timeout=240
+        )
+    one, two = (load_file(tmp_path / name / "checkpoint-5" / "state.safetensors") for name in ("one", "two"))
+    fresh = dict(VisionBridge.from_pretrained(tmp_path / "one" / "checkpoint-5").named_parameters())
+    assert fresh.keys() == {name.partition("/")[2] for name in one}
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for mine, other in zip(*(map(json.loads, lines) for lines in logs), strict=True):
+        assert mine["answers"] == pytest.approx(other["answers"], rel=1e-4)

@@ -1,0 +1,387 @@
+"""Training changes the bridge alone, falls, resumes bit by bit, and keeps its last good checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_vision_bridge import milestones
+from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
+from qwen_vision_bridge.examining import GATES, choose_gate, examine, predict, summary
+from qwen_vision_bridge.extractor import load_processor
+from qwen_vision_bridge.eyes import Eyes
+from qwen_vision_bridge.flow import Flow
+from qwen_vision_bridge.learners import BridgeLearner, rival_of
+from qwen_vision_bridge.lessons import WorldLessons
+from qwen_vision_bridge.milestones import checkpoints, find_checkpoint
+from qwen_vision_bridge.objectives import StepPlan, Study, find_hard
+from qwen_vision_bridge.packs import Pack, build_pack
+from qwen_vision_bridge.readers import Reader
+from qwen_vision_bridge.settings import TrainingSettings
+from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.training import NotFiniteError, Trainer
+
+FAMILY = FAMILIES["miniature"]
+SETTINGS = TrainingSettings(
+    max_train_steps=4, train_batch_size=4, lr_warmup_steps=0, checkpointing_steps=2, log_every=1,
+    learning_rate=5e-3,
+)  # fmt: skip
+
+
+def alone(**changes: Any) -> Any:
+    """What the trainer asks of accelerate, for one process on a CPU, or for one of several."""
+    from contextlib import nullcontext
+
+    plain = {
+        "num_processes": 1, "process_index": 0, "is_main_process": True, "device": torch.device("cpu"),
+        "autocast": nullcontext, "reduce": lambda value, reduction: value,
+        "wait_for_everyone": lambda: None, "log": lambda figures, step: None,
+    }  # fmt: skip
+    return SimpleNamespace(**(plain | changes))
+
+
+@pytest.fixture(scope="module")
+def study(shared_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Twelve questions and six edits of the world, seen once."""
+    root = tmp_path_factory.mktemp("packs")
+    eyes = Eyes(FAMILY, "cpu", torch.float32)
+    flow = Flow(shared_pipe, FAMILY.editor)
+
+    def both(lessons: Any) -> Any:
+        return [a | b for a, b in zip(eyes.see(lessons), flow.see(lessons), strict=True)]
+
+    asked = build_pack(root / "asked", WorldLessons("perceive", "train", 12), lambda: eyes.see, "k")
+    edits = build_pack(root / "edits", WorldLessons("edit", "train", 6), lambda: both, "k")
+    eyes.close()
+    processor = load_processor(FAMILY.target.repo, FAMILY.target.processor_subfolder, None, False)
+    return Study(Reader(shared_pipe.text_encoder, processor, FAMILY), asked, edits, flow)
+
+
+@pytest.fixture
+def questions(study: Study) -> Study:
+    """The questions alone."""
+    return Study(study.reader, study.perceive)
+
+
+def learner(features: str = "own", **changes: Any) -> BridgeLearner:
+    return BridgeLearner(VisionBridge(BridgeConfig.for_family(FAMILY, **changes)), features)
+
+
+def trained(
+    folder: Path, study: Study, settings: TrainingSettings = SETTINGS, resume: str | None = None, **who: Any
+) -> tuple[Trainer, BridgeLearner]:
+    pupil = learner()
+    trainer = Trainer(folder, pupil, study, settings, alone(**who))
+    trainer.resume(resume)
+    trainer.run()
+    return trainer, pupil
+
+
+def test_the_loss_falls_and_only_the_bridge_has_changed(
+    tmp_path: Path, study: Study, shared_pipe: Any
+) -> None:
+    frozen = {
+        name: [parameter.detach().clone() for parameter in getattr(shared_pipe, name).parameters()]
+        for name in ("text_encoder", "transformer", "vae")
+    }
+    settings = TrainingSettings(**{**vars(SETTINGS), "max_train_steps": 12, "train_batch_size": 6})
+    fresh = bridge_digest(learner().bridge)
+    _, pupil = trained(tmp_path, study, settings)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for loss in ("answers", "edit"):
+        assert all(math.isfinite(row[loss]) for row in rows)
+    first, last = ([row["answers"] for row in part] for part in (rows[:4], rows[-4:]))
+    assert sum(last) < 0.9 * sum(first)
+    assert bridge_digest(pupil.bridge) != fresh
+    for name, before in frozen.items():
+        model = getattr(shared_pipe, name)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["perceive", "edit"])
+def test_each_loss_reaches_every_part_of_a_bridge_that_is_not_fresh(study: Study, kind: str) -> None:
+    pupil = learner(init="random")
+    losses, _ = StepPlan(study, kind, 0, 3, SETTINGS).losses(pupil, slice(0, 3))
+    sum(losses.values()).backward()
+    for name, parameter in pupil.parameters().items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_fresh_bridge_costs_what_the_baseline_costs(study: Study) -> None:
+    fresh, blended = learner(), learner(blend="replace")
+    mine = [predict(pupil, study, study.perceive) for pupil in (None, fresh, blended)]
+    assert mine[0] == mine[1] == mine[2]
+
+
+def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, study: Study) -> None:
+    _, whole = trained(tmp_path / "whole", study)
+    cut = tmp_path / "cut"
+    trainer = Trainer(cut, learner(), study, SETTINGS, alone())
+    original = trainer._advance
+
+    def stop_after_two() -> None:
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        original()
+
+    trainer._advance = stop_after_two  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert [path.name for path in checkpoints(cut)] == ["checkpoint-2"]
+    resumed, again = trained(cut, study, resume="latest")
+    assert bridge_digest(again.bridge) == bridge_digest(whole.bridge)
+    for name, value in resumed.average.items():
+        assert not torch.equal(value, dict(learner().parameters())[name]) or value.abs().sum() == 0
+    saved = [VisionBridge.from_pretrained(tmp_path / name / "checkpoint-4") for name in ("whole", "cut")]
+    assert bridge_digest(saved[0]) == bridge_digest(saved[1]) == bridge_digest(whole.bridge)
+
+
+def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, study: Study) -> None:
+    """The second process's share is worked out here too; `test_two_processes…` starts real ones."""
+    settings = vars(SETTINGS) | {"max_train_steps": 1, "anchor": 0.1, "match_statistics": 0.01}
+    large = Trainer(
+        tmp_path,
+        learner(init="random"),
+        study,
+        TrainingSettings(**settings | {"train_batch_size": 4}),
+        alone(),
+    )
+    parts = Trainer(
+        tmp_path, learner(init="random"), study,
+        TrainingSettings(**settings | {"train_batch_size": 2, "gradient_accumulation_steps": 2}), alone(),
+    )  # fmt: skip
+    gradients = []
+    for trainer in (large, parts):
+        trainer._advance()
+        gradients.append({name: p.grad.clone() for name, p in trainer.parameters.items()})
+    shares = []
+    for rank in (0, 1):
+        trainer = Trainer(
+            tmp_path, learner(init="random"), study, TrainingSettings(**settings | {"train_batch_size": 2}),
+            alone(num_processes=2, process_index=rank),
+        )  # fmt: skip
+        trainer.settings = TrainingSettings(**settings | {"train_batch_size": 2, "max_grad_norm": 1e9})
+        trainer._advance()
+        shares.append({name: p.grad.clone() for name, p in trainer.parameters.items()})
+    for name, whole in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], whole, atol=1e-5, rtol=1e-3)
+        summed = shares[0][name] + shares[1][name]
+        size = summed.norm() / whole.norm() if whole.norm() > 0 else torch.tensor(1.0)  # clipping
+        torch.testing.assert_close(summed / size, whole, atol=1e-5, rtol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
+    tmp_path: Path, questions: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = StepPlan.losses
+
+    def broken(self: StepPlan, *args: Any) -> Any:
+        losses, figures = plain(self, *args)
+        spoilt = self.settings.max_train_steps == 5 and trainer.step == 3
+        return {name: value * (math.nan if spoilt else 1) for name, value in losses.items()}, figures
+
+    monkeypatch.setattr(StepPlan, "losses", broken)
+    settings = TrainingSettings(**vars(SETTINGS) | {"max_train_steps": 5, "log_every": 20})
+    trainer = Trainer(tmp_path, learner(), questions, settings, alone())
+    with pytest.raises(NotFiniteError, match="up to 4"):
+        trainer.run()
+    (kept,) = checkpoints(tmp_path)
+    assert kept.name == "checkpoint-2"
+    state = milestones.load_checkpoint(kept)[1]
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    tmp_path: Path, questions: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = milestones.save_file
+
+    def full(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path, **options)
+
+    monkeypatch.setattr(milestones, "save_file", full)
+    with pytest.raises(OSError, match=r"step 4 .*No space left.*checkpoint-2.*resume_from_checkpoint"):
+        trained(tmp_path, questions)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-2"]
+    monkeypatch.setattr(milestones, "save_file", write)
+    trainer, _ = trained(tmp_path, questions, resume="latest")
+    assert trainer.step == 4
+
+
+def test_a_result_replaces_another_whole_or_not_at_all(tmp_path: Path) -> None:
+    first, second = learner(), learner(init="random")
+    milestones.save_result(tmp_path, first.save)
+
+    def half(folder: Path) -> None:
+        second.save(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        milestones.save_result(tmp_path, half)
+    assert bridge_digest(VisionBridge.from_pretrained(tmp_path)) == bridge_digest(first.bridge)
+    milestones.save_result(tmp_path, second.save)
+    assert bridge_digest(VisionBridge.from_pretrained(tmp_path)) == bridge_digest(second.bridge)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_so_many_checkpoints_are_kept_and_others_are_refused(tmp_path: Path, questions: Study) -> None:
+    settings = TrainingSettings(
+        **vars(SETTINGS) | {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "use_ema": True}
+    )
+    trainer, pupil = trained(tmp_path, questions, settings)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    with trainer.averaged():
+        average = bridge_digest(pupil.bridge)
+    assert bridge_digest(VisionBridge.from_pretrained(tmp_path / "checkpoint-4")) == average
+    assert bridge_digest(pupil.bridge) != average
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-9.*there are: checkpoint-3, checkpoint-4"):
+        find_checkpoint(tmp_path, "checkpoint-9")
+    other = Trainer(tmp_path, learner(rank=8, query_dim=8), questions, settings, alone())
+    with pytest.raises(ValueError, match="other settings"):
+        other.resume("latest")
+    assert find_checkpoint(tmp_path / "empty", "latest") is None
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "state.safetensors").write_bytes(b"cut short")
+    with pytest.raises(OSError, match="damaged"):
+        Trainer(tmp_path, learner(), questions, settings, alone()).resume("latest")
+
+
+def test_hard_lessons_are_those_that_the_baseline_gets_wrong(questions: Study) -> None:
+    pack = copy.copy(questions.perceive)
+    pack.lines = copy.deepcopy(pack.lines)
+    for index in (2, 5, 11):  # what no picture says
+        pack.lines[index]["answer"] = "ZZZZ"
+    asked = Study(questions.reader, pack)
+    assert sorted(find_hard(asked).tolist()) == [2, 5, 11]
+    settings = TrainingSettings(**vars(SETTINGS) | {"hard_share": 0.5})
+    drawn, plain = (
+        torch.cat([StepPlan(asked, "perceive", step, 8, one).lessons for step in range(6)])
+        for one in (settings, SETTINGS)
+    )
+    assert set(drawn[1::2].tolist()) == {2, 5, 11}
+    assert torch.equal(drawn[::2], plain[::2])
+    again = StepPlan(asked, "perceive", 5, 8, settings).lessons
+    assert torch.equal(again, drawn[-8:])  # a resumed run draws the same
+
+
+@pytest.mark.parametrize(("helps", "best"), [(True, GATES[-1]), (False, GATES[0])])
+def test_the_gate_of_a_calibrated_bridge_is_chosen_by_the_answers(
+    questions: Study, helps: bool, best: float
+) -> None:
+    class Mixed(BridgeLearner):
+        """Its gate takes other tokens' features away, or puts them in."""
+
+        def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
+            right = pack.rows("vision", lessons).float()
+            share = 1 - self.bridge.gate if helps else self.bridge.gate
+            return right + 3 * share * right.roll(3, 1), right
+
+    pupil = Mixed(learner().bridge)
+    assert choose_gate(pupil, questions, 6) == best
+    assert float(pupil.bridge.gate.detach()) == pytest.approx(best)
+
+
+def test_controls_see_what_they_should(study: Study) -> None:
+    pack, lessons = study.perceive, torch.arange(4)
+    own, shuffled, target = (
+        learner(features).levels(pack, lessons, pack.rows("vision", lessons).float())
+        for features in ("own", "shuffled", "target")
+    )
+    partners = pack.partners(0)
+    assert sorted(partners.tolist()) == list(range(12))
+    assert not (partners == torch.arange(12)).any()
+    assert torch.equal(own[0], pack.rows("early", lessons))
+    assert torch.equal(shuffled[2], pack.rows("late", partners[lessons]))
+    assert torch.equal(target[0], target[2])
+    assert target[0].shape == own[0].shape
+
+
+def test_a_rival_learns_inside_the_language_model_and_is_as_large(
+    tmp_path: Path, questions: Study, target_copy: Callable[[], Any]
+) -> None:
+    from peft import PeftModel
+
+    config = BridgeConfig.for_family(FAMILY)
+    model = target_copy()
+    rival = rival_of(config, model)
+    size = sum(parameter.numel() for parameter in rival.parameters().values())
+    bridge = sum(parameter.numel() for parameter in VisionBridge(config).parameters())
+    assert abs(size - bridge) < 0.1 * bridge
+    assert all("language_model" in name for name in rival.parameters())
+    processor = questions.reader.processor
+    study = Study(Reader(model, processor, FAMILY, learning=True), questions.perceive)
+    before = predict(rival, study, study.perceive)
+    assert before == pytest.approx(predict(None, questions, questions.perceive), abs=1e-5)
+    Trainer(tmp_path, rival, study, SETTINGS, alone()).run()
+    after = predict(rival, study, study.perceive)
+    assert after["loss"] < before["loss"]
+    loaded = PeftModel.from_pretrained(target_copy(), tmp_path / "checkpoint-4")
+    again = Study(Reader(loaded.base_model.model, processor, FAMILY), questions.perceive)
+    assert predict(None, again, questions.perceive) == pytest.approx(after, abs=1e-5)
+
+
+@pytest.fixture
+def target_copy(editor_folder: Path) -> Callable[[], Any]:
+    """Targets of the test's own, which a rival may change."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        editor_folder / "text_encoder", dtype=torch.float32
+    )
+
+
+def test_what_is_examined_is_scored_letter_by_letter(questions: Study) -> None:
+    answers = examine(None, questions.reader, questions.perceive, "read")
+    assert answers
+    assert all(answer.kind == "read" for answer in answers)
+    from qwen_vision_bridge.examining import Answer
+
+    one = Answer(0, "What does it say?", "DTOV/AB", "DTXV")
+    assert one.letters == [[True, True, False, True], [False, False]]
+    found = summary([one, Answer(1, "Where is it?", "ab", "ab")])
+    assert found == {"answered/locate": 1.0, "answered/read": 0.0, "letters": 0.5, "words": 0.0}
+
+
+def test_a_pack_that_was_cut_off_is_finished_and_equal(tmp_path: Path) -> None:
+    lessons, calls = WorldLessons("perceive", "train", 70), []
+
+    def see() -> Any:
+        def looking(chunk: Any) -> Any:
+            calls.append(len(chunk))
+            return [
+                {"early": torch.full((2, 3), float(len(lesson.prompt))), "grid": [1, 2]} for lesson in chunk
+            ]
+
+        return looking
+
+    whole = build_pack(tmp_path / "whole", lessons, see, "k")
+    assert calls == [64, 6]
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "whole", half)
+    (half / "pack.json").unlink()
+    lines = (half / "lessons.jsonl").read_text().splitlines(keepends=True)
+    (half / "lessons.jsonl").write_text("".join(lines[:10]) + lines[10][:7])  # killed in the middle of a line
+    again = build_pack(half, lessons, see, "k")
+    assert calls == [64, 6, 60]
+    assert torch.equal(again.fields["early"], whole.fields["early"])
+    assert again.texts() == whole.texts()
+    build_pack(half, lessons, see, "k")
+    assert calls == [64, 6, 60]  # finished: nothing is seen again
+    build_pack(half, WorldLessons("perceive", "train", 3), see, "k")
+    assert len(Pack(half)) == 3  # other lessons: made anew

@@ -1,0 +1,39 @@
+"""Train or calibrate a bridge between frozen models.
+
+    uv run python train_bridge.py --models miniature --method perceive --output_dir bridge
+    uv run accelerate launch train_bridge.py --models qwen --method perceive --train_data_dir data --dry-run
+
+Without data of your own it learns from the synthetic world. `--dry-run` says what would be loaded and how
+much memory that takes, and downloads nothing. Every flag is taken with hyphens too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qwen_vision_bridge import commands
+from qwen_vision_bridge.course_options import course_of, parse, settings_of
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Check, plan or train."""
+    arguments = parse(sys.argv[1:] if given is None else given, __doc__)
+    settings = settings_of(arguments)
+    course = course_of(arguments)
+    if arguments.dry_run:
+        from qwen_vision_bridge.plans import plan
+
+        print(plan(course, settings))
+        return 0
+    from qwen_vision_bridge.course import run
+
+    run(
+        course, settings, arguments.resume_from_checkpoint,
+        mixed_precision=arguments.mixed_precision, report_to=arguments.report_to,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    commands.run(main)
