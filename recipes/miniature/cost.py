@@ -37,8 +37,13 @@ def once(source: str, editor: str, steps: int) -> dict[str, float]:
 
     Libraries are imported before the clock starts: they cost the same with any model.
     """
-    import diffusers  # noqa: F401
-    import transformers  # noqa: F401
+    from diffusers import QwenImageEditPlusPipeline  # noqa: F401 - both libraries import what is asked for
+    from transformers import (  # noqa: F401
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLProcessor,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+    )
 
     from qwen_vision_bridge import EnhancedQwenImageEdit
     from qwen_vision_bridge.world import sample_picture
@@ -76,7 +81,7 @@ def repeated(
 
 
 NAMES = {
-    "load": "cost: loading the whole family and one extraction, s",
+    "load": "cost: loading the whole family and one extraction, libraries imported, s",
     "baseline": "cost: one edit with guidance, s",
     "enhanced": "cost: one edit with guidance through a bridge, s",
     "memory": "cost: peak of resident memory, GB",
