@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from .images import load_images
@@ -46,8 +47,10 @@ def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a script's `main` and exit: 2 with one line for bad input, 130 after Ctrl-C."""
     quieten_libraries()
+    silent = open(os.devnull, "w") if os.environ.get("RANK", "0") != "0" else None  # noqa: SIM115
     try:
-        code = main(None)
+        with redirect_stdout(silent or sys.stdout):  # of several processes the first one speaks
+            code = main(None)
     except KeyboardInterrupt:
         print("\nStopped. Files that were finished are kept.", file=sys.stderr)
         sys.exit(130)
