@@ -318,8 +318,8 @@ def resolve_bridge(given: Any, family: Family) -> tuple[VisionBridge, str]:
     """
     shipped = SHIPPED_BRIDGES.get(family.name)
     if given is None and shipped is not None and shipped.is_dir():
-        given = shipped
-    if isinstance(given, VisionBridge):
+        bridge, name = VisionBridge.from_pretrained(shipped), f"{shipped.name}, as shipped"
+    elif isinstance(given, VisionBridge):
         bridge, name = given, "given"
     elif given in (None, "fresh", "random"):
         if given is None:
