@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from .bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength, resolve_bridge
+from .bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength
 from .cache import VisionCache
 from .comparisons import BASELINE
 from .injection import SITES, Grids, Levels, Site
 from .records import digest_of
+from .shipped import resolve_bridge
 from .specs import Family
 
 Features = Literal["own", "shuffled", "target"]

@@ -42,8 +42,9 @@ def course_of(arguments: argparse.Namespace) -> Course:
         ValueError, FileNotFoundError, OSError: what is wrong with a flag, a model or a bridge.
     """
     _check_folder(arguments.train_data_dir)  # before torch is imported
-    from .bridge import BridgeConfig, check_strength, resolve_bridge
+    from .bridge import BridgeConfig, check_strength
     from .course import Course
+    from .shipped import resolve_bridge
 
     if arguments.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise ValueError(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .attention import VisionAttention, check_vision_attention
 from .batching import Prepared, denoise, prepare
-from .bridge import VisionBridge, bridge_digest, resolve_bridge
+from .bridge import VisionBridge, bridge_digest
 from .cache import VisionCache
 from .calls import Comparison, LevelAttention, check_call
 from .editors import check_device, editor_revision, find_mode, free_gpu_gb, load_pipeline, out_of_memory_named
@@ -24,6 +24,7 @@ from .pairs import run_pairs
 from .placement import MemoryPlan, card_gb, say
 from .processors import load_processor
 from .records import provenance, write_picture
+from .shipped import resolve_bridge
 from .sizes import condition_grids, picture_sizes, takes_several
 from .specs import Family, resolve_family
 

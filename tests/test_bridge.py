@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from qwen_vision_bridge.bridge import (
-    SHIPPED_BRIDGES,
     BridgeConfig,
     VisionBridge,
     bridge_digest,
     check_strength,
     count_parameters,
-    resolve_bridge,
 )
+from qwen_vision_bridge.shipped import SHIPPED_BRIDGES, resolve_bridge
 from qwen_vision_bridge.specs import FAMILIES
 
 SMALL = BridgeConfig(source_dim=256, target_dim=224, rank=48, query_dim=48)
