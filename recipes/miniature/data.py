@@ -171,8 +171,13 @@ def reply_rows(prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray, np.nda
     return text, label, weight.astype(np.uint8)
 
 
-def edit_pairs(split: str, first: int, count: int, shown: int = 1) -> dict[str, np.ndarray]:
+def edit_pairs(
+    split: str, first: int, count: int, shown: int = 1, writing: float = 0.2
+) -> dict[str, np.ndarray]:
     """Instructions with their pictures before and after.
+
+    Args:
+        writing: how often a new word is asked for, beside the times that all kinds come up.
 
     Returns:
         `full` uint8 (count, shown, 128, 128, 3), the last of each being the one to edit; `small` (…, SMALL,
@@ -182,7 +187,7 @@ def edit_pairs(split: str, first: int, count: int, shown: int = 1) -> dict[str, 
     rows: dict[str, list[Any]] = {"full": [], "small": [], "after": [], "text": [], "length": []}
     for index in range(first, first + count):
         rng = _stream(split, 10 + shown, index)
-        _, edit = _edit(rng, shown, 0.2)
+        _, edit = _edit(rng, shown, writing)
         seen = [render(scene) for scene in (*edit.references, edit.before)]
         rows["full"].append(np.stack([np.asarray(picture) for picture in seen]))
         rows["small"].append(np.stack([small(picture) for picture in seen]))

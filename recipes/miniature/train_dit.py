@@ -35,7 +35,7 @@ def main() -> None:
     """Train and save."""
     arguments = _arguments()
     device = peers.device_of(arguments.device)
-    with peers.together(device), Supply(arguments, _make) as supply:
+    with peers.together(device), Supply(arguments, partial(_make, arguments.writing)) as supply:
         editor = load(arguments.target, arguments.vae, arguments.start, arguments.seed).to(device)
         with as_images(editor.vae), fast_transformer():
             supply.start(partial(prepared, editor))
@@ -73,6 +73,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--target", required=True, help="folder of the trained target")
     parser.add_argument("--vae", required=True, help="folder of the trained VAE")
+    parser.add_argument(
+        "--writing", type=float, default=0.2, help="how often a new word is asked for, beside all kinds"
+    )
     return parser.parse_args()
 
 
@@ -107,8 +110,8 @@ def prepared(editor: Editor, rows: dict[str, Any]) -> dict[str, Tensor]:
     return {**{name: value.bfloat16() for name, value in kept.items()}, "length": on["length"]}
 
 
-def _make(shown: int) -> Any:
-    return partial(edit_pairs, "train", shown=shown)
+def _make(writing: float, shown: int) -> Any:
+    return partial(edit_pairs, "train", shown=shown, writing=writing)
 
 
 def loss(editor: Editor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
