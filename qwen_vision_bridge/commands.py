@@ -17,12 +17,8 @@ from .specs import FAMILIES, Family, resolve_family
 OUTPUT = Path("examples_output")
 RANDOM_NOTE = "Note: the miniature's weights are random here, so its pictures are noise; every step is real."
 TRAINING_NOTE = (
-    "Note: the miniature's training is not finished: it reads, moves, recolours and removes, but the words "
-    "it writes are mostly illegible."
-)
-NO_MEMORY = (
-    "the GPU ran out of memory: close other programs on it, give smaller pictures, or look at "
-    "`check_environment.py` for a memory mode that fits"
+    "Note: the miniature's training is not finished: it moves, recolours and removes, but new words that it "
+    "writes are not legible yet."
 )
 PHOTO_NOTE = "Note: the miniature knows only its own synthetic world; of a photograph it makes little."
 
