@@ -20,6 +20,10 @@ TRAINING_NOTE = (
     "Note: the miniature's training is not finished: it moves, recolours and removes, but new words that it "
     "writes are not legible yet."
 )
+NO_MEMORY = (
+    "the GPU ran out of memory: close other programs on it, give smaller pictures, or look at "
+    "`check_environment.py` for a memory mode that fits"
+)
 PHOTO_NOTE = "Note: the miniature knows only its own synthetic world; of a photograph it makes little."
 
 
