@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,14 @@ def test_ctrl_c_in_the_middle_of_a_run_exits_130_and_the_next_run_goes_on(tmp_pa
                "--cases", "3", "--steps", "4", "--bridge", "random"]  # fmt: skip
     log = tmp_path / "examples_output" / "detail_tests" / "results.jsonl"
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
     )
     while not log.exists() and process.poll() is None:
         time.sleep(0.05)
