@@ -47,7 +47,7 @@ class Eyes:
         return digest_of([
             extractor.revision("qwen3"), extractor.revision("qwen25"), str(extractor.dtype),
             extractor.load_in_8bit, self.family.editor.pipeline_class, self.family.editor.condition_area,
-            self.teacher,
+            self.family.editor.condition_step, self.teacher,
         ])  # fmt: skip
 
     def see(self, lessons: Sequence[Lesson]) -> list[Seen]:

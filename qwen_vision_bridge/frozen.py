@@ -65,7 +65,7 @@ class FrozenModels:
 
     def reader(self) -> Reader:
         """What reads features: the target's language model."""
-        from .extractor import load_processor
+        from .processors import load_processor
         from .readers import Reader
 
         spec, course = self.course.family.target, self.course

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,13 +154,16 @@ class Maker:
     def _known(self, job: Job) -> Image.Image | None:
         """The baseline's picture where an earlier run made it."""
         kept = self._kept(job)
-        return load_images(kept)[0] if job.arm.bridge is None and kept.is_file() else None
+        return load_images(kept)[0] if kept is not None and kept.is_file() else None
 
     def _remember(self, job: Job, picture: Image.Image) -> None:
-        if job.arm.bridge is None:
-            write_picture(self._kept(job), picture)
+        if (kept := self._kept(job)) is not None:
+            write_picture(kept, picture)
 
-    def _kept(self, job: Job) -> Any:
+    def _kept(self, job: Job) -> Path | None:
+        """Where a baseline's picture is kept for other runs; None for other arms, or where none is reused."""
+        if job.arm.bridge is not None or not self.run.reuse_baselines:
+            return None
         key = content_key(self.run, job.case, job.arm, self.run.batch > 1)
         return cache_home() / "baselines" / f"{key}.png"
 

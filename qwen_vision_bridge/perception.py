@@ -17,7 +17,7 @@ from PIL import Image
 from . import metrics
 from .arms import Arm
 from .cache import VisionCache
-from .injection import Levels, inject, mrope_positions
+from .injection import Levels, batched_vision, inject, mrope_positions
 from .sizes import condition_size
 from .world import Case, locate_question, read_question
 
@@ -95,7 +95,8 @@ def ask(
     eyes = nullcontext()
     if arm.bridge is not None:
         eyes = inject(pipe, arm.bridge, source, arm.strength, arm.site)
-    with eyes, mrope_positions(pipe, pipeline.mrope):  # which also puts back what generating leaves behind
+    towers = batched_vision(pipe, pipeline.vision_attention)
+    with eyes, towers, mrope_positions(pipe, pipeline.mrope):  # puts back what generating leaves behind
         reply = pipe.text_encoder.generate(
             **given, max_new_tokens=LONGEST_REPLY, do_sample=False, num_beams=1
         )

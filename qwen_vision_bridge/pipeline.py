@@ -288,6 +288,7 @@ class EnhancedQwenImageEdit:
         made: dict[str, Any] = {
             "family": family.name,
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
+            "sizes": [family.editor.condition_area, family.editor.condition_step, family.editor.vae_area],
             "adapters": self._pipe.get_list_adapters() if self._pipe is not None else {},
             "mrope": self.mrope,
             "vision_attention": self.vision_attention,

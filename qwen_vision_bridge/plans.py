@@ -15,6 +15,7 @@ import torch
 from .bridge import BridgeConfig, VisionBridge, count_parameters
 from .course import WORLD_SAMPLES, Course
 from .editors import BYTES, UNQUANTISED_ENCODER_B
+from .miniature import TARGET_PX
 from .settings import TrainingSettings
 from .specs import Family, cache_home
 
@@ -106,8 +107,8 @@ def download_gb(course: Course) -> float:
 
 def tokens_of(family: Family) -> int:
     """Merged tokens of a square picture as the editor shows it to the target."""
-    if family.editor.condition_area is not None:  # the miniature's processor has a limit of its own
-        return 64
+    if _is_small(family):  # whose processor has a limit of its own
+        return (TARGET_PX // family.target.token_px) ** 2
     return round(AREA**0.5 / family.target.token_px) ** 2
 
 

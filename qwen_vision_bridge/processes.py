@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -23,10 +24,8 @@ class Processes:
 
             cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
             self._state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
-        elif (asked := _asked_of_accelerate()) > 1:
-            logger.warning(
-                "accelerate was asked for %d processes and started one, as it does without --multi_gpu", asked
-            )
+        else:
+            _say_if_alone()
 
     @property
     def index(self) -> int:
@@ -56,6 +55,15 @@ class Processes:
         """Wait until every process is here."""
         if self._state is not None:
             self._state.wait_for_everyone()
+
+
+@cache
+def _say_if_alone() -> None:
+    """Warn, once, where `accelerate launch` was asked for more processes than this one."""
+    if (asked := _asked_of_accelerate()) > 1:
+        logger.warning(
+            "accelerate was asked for %d processes and started one, as it does without --multi_gpu", asked
+        )
 
 
 def _asked_of_accelerate() -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import metrics
+from .metrics import edit_similarity
 from .reading import Picture, pixels_of
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, px
@@ -54,13 +54,13 @@ def region_scores(before: Sequence[Word], after: Sequence[Word], source: str, ta
         before, after: what is read in the picture and in its edit, of one size.
     """
     lines, source, target = _lines(before), _plain(source), _plain(target)
-    alike = [1.0 if source in _said(line) else _similarity(source, _said(line)) for line in lines]
+    alike = [1.0 if source in _said(line) else edit_similarity(source, _said(line)) for line in lines]
     if not lines or max(alike) < 0.5 or not after:
         return RegionScores(0.0, 0.0, 0.0, 0.0, 0.0)
     edited = lines[int(np.argmax(alike))]
     region = _union([word.box for word in edited])
     within = [w for w in after if _iou(w.box, region) > IN_REGION or _holds(region, w.box)]
-    accuracy = max((_similarity(target, said) for said in _readings(within)), default=0.0)
+    accuracy = max((edit_similarity(target, said) for said in _readings(within)), default=0.0)
     everything = _plain("".join(word.text for word in after))
     if source in everything and target not in everything:
         accuracy *= STAYED
@@ -105,15 +105,15 @@ def masked_scores(picture: Picture, original: Picture, mask: np.ndarray) -> dict
 
 
 def _roi_ned(before: Sequence[Word], after: Sequence[Word], source: str, target: str) -> float:
-    best = max(before, key=lambda word: _similarity(source, _plain(word.text)))
-    if _similarity(source, _plain(best.text)) <= NOT_THE_SOURCE:
+    best = max(before, key=lambda word: edit_similarity(source, _plain(word.text)))
+    if edit_similarity(source, _plain(best.text)) <= NOT_THE_SOURCE:
         return 0.0
     there = [word for word in after if _iou(word.box, best.box) > AT_SOURCE]
     if not there:
         return 0.0
     said = _plain("".join(word.text for word in sorted(there, key=lambda word: word.box[0])))
-    score = _similarity(target, said)
-    stayed = _similarity(source, said) > 0.9 and _similarity(source, target) < 0.5
+    score = edit_similarity(target, said)
+    stayed = edit_similarity(source, said) > 0.9 and edit_similarity(source, target) < 0.5
     return score * STAYED if stayed else score
 
 
@@ -123,7 +123,7 @@ def _kept(stay: Sequence[list[Word]], others: Sequence[list[Word]]) -> float:
     total = 0.0
     for line in stay:
         scores = {
-            index: _similarity(_said(line), _said(other))
+            index: edit_similarity(_said(line), _said(other))
             for index, other in enumerate(others)
             if index not in taken
         }
@@ -161,10 +161,6 @@ def _said(line: Sequence[Word]) -> str:
 def _plain(text: str) -> str:
     """Lower case, letters and digits alone, Unicode form NFKC."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).lower()))
-
-
-def _similarity(a: str, b: str) -> float:
-    return metrics.edit_similarity(a, b)
 
 
 def _union(boxes: Sequence[Box]) -> Box:

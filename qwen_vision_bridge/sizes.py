@@ -71,18 +71,21 @@ def condition_grids(
 
 def condition_size(pipeline_class: type, editor: EditorSpec, picture: Image.Image) -> tuple[int, int]:
     """(width, height) in px to which the pipeline resizes a picture for its processor."""
-    module = import_module(pipeline_class.__module__)
-    with picture_sizes(pipeline_class, editor):
-        area = getattr(module, "CONDITION_IMAGE_SIZE", STOCK_AREA)
-        width, height = module.calculate_dimensions(area, picture.width / picture.height)[:2]
-    return int(width), int(height)
+    return _resized("CONDITION_IMAGE_SIZE", pipeline_class, editor, picture)
 
 
 def vae_size(pipeline_class: type, editor: EditorSpec, picture: Image.Image) -> tuple[int, int]:
     """(width, height) in px at which the pipeline's VAE encodes a reference picture."""
+    return _resized("VAE_IMAGE_SIZE", pipeline_class, editor, picture)
+
+
+def _resized(
+    constant: str, pipeline_class: type, editor: EditorSpec, picture: Image.Image
+) -> tuple[int, int]:
+    """(width, height) in px of a picture at the area that a pipeline's module constant says."""
     module = import_module(pipeline_class.__module__)
     with picture_sizes(pipeline_class, editor):
-        area = getattr(module, "VAE_IMAGE_SIZE", STOCK_AREA)
+        area = getattr(module, constant, STOCK_AREA)
         width, height = module.calculate_dimensions(area, picture.width / picture.height)[:2]
     return int(width), int(height)
 

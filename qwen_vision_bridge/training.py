@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from .learners import Learner
 from .milestones import find_checkpoint, load_checkpoint, save_checkpoint
 from .objectives import StepPlan, Study
 from .settings import TrainingSettings
+from .stopping import stop_requests
 
 LOG = "log.jsonl"
 
@@ -70,7 +69,7 @@ class Trainer:
             OSError: a checkpoint could not be written; the one before stays.
         """
         settings, since = self.settings, (time.perf_counter(), self.step)
-        with _stop_requests() as asked:
+        with stop_requests() as asked:
             while self.step < settings.max_train_steps and not self._any(bool(asked)):
                 self._advance()
                 self.step += 1
@@ -240,23 +239,3 @@ def _schedule(settings: TrainingSettings, optimizer: torch.optim.Optimizer) -> C
     )
     share = scheduler.lr_lambdas[0]
     return lambda step: share(step + 1) if step < settings.lr_warmup_steps else share(step)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that names the first SIGINT or SIGTERM; a second one acts as it would without this."""
-    asked: list[str] = []
-
-    def ask(number: int, _frame: object) -> None:
-        asked.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is not threading.main_thread():  # which alone can take signals
-        yield asked
-        return
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qwen_vision_bridge.arms import Arm, default_arms, find_partners, parse_arm, target_levels
 from qwen_vision_bridge.evaluation import evaluate
-from qwen_vision_bridge.jobs import Run
+from qwen_vision_bridge.jobs import Run, content_key
 from qwen_vision_bridge.measuring import METRICS, measure
 from qwen_vision_bridge.perception import Question, questions_of, score
 from qwen_vision_bridge.summaries import as_table, write_results
@@ -160,6 +160,39 @@ def test_partners_are_a_derangement_on_one_grid_whatever_the_order() -> None:
     assert all(one != other and grids[one] == grids[other] for one, other in partners.items() if other)
     assert find_partners(dict(reversed(grids.items())), 0) == partners
     assert find_partners(grids, 1) != partners
+
+
+def test_baselines_are_reused_between_folders_unless_that_is_refused(
+    editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home"))
+    edits: list[str] = []
+    stock = type(editor).edit
+    monkeypatch.setattr(
+        type(editor), "edit", lambda self, *a, **k: (edits.append(a[1]), stock(self, *a, **k))[1]
+    )
+    cases = make_cases("detail", 1, seed=6)
+    for name, reuse, expected in (("a", False, 1), ("b", True, 1), ("c", True, 0), ("d", False, 1)):
+        edits.clear()
+        evaluate(
+            editor, cases, tmp_path / name, [Arm("baseline")], perception=False, reuse_baselines=reuse,
+            **SHORT,
+        )  # fmt: skip
+        assert len(edits) == expected, name
+
+
+def test_a_picture_shown_at_another_size_has_another_key(editor: Any, tmp_path: Path) -> None:
+    (case,) = make_cases("detail", 1, seed=6)
+    keys = set()
+    family = editor.family
+    try:
+        for changes in ({}, {"condition_area": 32 * 32}, {"condition_step": 32}):
+            editor.family = replace(family, editor=replace(family.editor, **changes))
+            run = Run(editor, tmp_path, [Arm("baseline")], 0, {}, {case.case_id: case})
+            keys.add(content_key(run, case, run.arms[0], False))
+    finally:
+        editor.family = family
+    assert len(keys) == 3
 
 
 def test_another_prompt_on_the_same_picture_is_no_partner(editor: Any, tmp_path: Path) -> None:

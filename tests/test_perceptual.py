@@ -66,6 +66,25 @@ def test_lpips_is_in_the_metrics_where_its_weights_are(random_alexnet: Any) -> N
     assert "unedited_lpips_squeeze" not in measure(case, case.image)
 
 
+class Planted:
+    """What a pickle runs when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.usefixtures("random_alexnet")
+def test_nothing_but_tensors_is_taken_out_of_a_weights_file(tmp_path: Path, photo: Image.Image) -> None:
+    ran = tmp_path / "ran"
+    torch.save({"weight": Planted(ran)}, tmp_path / "hub" / "checkpoints" / perceptual.WEIGHTS["alex"])
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        perceptual.lpips(photo, photo)
+    assert not ran.exists()
+
+
 def test_without_weights_lpips_is_left_out_with_a_word(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

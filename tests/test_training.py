@@ -19,7 +19,6 @@ from torch import Tensor
 from qwen_vision_bridge import milestones
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
 from qwen_vision_bridge.examining import GATES, choose_gate, examine, predict, summary
-from qwen_vision_bridge.extractor import load_processor
 from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
 from qwen_vision_bridge.learners import BridgeLearner, rival_of
@@ -27,6 +26,7 @@ from qwen_vision_bridge.lessons import WorldLessons
 from qwen_vision_bridge.milestones import checkpoints, find_checkpoint
 from qwen_vision_bridge.objectives import StepPlan, Study, find_hard
 from qwen_vision_bridge.packs import Pack, build_pack
+from qwen_vision_bridge.processors import load_processor
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.specs import FAMILIES

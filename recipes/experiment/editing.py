@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,13 @@ SITES = ("deepstack", "prompt_embeds")  # beside the tower's output, where every
 
 
 def edit_all(
-    bench: Bench, found: Sequence[tuple[Design, int, Path]], folder: Path, count: int, steps: int
+    bench: Bench, found: Sequence[tuple[Design, int, Path]], folder: Path, count: int, steps: int, batch: int
 ) -> list[dict[str, Any]]:
-    """Records of edits of all arms and seeds; the first seed of `perceive` also at the other sites."""
+    """Records of edits of all arms and seeds; the first seed of `perceive` also at the other sites.
+
+    Args:
+        count: cases a group. steps: of denoising. batch: edits that are denoised together.
+    """
     cases = [case for group in GROUPS[:3] for case in make_cases(group, count, seed=7)]
     arms, names = [Arm(BASELINE)], {BASELINE: (BASELINE, 0)}
     for design, seed, place in found:
@@ -36,18 +38,20 @@ def edit_all(
             arms.append(Arm(name, bridge, str(place), 1.0, site, design.features))
             names[name] = (shown, seed)
     evaluated = evaluate(
-        bench.pipeline, cases, folder / "bridges", arms, perception=False, num_inference_steps=steps
-    )
+        bench.pipeline, cases, folder / "bridges", arms, perception=False, batch_arms=batch,
+        workers=bench.workers, num_inference_steps=steps,
+    )  # fmt: skip
     records = [_record(record, *names[record["arm"]]) for record in evaluated.records]
     for design, seed, place in found:
         if design.rival:
-            records += _rival(bench, design, seed, place, cases, folder, steps)
+            records += _rival(bench, design, seed, place, cases, folder, steps, batch)
     return [record for record in records if record["metrics"]]
 
 
 def _rival(
-    bench: Bench, design: Design, seed: int, place: Path, cases: Sequence[Any], folder: Path, steps: int
-) -> list[dict[str, Any]]:
+    bench: Bench, design: Design, seed: int, place: Path, cases: Sequence[Any], folder: Path, steps: int,
+    batch: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The rival in the pipeline's own text encoder, evaluated as that pipeline's baseline."""
     pipe = bench.pipeline.pipe
     kept = pipe.text_encoder
@@ -55,10 +59,10 @@ def _rival(
     pipe.text_encoder = reader.model.to(kept.dtype)
     where = folder / f"lora-seed{seed}"
     try:
-        with _home(where / "home"):  # baselines are kept by the pipeline's name, which is the same
-            evaluated = evaluate(
-                bench.pipeline, cases, where, [Arm(BASELINE)], perception=False, num_inference_steps=steps
-            )
+        evaluated = evaluate(
+            bench.pipeline, cases, where, [Arm(BASELINE)], perception=False, reuse_baselines=False,
+            batch_arms=batch, workers=bench.workers, num_inference_steps=steps,
+        )  # fmt: skip
     finally:
         pipe.text_encoder = kept
     return [_record(record, design.name, seed) for record in evaluated.records]
@@ -70,17 +74,3 @@ def _record(record: dict[str, Any], arm: str, seed: int) -> dict[str, Any]:
         "case": record["case_id"], "metrics": record["metrics"],
         "level_weights": record.get("level_weights"),
     }  # fmt: skip
-
-
-@contextmanager
-def _home(folder: Path) -> Iterator[None]:
-    name = "QWEN_VISION_BRIDGE_HOME"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -60,7 +60,14 @@ def final(bench: Bench, arguments: argparse.Namespace) -> None:
     ]
     if arguments.edits:
         some = [one for one in found if one[1] in arguments.seeds[: arguments.edit_seeds]]
-        records = edit_all(bench, some, arguments.folder / "edits", arguments.edits, arguments.edit_steps)
+        records = edit_all(
+            bench,
+            some,
+            arguments.folder / "edits",
+            arguments.edits,
+            arguments.edit_steps,
+            arguments.batch_arms,
+        )
         write_json(arguments.folder / "levels.json", level_shares(records))
         for against in ("baseline", *CONTROLS):
             rows += [{**row, "split": "test"} for row in rows_of(records, "edit", against)]
@@ -172,7 +179,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--edits", type=int, default=500, help="edited cases a group; 0: none")
     parser.add_argument("--edit-seeds", type=int, default=3, help="so many of the training seeds are edited")
     parser.add_argument("--edit-steps", type=int, default=20, help="denoising steps of an edit")
-    parser.add_argument("--workers", type=int, default=0, help="processes that render")
+    parser.add_argument("--batch-arms", type=int, default=1, help="edits that are denoised together")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render, or measure edits")
     parser.add_argument("--tiny", action="store_true", help="rehearse")
     arguments = parser.parse_args(given)
     if arguments.tiny:

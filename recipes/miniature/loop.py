@@ -9,7 +9,6 @@ Checkpoints are safetensors and JSON, nothing pickled. As a script it draws a fo
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ from journal import plot_log, write_row
 from muon import is_hidden
 from stepper import Loss, Stepper
 from torch import Tensor, nn
+
+from qwen_vision_bridge.stopping import stop_requests
 
 __all__ = ["Loop", "Settings", "plot_log"]
 
@@ -109,7 +110,7 @@ class Loop:
         began, before = time.perf_counter(), self.seconds
         since = (began, self.step)
         limit = math.inf if self.settings.minutes is None else self.settings.minutes * 60
-        with _stop_requests() as asked:
+        with stop_requests() as asked:
             while self.step < self.settings.steps:
                 late = time.perf_counter() - began >= limit
                 if self._share_and_ask(bool(asked) or late):
@@ -241,23 +242,6 @@ class Loop:
 
 def _in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.bfloat16() for name, tensor in tensors.items()}
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that names the first SIGINT or SIGTERM; a second one acts as it would without this."""
-    asked: list[str] = []
-
-    def ask(number: int, _frame: object) -> None:
-        asked.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from qwen_vision_bridge import world
-from qwen_vision_bridge.evaluation import bootstrap_interval
+from qwen_vision_bridge.comparisons import bootstrap_interval
 from qwen_vision_bridge.records import write_json
 from qwen_vision_bridge.sizes import condition_size
 
