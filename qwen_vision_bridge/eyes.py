@@ -23,8 +23,9 @@ class Eyes:
     """Both towers over lessons: the source's levels and the target's features, on one grid.
 
     Args:
-        teacher: also the target's features of the picture at `FINER` times the grid, averaged over the tokens
-            that share a place.
+        teacher: also the target's features of the picture seen finer: as large as its own processor takes it,
+            where only the pipeline reduces it and the grid stays; else at `FINER` times the grid, averaged
+            over the tokens that share a place.
         load_in_8bit: of the towers; needs CUDA.
     """
 
@@ -78,9 +79,16 @@ class Eyes:
         return picture.resize((width, height), Image.Resampling.LANCZOS)
 
     def _finer(self, pictures: list[Image.Image], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        wide = [(FINER * rows, FINER * columns) for rows, columns in grids]
-        cache = self.extractor.extract_qwen25_vision(pictures, grids=wide)
-        return [pooled(part.vision_features[0], part.grid) for part in cache.split()]
+        whole = [self.extractor.target_grid(one) == grid for one, grid in zip(pictures, grids, strict=True)]
+        seen = [
+            (rows, columns) if stays else (FINER * rows, FINER * columns)
+            for stays, (rows, columns) in zip(whole, grids, strict=True)
+        ]
+        parts = self.extractor.extract_qwen25_vision(pictures, grids=seen).split()
+        return [
+            part.vision_features[0] if stays else pooled(part.vision_features[0], part.grid)
+            for stays, part in zip(whole, parts, strict=True)
+        ]
 
 
 def pooled(features: Tensor, grid: tuple[int, int]) -> Tensor:

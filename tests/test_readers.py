@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 import pytest
 import torch
 
 from qwen_vision_bridge.arms import Arm
+from qwen_vision_bridge.extractor import VisionCacheExtractor
 from qwen_vision_bridge.eyes import Eyes, pooled
 from qwen_vision_bridge.injection import mrope_positions
 from qwen_vision_bridge.lessons import Lesson
@@ -20,6 +22,9 @@ from qwen_vision_bridge.world import make_cases
 FAMILY = FAMILIES["miniature"]
 CASES = make_cases("ocr", 3, seed=4, split="validation")
 GRID = (8, 8)
+SHOWN = isqrt(
+    FAMILY.editor.condition_area
+)  # px a side, to which the pipeline reduces pictures for the target
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def test_what_is_read_of_given_features_is_what_the_edit_pipeline_reads(
     rows = reader.rows([(case.prompt, None) for case in CASES], edit=True)
     states = reader.states(features, rows.ids, GRID, edit=True, cut=pipe.prompt_template_encode_start_idx)
     for case, mine, length in zip(CASES, states, rows.lengths, strict=True):
-        small = pipe.image_processor.resize(case.image, 64, 64)
+        small = pipe.image_processor.resize(case.image, SHOWN, SHOWN)
         with torch.no_grad(), mrope_positions(pipe):
             stock, _ = pipe.encode_prompt(image=[small], prompt=case.prompt)
         used = len(mine) - rows.ids.shape[1] + int(length)
@@ -104,17 +109,30 @@ def test_the_eyes_see_what_the_pipeline_sees(pipe: Any, editor: Any, seen: list[
 
     for case, found in zip(CASES, seen, strict=True):
         with torch.no_grad(), capture_vision(pipe) as record:
-            pipe.encode_prompt(image=[pipe.image_processor.resize(case.image, 64, 64)], prompt="x")
+            pipe.encode_prompt(image=[pipe.image_processor.resize(case.image, SHOWN, SHOWN)], prompt="x")
         torch.testing.assert_close(found["vision"], record.baselines[0], atol=1e-5, rtol=1e-4)
         source = editor.extract_source([case.image])
         torch.testing.assert_close(found["late"], source.late_features[0], atol=1e-4, rtol=1e-3)
         assert found["grid"] == [8, 8]
 
 
-def test_a_teacher_is_the_finer_view_averaged_place_by_place(seen: list[dict[str, Any]]) -> None:
+def test_a_teacher_sees_the_picture_as_large_as_the_processor_takes_it(seen: list[dict[str, Any]]) -> None:
+    sharp = VisionCacheExtractor(FAMILY, dtype=torch.float32, feature_cache=False)
+    for case, found in zip(CASES, seen, strict=True):
+        features = sharp.extract_qwen25_vision(case.image).vision_features[0]
+        off, far = (features - found["teacher"]).norm(), (features - found["vision"]).norm()
+        assert off < 0.1 * far  # not 0: resized to the grid by another road
+
+
+def test_a_teacher_of_another_grid_is_averaged_place_by_place() -> None:
     fine = torch.arange(16.0).view(16, 1)  # 4 × 4 tokens, row by row
     assert pooled(fine, (4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    teacher, plain = seen[0]["teacher"], seen[0]["vision"]
+    eyes = Eyes(FAMILY, "cpu", torch.float32, teacher=True)
+    picture = CASES[0].image.resize((120, 50))
+    (found,) = eyes.see([Lesson(picture, CASES[0].prompt)])
+    assert eyes.extractor.target_grid(picture) != tuple(found["grid"])  # the reduced one is less wide
+    eyes.close()
+    teacher, plain = found["teacher"], found["vision"]
     assert teacher.shape == plain.shape
     moved = torch.nn.functional.cosine_similarity(teacher, plain.roll(8, 0), dim=-1).mean()
     assert torch.nn.functional.cosine_similarity(teacher, plain, dim=-1).mean() > moved  # places agree

@@ -67,7 +67,9 @@ class Bench:
         self.pipeline = EnhancedQwenImageEdit("miniature", "fresh", device=self.device, dtype=self.dtype)
         self.pipeline.pipe.set_progress_bar_config(disable=True)
         self.family = self.pipeline.family
-        self._eyes = Eyes(self.family, self.device, self.dtype)
+        self._eyes = {
+            teacher: Eyes(self.family, self.device, self.dtype, teacher) for teacher in (False, True)
+        }
         self.flow = Flow(self.pipeline.pipe, self.family.editor)
         self.accelerator = Accelerator(mixed_precision="bf16" if self.device.type == "cuda" else "no")
         self._packs: dict[str, Pack] = {}
@@ -79,9 +81,9 @@ class Bench:
         own = self.pipeline.pipe.text_encoder
         return Reader(model or own, processor, self.family, learning=model is not None)
 
-    def lessons(self, kind: str) -> Pack:
-        """What is learnt from."""
-        return self._pack(WorldLessons(kind, "train", self.samples), kind)
+    def lessons(self, kind: str, teacher: bool = False) -> Pack:
+        """What is learnt from, with what the target sees of sharp pictures if asked for."""
+        return self._pack(WorldLessons(kind, "train", self.samples), kind, teacher and kind == "perceive")
 
     def questions(self, group: str, split: str, count: int) -> tuple[Pack, CaseLessons]:
         """Questions about held-out cases of a group."""
@@ -91,7 +93,7 @@ class Bench:
     def study(self, design: Design, reader: Reader) -> Study:
         """What a design learns from."""
         kinds = design.method.split("+")
-        packs = {kind: self.lessons(kind) for kind in kinds}
+        packs = {kind: self.lessons(kind, design.teacher) for kind in kinds}
         if design.samples is not None:
             packs = {kind: _first(pack, design.samples) for kind, pack in packs.items()}
         return Study(reader, packs.get("perceive"), packs.get("edit"), self.flow)
@@ -104,7 +106,8 @@ class Bench:
             return rival_of(config, model, seed), self.reader(model)
         if "calibrate" in (design.start, design.method):
             aside = BridgeLearner(VisionBridge(config), design.features, seed=seed)
-            bridge = calibrate(config, lambda: token_stream(self.lessons("perceive"), aside)).bridge
+            pack = self.lessons("perceive", design.teacher)
+            bridge = calibrate(config, lambda: token_stream(pack, aside)).bridge
         else:
             changes = {"init": "random"} if design.method == "random" else {}
             bridge = VisionBridge(replace(config, **changes))
@@ -114,7 +117,7 @@ class Bench:
                     parameter.zero_()
         learner = BridgeLearner(bridge.to(self.device), design.features, seed=seed)
         if "calibrate" in (design.start, design.method):
-            choose_gate(learner, Study(self.reader(), self.lessons("perceive")))
+            choose_gate(learner, Study(self.reader(), self.lessons("perceive", design.teacher)))
         for name, parameter in bridge.named_parameters():
             parameter.requires_grad_(not (design.frozen and name.startswith(design.frozen)))
         return learner, self.reader()
@@ -149,18 +152,19 @@ class Bench:
         bridge = VisionBridge.from_pretrained(folder).to(self.device)
         return BridgeLearner(bridge, design.features, seed=seed), self.reader()
 
-    def _pack(self, lessons: Any, kind: str) -> Pack:
-        key, name = pack_name(self._eyes.key(), kind, self.family, lessons)
+    def _pack(self, lessons: Any, kind: str, teacher: bool = False) -> Pack:
+        eyes = self._eyes[teacher]
+        key, name = pack_name(eyes.key(), kind, self.family, lessons)
         if name not in self._packs:
-            build_pack(self.packs / name, lessons, lambda: self._see(kind), key, self.workers)
+            build_pack(self.packs / name, lessons, lambda: self._see(kind, eyes), key, self.workers)
             self._packs[name] = Pack(self.packs / name, self.device)
         return self._packs[name]
 
-    def _see(self, kind: str) -> See:
+    def _see(self, kind: str, eyes: Eyes) -> See:
         if kind == "perceive":
-            return self._eyes.see
+            return eyes.see
         return lambda lessons: [
-            one | other for one, other in zip(self._eyes.see(lessons), self.flow.see(lessons), strict=True)
+            one | other for one, other in zip(eyes.see(lessons), self.flow.see(lessons), strict=True)
         ]
 
 

@@ -17,6 +17,8 @@ class Design:
     rival: bool = False
     start: str | None = None
     """`calibrate`: training continues from the calibrated bridge."""
+    teacher: bool = False
+    """Calibrate to what the target sees of sharp pictures."""
     config: dict[str, Any] = field(default_factory=dict)
     """Changes of `BridgeConfig`."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,10 @@ DESIGNS = (
     Design("statistics", settings={"match_statistics": 0.01}),
     Design("replace", config={"blend": "replace"}),
     Design("from-calibrated", start="calibrate"),
+    Design("taught", "calibrate", teacher=True),
+    Design("taught-shuffled", "calibrate", "shuffled", teacher=True),
+    Design("taught-target-only", "calibrate", "target", teacher=True),
+    Design("from-taught", start="calibrate", teacher=True),
     Design("norms-and-gate-alone", start="calibrate", frozen=("query", "keys", "ups", "downs")),
     Design("random-start", config={"init": "random"}, settings={"learning_rate": 1e-3}),
     Design("hard-first", settings={"hard_share": 0.5}),
