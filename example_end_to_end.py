@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_vision_bridge.commands import check_inputs, choose_models, parser, run
 
-PROMPT = "Change the background to blue"
+PROMPT = 'Change the text to "FOX".'
 GROUPS = {2: ("ocr", "ocr_tests"), 3: ("space", "spatial_tests"), 4: ("detail", "detail_tests")}
 MENU = """
 1. Basic comparison - baseline and enhanced side by side

@@ -16,10 +16,6 @@ from .specs import FAMILIES, Family, resolve_family
 
 OUTPUT = Path("examples_output")
 RANDOM_NOTE = "Note: the miniature's weights are random here, so its pictures are noise; every step is real."
-TRAINING_NOTE = (
-    "Note: the miniature's training is not finished: it moves, recolours and removes, but new words that it "
-    "writes are not legible yet."
-)
 NO_MEMORY = (
     "the GPU ran out of memory: close other programs on it, give smaller pictures, or look at "
     "`check_environment.py` for a memory mode that fits"
@@ -92,7 +88,8 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     family = resolve_family(name, **replaced)
     print(line)
     if name == "miniature":
-        print(TRAINING_NOTE if is_shipped() else RANDOM_NOTE)
+        if not is_shipped():
+            print(RANDOM_NOTE)
         if arguments.image is not None:
             print(PHOTO_NOTE)
     return family

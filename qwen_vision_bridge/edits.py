@@ -84,7 +84,7 @@ def the(item: SceneObject) -> str:
 
 # --- text ------------------------------------------------------------------------------------------------
 
-LARGE, MIDDLE, SMALL = (0.12, 0.17), (0.10, 0.14), (0.075, 0.115)  # heights of capitals, of the side
+LARGE, MIDDLE, SMALL = (0.12, 0.17), (0.10, 0.14), (0.085, 0.115)  # heights of capitals, of the side
 
 
 def with_words(draw: Draw, choices: list[tuple[str, ...]], capitals: tuple[float, float]) -> Scene:
@@ -108,7 +108,9 @@ def one_word(draw: Draw, kind: str) -> Edit:
     new = draw.word(3, 6, old) if kind == "change_text" else draw.pick(LETTERS)
     expected = {"change_text": new, "remove_text": "", "append_letter": old + new}[kind]
     before = with_words(draw, [(old, expected)], LARGE)
-    answer = f'{square(draw, before.texts[0].centre)}"{old}"'
+    where = square(draw, before.texts[0].centre)
+    # As in `rewrite`, what is to be written comes first: the prompt's end learns an answer's beginning.
+    answer = f"{new},{where}" if kind == "change_text" else f'{where}"{old}"'
     return Edit(phrase(draw, kind, old=old, new=new), before, retext(before, expected), answer)
 
 

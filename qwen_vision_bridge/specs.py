@@ -192,7 +192,7 @@ MODELS: dict[str, ModelSpec] = {
         _qwen25("32B", 5120, 64),
         _qwen25("72B", 8192, 80),
         ModelSpec("miniature-source", f"{BUILTIN}source", "qwen3_vl", 6, 128, 8, 256, 3, (1, 3, 5)),
-        ModelSpec("miniature-target", f"{BUILTIN}target", "qwen2_5_vl", 4, 128, 2, 224, 4,
+        ModelSpec("miniature-target", f"{BUILTIN}target", "qwen2_5_vl", 4, 128, 4, 224, 4,
                   subfolder="text_encoder", processor_subfolder="processor"),
     )
 }  # fmt: skip
@@ -207,9 +207,9 @@ EDITORS: dict[str, EditorSpec] = {
             "miniature-editor",
             f"{BUILTIN}editor",
             "QwenImageEditPlusPipeline",
-            64 * 64,
+            28 * 28,
             128 * 128,
-            8,
+            4,
             0.0,
             0.0,
         ),

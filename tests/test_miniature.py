@@ -111,3 +111,17 @@ def test_the_target_tower_listens_to_the_picture_and_the_dit_to_the_prompt(pipe:
 
 def test_other_locations_pass_unchanged() -> None:
     assert miniature.locate("Qwen/Qwen3-VL-8B-Instruct") == "Qwen/Qwen3-VL-8B-Instruct"
+
+
+@pytest.mark.parametrize("kind", ["ocr/change_text", "space/move_corner", "detail/recolour_object"])
+def test_the_shipped_miniature_does_what_it_is_told(kind: str, pipe: Any) -> None:
+    from qwen_vision_bridge.judging import judge
+    from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+    from qwen_vision_bridge.world import make_cases
+
+    group, name = kind.split("/")
+    (case,) = make_cases(group, 1, seed=3, kinds=(name,))
+    editor = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, dtype=torch.float32)
+    assert not judge(case, case.image).right  # doing nothing is not enough
+    edited = editor.generate(case.image, case.prompt, use_qwen3_vision=False, seed=0)
+    assert judge(case, edited).right

@@ -59,9 +59,9 @@ def test_the_batched_editor_makes_the_stock_pipelines_picture(
     small = torch.from_numpy(np.stack([data.small(picture) for picture in case.pictures]))
     text, length = (torch.from_numpy(np.asarray(part))[None] for part in data.prompt_row(case.prompt))
     with torch.no_grad():
-        references = batched.to_latents(full).reshape(1, -1, 64)
+        references = batched.references(full[None])
         states, empty = batched.embed(small[None], text.int())
-        latents = batched.sample(references, states, empty, length, 3, 4.0, seed=5)
+        latents = batched.sample(references, states, empty, length, 3, 4.0, seeds=[5])
         picture = batched.to_pictures(latents)[0].numpy()
     assert np.abs(picture.astype(int) - np.asarray(stock).astype(int)).max() <= 1
 
@@ -69,12 +69,13 @@ def test_the_batched_editor_makes_the_stock_pipelines_picture(
 def test_the_prompts_last_tokens_learn_the_answers_first_ones() -> None:
     import data
 
-    text, label, weight = data.reply_rows("Remove the word.", 'dc"HELLO"')
-    asked, end, answer = (data.encode("Remove the word."), data.closing(), data.encode('dc"HELLO"'))
+    text, label, weight = data.reply_rows("Make it read this.", "HELLOS,dc")
+    asked, end, answer = (data.encode("Make it read this."), data.closing(), data.encode("HELLOS,dc"))
     last = len(asked) + len(end) - 1
     assert text[: last + 1].tolist() == [*asked, *end]
     assert label[last : last + len(answer)].tolist() == answer  # next token, from the template's last one on
-    assert label[last - 4 : last + 1].tolist() == answer[4::-1]
+    assert label[last - 7 : last + 1].tolist() == answer[7::-1]  # all of it
+    assert len(answer) == 8
     assert set(np.flatnonzero(label >= 0)) == set(np.flatnonzero(weight))
 
 
@@ -106,6 +107,31 @@ def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
     for shown in (1, 2):
         data.dialogues("train", 0, 150, shown, finding=0.3, primer=20)
         data.edit_pairs("train", 0, 60, shown)
+
+
+def test_reading_asks_for_the_words_of_every_picture() -> None:
+    import data
+
+    rows = data.dialogues("test", 0, 3, reading=1.0)
+    asked = data.encode(world.read_question(world.Scene(128, "wood", "grey", 0))[0])
+    assert all(row[: len(asked)].tolist() == asked for row in rows["text"])
+
+
+def test_a_measurement_that_is_stopped_has_some_of_every_kind() -> None:
+    from argparse import Namespace
+
+    import measure
+
+    arguments = Namespace(groups=world.GROUPS, cases=40, rarely=4, split="test", seed=1)
+    jobs = list(measure.jobs(arguments))
+    kinds = {kind for group in world.GROUPS for kind in world.KINDS[group]}
+    first = [job for job in jobs if job.index == 0]
+    assert jobs[: len(first)] == first
+    assert {job.kind for job in first} == kinds
+    for group in world.GROUPS:
+        assert sum(job.group == group and job.arm == "asked" for job in jobs) >= 40
+    with_all = {job.index for job in jobs if job.arm == "strange"}
+    assert with_all == {job.index for job in jobs if job.arm == "outright"} == {0, 4, 8}
 
 
 def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -268,13 +268,15 @@ def test_hard_lessons_are_those_that_the_baseline_gets_wrong(questions: Study) -
     for index in (2, 5, 11):  # what no picture says
         pack.lines[index]["answer"] = "ZZZZ"
     asked = Study(questions.reader, pack)
-    assert sorted(find_hard(asked).tolist()) == [2, 5, 11]
+    hard = set(find_hard(asked).tolist())
+    assert hard == {2, 5, 11} | set(find_hard(Study(questions.reader, questions.perceive)).tolist())
+    assert len(hard) < len(pack)
     settings = TrainingSettings(**vars(SETTINGS) | {"hard_share": 0.5})
     drawn, plain = (
         torch.cat([StepPlan(asked, "perceive", step, 8, one).lessons for step in range(6)])
         for one in (settings, SETTINGS)
     )
-    assert set(drawn[1::2].tolist()) == {2, 5, 11}
+    assert {2, 5, 11} <= set(drawn[1::2].tolist()) <= hard
     assert torch.equal(drawn[::2], plain[::2])
     again = StepPlan(asked, "perceive", 5, 8, settings).lessons
     assert torch.equal(again, drawn[-8:])  # a resumed run draws the same

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-PROMPT = "Change the background to blue"
+PROMPT = 'Change the text to "FOX".'
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ CONDITION = isqrt(FAMILIES["miniature"].editor.condition_area or 0)  # px: to wh
 SMALL = miniature.TARGET_PX  # and then the target's processor
 PROMPT_TOKENS = 32  # the longest prompt with the template's end, padded
 TEXT_TOKENS = 64  # the same with the longest answer
-SEEN_AHEAD = 5  # tokens of the template's end; they learn the answer's first tokens
+SEEN_AHEAD = 8  # of the nine tokens that end the template: they learn the answer's first tokens
 ONE_PICTURE = [(g, kind) for g in ("ocr", "space", "detail") for kind in world.KINDS[g]]
 TWO_PICTURES = [("consistency", kind) for kind in world.KINDS["consistency"]]
 FINDING = [
@@ -80,6 +80,10 @@ def _finding(rng: np.random.Generator) -> Edit:
     return world.make_edit(group, kind, rng, PICTURE, zoom=float(rng.uniform(1.0, 1.7)))
 
 
+def _small_type(rng: np.random.Generator) -> Edit:
+    return world.make_edit("ocr", world.REFERRING_WORDS[int(rng.integers(3))], rng, PICTURE)
+
+
 def _prompt(edit: Edit, rng: np.random.Generator) -> str:
     return edit.outright if edit.outright and rng.random() < 0.25 else edit.prompt
 
@@ -102,6 +106,7 @@ def dialogues(
     asked: float = 0.5,
     primer: int = 0,
     finding: float = 0.0,
+    reading: float = 0.0,
     sides: tuple[int, ...] = (CONDITION,),
 ) -> dict[str, np.ndarray]:
     """Pictures with an instruction or a question and its answer.
@@ -111,6 +116,7 @@ def dialogues(
         asked: how often it is a question about the picture, not an instruction.
         finding: how often it asks for a word or letter that the prompt names, mostly well legible: comparing
             what is asked with what is seen is a skill of its own, which reading does not bring.
+        reading: how often a picture with the smallest type is shown and its words are asked for.
         sides: to which of them, drawn at random, pictures are reduced before the target sees them. With
             larger ones than the pipeline's it knows what finer features mean than it gets there.
         primer: samples up to this index show one large word and ask for it: with that, reading begins.
@@ -125,9 +131,15 @@ def dialogues(
         rng = _stream(split, shown, index)
         is_primer = shown == 1 and index < primer
         sought = shown == 1 and not is_primer and rng.random() < finding
-        edit = _finding(rng) if sought else _edit(rng, shown, 1.0 if is_primer else 0.0)[1]
+        read = shown == 1 and not is_primer and not sought and rng.random() < reading
+        if sought or read:
+            edit = _finding(rng) if sought else _small_type(rng)
+        else:
+            edit = _edit(rng, shown, 1.0 if is_primer else 0.0)[1]
         scene = edit.before
-        if sought and rng.random() < 0.5:
+        if read:
+            prompt, answer = world.read_question(scene)
+        elif sought and rng.random() < 0.5:
             prompt, answer = world.locate_question(scene, rng)
         elif sought:
             prompt, answer = edit.prompt, edit.answer
@@ -150,9 +162,9 @@ def dialogues(
 def reply_rows(prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens from the prompt on, what to predict where (-1: nothing) and with what weight, each (T,).
 
-    The five tokens that end the template come before the answer and are all that an edit pipeline ever sees
+    The nine tokens that end the template come before the answer and are all that an edit pipeline ever sees
     of it. The last of them predicts the answer's first token, as always, and the ones before it the second to
-    the fifth: so hidden states of the prompt carry the answer.
+    the eighth: so hidden states of the prompt carry the answer, a whole word and its place included.
     """
     asked, end = encode(prompt), closing()
     replied = [*encode(answer), end[0]]

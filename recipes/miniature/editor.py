@@ -6,7 +6,7 @@ the same picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qwen_vision_bridge import miniature, tokens
 
-SIDE = 8  # tokens a side of a packed latent
+SIDE = 16  # tokens a side of a packed latent
+TOKENS = SIDE * SIDE  # of a picture
 CUT = tokens.TEMPLATE_PREFIX_TOKENS
 
 
@@ -43,10 +44,15 @@ class Editor(nn.Module):
 
     @torch.no_grad()
     def to_latents(self, pictures: Tensor) -> Tensor:
-        """Packed, normalised latents (B, 64, 64) of uint8 pictures (B, 128, 128, 3)."""
+        """Packed, normalised latents (B, 256, 32) of uint8 pictures (B, 128, 128, 3)."""
         x = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
         z = self.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0].float()
         return pack((z - self.latents_mean) / self.latents_std)
+
+    def references(self, pictures: Tensor) -> Tensor:
+        """Packed latents (B, shown·256, 32) of all pictures of each prompt, uint8 (B, shown, 128, 128, 3)."""
+        latents = self.to_latents(pictures.flatten(0, 1))
+        return latents.reshape(len(pictures), -1, latents.shape[-1])
 
     @torch.no_grad()
     def to_pictures(self, latents: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ class Editor(nn.Module):
     def velocity(
         self, noisy: Tensor, references: Tensor, states: Tensor, real: Tensor, time: Tensor
     ) -> Tensor:
-        """Predicted velocity (B, 64, 64) at time 1 (noise) to 0, for references (B, shown·64, 64)."""
+        """Predicted velocity (B, 256, 32) at time 1 (noise) to 0, for references (B, shown·256, 32)."""
         batch, length, _ = noisy.shape
         shapes = [[(1, SIDE, SIDE)] * (1 + references.shape[1] // length)] * batch
         out = self.transformer(
@@ -117,11 +123,15 @@ class Editor(nn.Module):
         length: Tensor,
         steps: int,
         scale: float,
-        seed: int,
+        seeds: Sequence[int],
     ) -> Tensor:
-        """Edited latents (B, 64, 64) by the stock scheduler with the stock pipeline's guidance."""
-        generator = torch.Generator().manual_seed(seed)
-        x = pack(torch.randn(len(states), 16, 2 * SIDE, 2 * SIDE, generator=generator)).to(states.device)
+        """Edited latents (B, 256, 32) by the stock scheduler with the stock pipeline's guidance.
+
+        Each row starts from the noise that the pipeline draws for its seed.
+        """
+        shape = (1, references.shape[-1] // 4, 2 * SIDE, 2 * SIDE)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        x = pack(torch.cat(noise)).to(states.device)
         yes = torch.ones(len(states), dtype=torch.bool, device=states.device)
         asked, empty_prompt = (self.conditions(states, empty, length, d) for d in (~yes, yes))
         scheduler = _scheduler(steps)
@@ -169,10 +179,10 @@ def _rotate_pairs(x: Tensor, angles: Tensor, use_real: bool = False) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Four neighbours as one token: (B, C, 16, 16) to (B, 64, 4·C)."""
+    """Four neighbours as one token: (B, C, 32, 32) to (B, 256, 4·C)."""
     batch, channels = latents.shape[:2]
     z = latents.view(batch, channels, SIDE, 2, SIDE, 2).permute(0, 2, 4, 1, 3, 5)
-    return z.reshape(batch, SIDE * SIDE, 4 * channels)
+    return z.reshape(batch, TOKENS, 4 * channels)
 
 
 def _scheduler(steps: int) -> object:
@@ -182,7 +192,7 @@ def _scheduler(steps: int) -> object:
     settings = miniature.SCHEDULER
     scheduler = FlowMatchEulerDiscreteScheduler(**settings)
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu = calculate_shift(SIDE * SIDE, *(settings[name] for name in names))
+    mu = calculate_shift(TOKENS, *(settings[name] for name in names))
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     scheduler.set_begin_index(0)
     return scheduler

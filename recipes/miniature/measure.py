@@ -54,21 +54,21 @@ def main() -> None:
     """Run what is missing, then write the card."""
     arguments = _arguments()
     parts = {
-        "edits": lambda: edit_rows(run(arguments)),
+        "edits": lambda: edits(arguments),
         "reading": lambda: reading_rows(arguments),
         "vae": lambda: vae_rows(arguments),
         "cost": lambda: cost_rows(arguments),
     }
     rows = [row for part in arguments.parts for row in parts[part]()]
     made = {
+        "device": _device_name(arguments.device),
         "seed": arguments.seed,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": _device_name(arguments.device),
     }
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     kept = [row for row in kept if part_of(row["name"]) not in arguments.parts]
-    write_json(arguments.output, [*kept, *({**row, **made} for row in rows)])
+    write_json(arguments.output, [*kept, *({**made, **row} for row in rows)])
     for row in rows:
         print(
             f"{row['name']:44} {row['value']:7.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}] n {row['n']}"
@@ -88,6 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--editor", required=True, help="folder of the whole pipeline")
     parser.add_argument("--output", type=Path, required=True, help="card.json")
     parser.add_argument("--cases", type=int, default=512, help="at least so many a group")
+    parser.add_argument("--rarely", type=int, default=4, help="rounds from one with all arms to the next")
     parser.add_argument("--groups", nargs="+", choices=world.GROUPS, default=list(world.GROUPS))
     parser.add_argument(
         "--parts",
@@ -96,6 +97,7 @@ def _arguments() -> argparse.Namespace:
         default=list(PARTS),
         help="what to measure; the card keeps its other figures: new weights want a new card",
     )
+    parser.add_argument("--as-is", action="store_true", help="make no edit: figures of those that are there")
     parser.add_argument("--split", choices=world.SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=1, help="of the cases")
     parser.add_argument("--steps", type=int, default=20)
@@ -106,13 +108,17 @@ def _arguments() -> argparse.Namespace:
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    """Every edit: all kinds as asked, hard ones also said outright and with strange eyes."""
-    for group in arguments.groups:
-        kinds = world.KINDS[group]
-        for kind in kinds:
-            for index in range(-(-arguments.cases // len(kinds))):
-                arms = ("asked", "outright", "strange") if kind in world.HARD[group] else ("asked",)
-                for arm in arms:
+    """Every edit: all kinds as asked, hard ones also said outright and with strange eyes.
+
+    Kinds in turn, so that a run which was stopped has some of each. The other arms' differences are large and
+    take fewer cases to see: they come in every `--rarely`-th round.
+    """
+    needed = {group: -(-arguments.cases // len(world.KINDS[group])) for group in arguments.groups}  # a kind
+    for index in range(max(needed.values())):
+        for group in arguments.groups:
+            for kind in world.KINDS[group] if index < needed[group] else ():
+                with_all = kind in world.HARD[group] and index % arguments.rarely == 0
+                for arm in ("asked", "outright", "strange") if with_all else ("asked",):
                     yield Job(group, kind, index, arm, arguments.split, arguments.seed)
 
 
@@ -123,6 +129,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     log = arguments.output.with_suffix(".records.jsonl")
     done = {row["key"]: row for row in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
     wanted = list(jobs(arguments))
+    if arguments.as_is:
+        return [done[job.key] for job in wanted if job.key in done]
     missing = [job for job in wanted if job.key not in done]
     log.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -137,6 +145,13 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             file.write(json.dumps(row) + "\n")
             file.flush()
     return [done[job.key] for job in wanted]
+
+
+def edits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The card's figures about edits, with the devices that made them."""
+    records = run(arguments)
+    devices = {"device": "; ".join(sorted({record["device"] for record in records}))}
+    return [{**row, **devices} for row in edit_rows(records)]
 
 
 @lru_cache(maxsize=1)
@@ -181,6 +196,7 @@ def _edit(job: Job) -> dict[str, Any]:
         for first in (job.index, job.index + 1)
     )
     row = {"key": job.key, **job._asdict(), "right": None, "untouched_ssim": None}
+    row["device"] = _device_name(_settings["device"])
     if job.arm == "outright" and case.outright is None:
         return row
     prompt = case.outright if job.arm == "outright" else case.prompt

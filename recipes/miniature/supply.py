@@ -17,7 +17,8 @@ from torch import Tensor
 Rows = dict[str, np.ndarray]
 CHUNK = 1024  # items
 PEER_ITEMS = 50_000_000  # between the first items of two peers
-ENOUGH = 60_000  # items; from then on new ones, which cost as much as some steps, are taken in more rarely
+ENOUGH = 150_000  # items; from then on new ones, which cost as much as some steps, are taken in more rarely
+OFTEN, RARELY = 4, 24  # steps from one taking in to the next
 FIRST_CHUNKS = {1: 8, 2: 2}  # as many are there before training begins
 
 
@@ -103,7 +104,7 @@ class Supply:
         """A random batch; now and then new items are taken in first."""
         for shown, feed in self.feeds.items():
             often = self.pools[shown].filled < min(ENOUGH // shown, self.pools[shown].capacity)
-            if step % (4 if often else 48) == 0 and (chunk := feed.poll()) is not None:
+            if step % (OFTEN if often else RARELY) == 0 and (chunk := feed.poll()) is not None:
                 self.pools[shown].add(self._prepare(chunk[1]))
         every = self.arguments.two_every
         pool = self.pools[2 if every and step % every == every - 1 else 1]

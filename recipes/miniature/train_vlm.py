@@ -37,7 +37,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     seed = arguments.seed + (0 if arguments.role == "source" else 1)
     model = build(arguments.role, seed, arguments.start)
-    render = partial(_make, arguments.role, arguments.primer, arguments.finding, tuple(arguments.sides))
+    kinds = {"primer": arguments.primer, "finding": arguments.finding, "reading": arguments.reading}
+    render = partial(_make, arguments.role, kinds, tuple(arguments.sides))
     with Supply(arguments, render) as supply:
         model.to(device)
         supply.start()
@@ -53,6 +54,8 @@ def main() -> None:
     plot_log(arguments.folder)
     with loop.averaged():
         results = measure(model, arguments.role, arguments.cases, device)
+        if arguments.role == "target":
+            results["letters_by_side"] = letters_by_side(model, arguments, device)
         save(model, arguments.role, Path(arguments.output or arguments.folder / arguments.role))
     report = {"role": arguments.role, "command": " ".join(sys.argv), "step": loop.step, **results}
     (arguments.folder / "result.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -63,6 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--role", choices=sorted(PICTURES), required=True)
     parser.add_argument("--primer", type=int, default=0, help="samples that only ask for one large word")
     parser.add_argument("--finding", type=float, default=0.0, help="how often a named word is to be found")
+    parser.add_argument("--reading", type=float, default=0.0, help="how often the smallest type is read")
     parser.add_argument(
         "--sides",
         type=int,
@@ -75,15 +79,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _make(role: str, primer: int, finding: float, sides: tuple[int, ...], shown: int) -> Any:
-    return partial(rendered, role, primer, finding, sides, shown)
+def _make(role: str, kinds: dict[str, Any], sides: tuple[int, ...], shown: int) -> Any:
+    return partial(rendered, role, kinds, sides, shown)
 
 
 def rendered(
-    role: str, primer: int, finding: float, sides: tuple[int, ...], shown: int, first: int, count: int
+    role: str, kinds: dict[str, Any], sides: tuple[int, ...], shown: int, first: int, count: int
 ) -> dict[str, np.ndarray]:
-    """One chunk of training data: pictures as the role sees them."""
-    rows = dialogues("train", first, count, shown, primer=primer, finding=finding, sides=sides)
+    """One chunk of training data: pictures as the role sees them, of the kinds that `dialogues` takes."""
+    rows = dialogues("train", first, count, shown, sides=sides, **kinds)
     return {"pictures": rows[PICTURES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
 
 
@@ -142,6 +146,19 @@ def read_letters(
             heard = heard.ljust(len(word))
             rights.append([a == b for a, b in zip(heard, word, strict=False)])
     return rights
+
+
+def letters_by_side(
+    model: FastModel, arguments: argparse.Namespace, device: torch.device
+) -> dict[str, float]:
+    """How many letters the target reads right in pictures reduced to each of the sides it was trained on."""
+    found = {}
+    for side in arguments.sides:
+        rights = read_letters(model, "target", arguments.cases, device, side=side)
+        letters = [right for word in rights for right in word]
+        found[str(side)] = sum(letters) / len(letters)
+    print("letters by side", {side: round(share, 3) for side, share in found.items()}, flush=True)
+    return found
 
 
 def _as_seen(scene: world.Scene, role: str, side: int = CONDITION) -> np.ndarray:
