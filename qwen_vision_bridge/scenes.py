@@ -146,7 +146,7 @@ def _dots(count: int) -> tuple[np.ndarray, ...]:
     return tuple(circle + np.array([x, 0]) for x in np.linspace(-0.42, 0.42, count))
 
 
-# In a shape's radius. Told apart by what is finer than 5 px of 128 alone: a reduced picture does not show it.
+# In a shape's radius. Told apart by what is finer than 5 px of 128 alone: a reduced picture hardly shows it.
 MARKS: dict[str, tuple[np.ndarray, ...]] = {
     "vertical stripes": _stripes(0), "horizontal stripes": _stripes(90), "slanted stripes": _stripes(45),
     "two dots": _dots(2), "three dots": _dots(3), "four dots": _dots(4),

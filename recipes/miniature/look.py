@@ -122,17 +122,14 @@ def _cases(arguments: argparse.Namespace, name: tuple[str, str]) -> list[world.C
 
 
 @torch.no_grad()
-def edit(editor: Editor, tasks: list[Task], steps: int, scale: float, bf16: bool = True) -> list[np.ndarray]:
-    """Edited pictures, uint8 (128, 128, 3), each from the noise of its index; `bf16` is for CUDA."""
+def edit(editor: Editor, tasks: list[Task], steps: int, scale: float) -> list[np.ndarray]:
+    """Edited pictures, uint8 (128, 128, 3), each from the noise of its index."""
     device = editor.latents_mean.device
     full = _stack(np.stack([np.asarray(p) for p in task.case.pictures]) for task in tasks).to(device)
     seen = _stack(np.stack([small(p) for p in task.seen.pictures]) for task in tasks).to(device)
     prompts = [task.case.outright if task.arm == "outright" else task.case.prompt for task in tasks]
     text, length = (_stack(column).to(device) for column in zip(*map(prompt_row, prompts), strict=True))
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda"),
-        as_images(editor.vae),
-    ):
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), as_images(editor.vae):
         references = editor.references(full)
         states, empty = editor.embed(seen, text.int())
         seeds = [task.index for task in tasks]
