@@ -43,6 +43,14 @@ class Evaluation(NamedTuple):
     """Records that an earlier run had left."""
 
 
+class Worked(NamedTuple):
+    """The records of a run, in the order of its jobs, before anything is compared."""
+
+    records: list[dict[str, Any]]
+    left_out: list[str]
+    done_before: int
+
+
 def evaluate(
     pipeline: EnhancedQwenImageEdit,
     cases: Sequence[Any],
@@ -91,9 +99,27 @@ def evaluate(
     arms = arms or default_arms(pipeline.bridge, pipeline.bridge_name, strength, pipeline.site)
     check_arms(arms)
     check_ids(cases)
-    processes = Processes()
     by_id = {case.case_id: case for case in cases}
     run = Run(pipeline, Path(folder), arms, seed, dict(options), by_id, batch_arms, reuse_baselines)
+    found = work_through(run, perception, workers, retry_errors, announce)
+    if found is None:
+        return None
+    records = found.records
+    records += pair_records([case for case in cases if isinstance(case, FileCase)], records, run.folder)
+    left_out = [*notes, *unmeasured(cases), *found.left_out, *failures(records)]
+    rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
+    seconds = time.perf_counter() - started
+    described = [arm.describe() for arm in arms]
+    provenance = pipeline.provenance([seed])
+    return Evaluation(rows, records, left_out, provenance, described, seconds, found.done_before)
+
+
+def work_through(
+    run: Run, perception: bool, workers: int = 0, retry_errors: bool = False,
+    announce: Callable[[str], None] | None = None,
+) -> Worked | None:  # fmt: skip
+    """Do what a run has still to do; None in processes other than the first. Arguments as `evaluate`."""
+    processes = Processes()
     jobs, left_out = plan(run, perception)
     ledger = Ledger(run.folder, processes.index)
     processes.wait()  # no process writes before all have read
@@ -107,13 +133,7 @@ def evaluate(
     if not processes.is_main:
         return None
     ledger.merge()
-    records = [ledger.records[job.key] for job in jobs]
-    records += pair_records([case for case in cases if isinstance(case, FileCase)], records, run.folder)
-    left_out = [*notes, *unmeasured(cases), *left_out, *failures(records)]
-    rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
-    seconds, before = time.perf_counter() - started, len(jobs) - len(pending)
-    described = [arm.describe() for arm in arms]
-    return Evaluation(rows, records, left_out, pipeline.provenance([seed]), described, seconds, before)
+    return Worked([ledger.records[job.key] for job in jobs], left_out, len(jobs) - len(pending))
 
 
 def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger, workers: int) -> None:

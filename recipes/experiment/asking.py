@@ -3,63 +3,85 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import Bench, Untouched
-from designs import Design
+from designs import EXTRA
 
 from qwen_vision_bridge.comparisons import BASELINE
 from qwen_vision_bridge.examining import Answer, examine
 from qwen_vision_bridge.learners import BridgeLearner
 from qwen_vision_bridge.perception import score
-from qwen_vision_bridge.world import GROUPS
+from qwen_vision_bridge.records import write_whole
 
 Record = dict[str, Any]
 
 
-def ask_all(
-    bench: Bench, found: Sequence[tuple[Design, int, Path]], split: str, count: int, log: Path,
-    groups: Sequence[str] = GROUPS[:3],
-) -> list[Record]:  # fmt: skip
-    """Records of the baseline and of every finished design; those that the log has are not asked again."""
-    done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    have = {(record["arm"], record["seed"], record["split"], record["group"]) for record in done}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        for group in groups:
-            if (BASELINE, 0, split, group) not in have:
-                done += _keep(file, _asked(bench, None, BASELINE, 0, 1.0, split, group, count))
-            for design, seed, folder in found:
-                if (design.name, seed, split, group) not in have:
-                    loaded = bench.load(design, folder, seed)
-                    done += _keep(file, _asked(bench, loaded, design.name, seed, 1.0, split, group, count))
-    return [record for record in done if record["split"] == split]
+class Exam(NamedTuple):
+    """What an arm is asked."""
+
+    split: str
+    groups: tuple[str, ...]
+    count: int
+    """Cases a group."""
+    strength: float = 1.0
+    only: str | None = None
+    """One kind of question alone."""
+
+    @property
+    def name(self) -> str:
+        """Of the folder that its records are kept in."""
+        shown = [self.split, str(self.count), *([] if self.only is None else [self.only])]
+        return "-".join([*shown, *([] if self.strength == 1.0 else [f"strength-{self.strength:g}"])])
+
+    def kept(self, folder: Path, group: str, arm: str, seed: int) -> Path:
+        """Where the records of an arm and group are."""
+        return folder / "asked" / self.name / f"{group}-{arm}-seed{seed}.jsonl"
 
 
-def ask_at(
-    bench: Bench, design: Design, seed: int, folder: Path, strength: float, split: str, count: int
-) -> list[Record]:
-    """Records of reading alone, at another strength."""
-    learner, reader = bench.load(design, folder, seed)
-    assert isinstance(learner, BridgeLearner)
-    learner.strength = strength
-    records = _asked(bench, (learner, reader), design.name, seed, strength, split, "ocr", count)
-    return [record for record in records if record["asked"] == "read"]
+def ask(bench: Bench, arm: str, seed: int, exams: Sequence[Exam]) -> list[Record]:
+    """Records of one arm and seed: those that are kept, or asked now; `baseline` sees through no bridge."""
+    records, loaded = [], None
+    for exam in exams:
+        for group in exam.groups:
+            kept = exam.kept(bench.folder, group, arm, seed)
+            if not kept.is_file():
+                loaded = loaded or _loaded(bench, arm, seed)
+                keep_records(kept, _asked(bench, loaded, arm, seed, group, exam))
+            records += read_records(kept)
+    return records
 
 
-def _asked(
-    bench: Bench, loaded: Any, arm: str, seed: int, strength: float, split: str, group: str, count: int
-) -> Iterator[Record]:
-    pack, lessons = bench.questions(group, split, count)
-    learner, reader = loaded or (Untouched(), bench.reader())
-    for answer in examine(learner, reader, pack):
+def keep_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records, a line each; the file appears whole or not at all."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file that `keep_records` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _loaded(bench: Bench, arm: str, seed: int) -> Any:
+    if arm == BASELINE:
+        return Untouched(), bench.reader()
+    return bench.load(EXTRA[arm], seed)
+
+
+def _asked(bench: Bench, loaded: Any, arm: str, seed: int, group: str, exam: Exam) -> Iterator[Record]:
+    pack, lessons = bench.questions(group, exam.split, exam.count)
+    learner, reader = loaded
+    if isinstance(learner, BridgeLearner):
+        learner.strength = exam.strength
+    for answer in examine(learner, reader, pack, exam.only):
         case, question = lessons.asked[answer.lesson]
         yield {
-            "arm": arm, "seed": seed, "split": split, "group": group, "difficulty": case.difficulty,
+            "arm": arm, "seed": seed, "split": exam.split, "group": group, "difficulty": case.difficulty,
             "kind": case.kind, "case": f"{case.case_id}:{question.kind}", "asked": question.kind,
-            "strength": strength, "said": answer.said, "wanted": answer.wanted,
+            "strength": exam.strength, "said": answer.said, "wanted": answer.wanted,
             "metrics": _scored(answer, question),
         }  # fmt: skip
 
@@ -69,11 +91,3 @@ def _scored(answer: Answer, question: Any) -> dict[str, float]:
     if words := (answer.letters if question.kind == "read" else []):
         values["letters"] = sum(map(sum, words)) / sum(map(len, words))
     return values
-
-
-def _keep(file: Any, records: Iterator[Record]) -> list[Record]:
-    """Write a group of an arm, whole."""
-    kept = list(records)
-    file.write("".join(json.dumps(record) + "\n" for record in kept))
-    file.flush()
-    return kept

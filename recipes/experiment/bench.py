@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from designs import Design
+from designs import EXTRA, Design
 from torch import Tensor
 
 from qwen_vision_bridge import VisionBridge
@@ -55,11 +55,15 @@ class Bench:
 
     Args:
         folder: of packs and runs. samples: lessons of each kind to learn from.
-        workers: processes that render.
+        workers: processes that render, or measure pictures.
         packs: where features are kept; None is the folder itself.
+        settings: of all designs, where they say nothing else.
     """
 
-    def __init__(self, folder: Path, samples: int, workers: int, packs: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, samples: int, workers: int, packs: Path | None = None,
+        settings: TrainingSettings | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.samples, self.workers = folder, samples, workers
         self.packs = packs or folder / "packs"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,6 +74,7 @@ class Bench:
         self._eyes = {
             teacher: Eyes(self.family, self.device, self.dtype, teacher) for teacher in (False, True)
         }
+        self.settings = settings or TrainingSettings()
         self.flow = Flow(self.pipeline.pipe, self.family.editor)
         self.accelerator = Accelerator(mixed_precision="bf16" if self.device.type == "cuda" else "no")
         self._packs: dict[str, Pack] = {}
@@ -81,9 +86,14 @@ class Bench:
         own = self.pipeline.pipe.text_encoder
         return Reader(model or own, processor, self.family, learning=model is not None)
 
-    def lessons(self, kind: str, teacher: bool = False) -> Pack:
-        """What is learnt from, with what the target sees of sharp pictures if asked for."""
-        return self._pack(WorldLessons(kind, "train", self.samples), kind, teacher and kind == "perceive")
+    def lessons(self, kind: str, count: int | None = None, teacher: bool = True) -> Pack:
+        """What is learnt from, the first `count` lessons alone if that is given.
+
+        Args:
+            teacher: whether what the target sees of sharp pictures is in it.
+        """
+        pack = self._pack(WorldLessons(kind, "train", self.samples), kind, teacher=kind == "perceive")
+        return _part(pack, count, teacher)
 
     def questions(self, group: str, split: str, count: int) -> tuple[Pack, CaseLessons]:
         """Questions about held-out cases of a group."""
@@ -92,22 +102,19 @@ class Bench:
 
     def study(self, design: Design, reader: Reader) -> Study:
         """What a design learns from."""
-        kinds = design.method.split("+")
-        packs = {kind: self.lessons(kind, design.teacher) for kind in kinds}
-        if design.samples is not None:
-            packs = {kind: _first(pack, design.samples) for kind, pack in packs.items()}
+        packs = {kind: self.lessons(kind, design.samples) for kind in design.method.split("+")}
         return Study(reader, packs.get("perceive"), packs.get("edit"), self.flow)
 
     def learner(self, design: Design, seed: int) -> tuple[Learner, Reader]:
         """What a design trains, at its start, and what reads for it."""
         config = BridgeConfig.for_family(self.family, seed=seed, **design.config)
         if design.rival:
-            model = _copy(self.pipeline.pipe.text_encoder)
+            model = copy.deepcopy(self.pipeline.pipe.text_encoder)
             return rival_of(config, model, seed), self.reader(model)
-        if "calibrate" in (design.start, design.method):
-            aside = BridgeLearner(VisionBridge(config), design.features, seed=seed)
-            pack = self.lessons("perceive", design.teacher)
-            bridge = calibrate(config, lambda: token_stream(pack, aside)).bridge
+        if design.start is not None:
+            bridge = VisionBridge.from_pretrained(EXTRA[design.start].place(self.folder, seed))
+        elif design.method == "calibrate":
+            bridge = self._calibrated(design, config)
         else:
             changes = {"init": "random"} if design.method == "random" else {}
             bridge = VisionBridge(replace(config, **changes))
@@ -116,20 +123,21 @@ class Bench:
                 if name.startswith(design.zeroed):
                     parameter.zero_()
         learner = BridgeLearner(bridge.to(self.device), design.features, seed=seed)
-        if "calibrate" in (design.start, design.method):
-            choose_gate(learner, Study(self.reader(), self.lessons("perceive", design.teacher)))
+        if design.method == "calibrate":
+            choose_gate(learner, Study(self.reader(), self.lessons("perceive", design.samples)))
         for name, parameter in bridge.named_parameters():
             parameter.requires_grad_(not (design.frozen and name.startswith(design.frozen)))
         return learner, self.reader()
 
-    def train(self, design: Design, seed: int, settings: TrainingSettings) -> Path:
+    def train(self, design: Design, seed: int) -> Path:
         """The folder of a design's bridge at a seed: trained now, from its last checkpoint on, or there."""
-        folder = self.folder / "runs" / f"{design.name}-seed{seed}"
-        if (folder / "done.json").is_file():
+        folder = design.place(self.folder, seed)
+        if design.is_finished(self.folder, seed):
             return folder
         learner, reader = self.learner(design, seed)
         if design.is_trained:
-            changed = replace(settings, seed=seed, **design.settings)
+            steps = max(round(design.share * self.settings.max_train_steps), 1)
+            changed = replace(self.settings, max_train_steps=steps, seed=seed, **design.settings)
             learning = Learning(learner)
             trainer = Trainer(folder, learning, self.study(design, reader), changed, self.accelerator)
             trainer.resume("latest")
@@ -142,15 +150,22 @@ class Bench:
         write_json(folder / "done.json", {"design": design.name, "seed": seed})
         return folder
 
-    def load(self, design: Design, folder: Path, seed: int) -> tuple[Learner, Reader]:
+    def load(self, design: Design, seed: int) -> tuple[Learner, Reader]:
         """A finished design, to be asked."""
+        folder = design.place(self.folder, seed)
         if design.rival:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(_copy(self.pipeline.pipe.text_encoder), folder)
+            model = PeftModel.from_pretrained(copy.deepcopy(self.pipeline.pipe.text_encoder), folder)
             return Untouched(), self.reader(model.base_model.model)
         bridge = VisionBridge.from_pretrained(folder).to(self.device)
         return BridgeLearner(bridge, design.features, seed=seed), self.reader()
+
+    def _calibrated(self, design: Design, config: BridgeConfig) -> VisionBridge:
+        """Of the config's own rank, on all levels alike: query and keys do nothing yet."""
+        pack = self.lessons("perceive", design.samples, design.teacher)
+        aside = BridgeLearner(VisionBridge(config), design.features)
+        return calibrate(config, lambda: token_stream(pack, aside), ranks=[config.rank]).bridge
 
     def _pack(self, lessons: Any, kind: str, teacher: bool = False) -> Pack:
         eyes = self._eyes[teacher]
@@ -186,22 +201,14 @@ class Untouched:
         return features, features
 
 
-def _first(pack: Pack, count: int) -> Pack:
-    """The same pack with only its first lessons to draw from."""
-    import copy
-
+def _part(pack: Pack, count: int | None, teacher: bool) -> Pack:
+    """The same pack with only its first lessons to draw from, or without what the teacher sees."""
+    if count is None and teacher:
+        return pack
     part = copy.copy(pack)
-    part.layouts = {name: members[members < count] for name, members in pack.layouts.items()}
-    part.layouts = {name: members for name, members in part.layouts.items() if len(members)}
+    if count is not None:
+        cut = {name: members[members < count] for name, members in pack.layouts.items()}
+        part.layouts = {name: members for name, members in cut.items() if len(members)}
+    if not teacher:
+        part.fields = {name: rows for name, rows in pack.fields.items() if name != "teacher"}
     return part
-
-
-def _copy(model: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(model)
-
-
-def mean_by_case(values: dict[str, list[float]]) -> dict[str, float]:
-    """Mean of each case's values."""
-    return {name: float(np.mean(numbers)) for name, numbers in values.items()}

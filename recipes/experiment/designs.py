@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -16,9 +18,9 @@ class Design:
     features: str = "own"
     rival: bool = False
     start: str | None = None
-    """`calibrate`: training continues from the calibrated bridge."""
-    teacher: bool = False
-    """Calibrate to what the target sees of sharp pictures."""
+    """The design whose finished bridge training goes on from; None is a new bridge."""
+    teacher: bool = True
+    """Calibrate to what the target sees of sharp pictures; else to its own features."""
     config: dict[str, Any] = field(default_factory=dict)
     """Changes of `BridgeConfig`."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -29,50 +31,107 @@ class Design:
     """Beginnings of the names of weights that are set to zero first."""
     samples: int | None = None
     """Fewer lessons than the run's."""
+    share: float = 1.0
+    """Of the run's steps: those through the transformer cost several times as much."""
 
     @property
     def is_trained(self) -> bool:
         """Whether it depends on a training seed."""
         return self.method in ("perceive", "edit", "perceive+edit")
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of lessons that it learns from."""
+        if self.method == "calibrate":
+            return ("perceive",)
+        return tuple(self.method.split("+")) if self.is_trained else ()
+
+    def seeds(self, given: Sequence[int]) -> list[int]:
+        """Those of the given training seeds that it is trained with: 0 where none changes it."""
+        return list(given) if self.is_trained else [0]
+
+    def place(self, folder: Path, seed: int) -> Path:
+        """Where it is at a seed."""
+        return folder / "runs" / f"{self.name}-seed{seed if self.is_trained else 0}"
+
+    def is_finished(self, folder: Path, seed: int) -> bool:
+        """Whether it is there, whole."""
+        return (self.place(folder, seed) / "done.json").is_file()
+
 
 NO_QUERY = ("query", "keys")
+THROUGH = 1 / 3  # of the steps for what learns through the transformer
+STARTS = (
+    Design("calibrated", "calibrate"),
+    Design("calibrated-shuffled", "calibrate", "shuffled"),
+    Design("calibrated-target-only", "calibrate", "target"),
+)
+"""The closed form, and the same of both controls."""
+
 ARMS = (
     Design("fresh", "fresh"),
     Design("random", "random"),
-    Design("calibrated", "calibrate"),
-    Design("perceive"),
-    Design("edit", "edit"),
-    Design("perceive+edit", "perceive+edit"),
-    Design("shuffled", features="shuffled"),
-    Design("target-only", features="target"),
+    STARTS[0],
+    Design("perceive", start="calibrated"),
+    Design("edit", "edit", start="calibrated", share=THROUGH),
+    Design("perceive+edit", "perceive+edit", start="perceive", share=THROUGH),
+    Design("shuffled", features="shuffled", start="calibrated-shuffled"),
+    Design("target-only", features="target", start="calibrated-target-only"),
     Design("lora", rival=True),
 )
 """The arms of the final test, beside the baseline, which needs no bridge."""
 
 DESIGNS = (
-    Design("perceive"),
-    Design("late-alone", config={"levels": ("late",)}),
-    Design("early-alone", config={"levels": ("early",)}),
-    Design("no-query", frozen=NO_QUERY, zeroed=NO_QUERY),
-    Design("anchored", settings={"anchor": 0.1}),
-    Design("statistics", settings={"match_statistics": 0.01}),
-    Design("replace", config={"blend": "replace"}),
-    Design("from-calibrated", start="calibrate"),
-    Design("taught", "calibrate", teacher=True),
-    Design("taught-shuffled", "calibrate", "shuffled", teacher=True),
-    Design("taught-target-only", "calibrate", "target", teacher=True),
-    Design("from-taught", start="calibrate", teacher=True),
-    Design("norms-and-gate-alone", start="calibrate", frozen=("query", "keys", "ups", "downs")),
+    *STARTS,
+    Design("calibrated-to-itself", "calibrate", teacher=False),
+    Design("perceive", start="calibrated"),
+    Design("fresh-start", start=None),
     Design("random-start", config={"init": "random"}, settings={"learning_rate": 1e-3}),
-    Design("hard-first", settings={"hard_share": 0.5}),
-    Design("average-kept", settings={"use_ema": True}),
+    Design("replace", config={"blend": "replace"}),
+    Design("early-alone", config={"levels": ("early",)}),
+    Design("late-alone", config={"levels": ("late",)}),
+    Design("no-query", start="calibrated", frozen=NO_QUERY, zeroed=NO_QUERY),
+    Design("gate-and-norms-alone", start="calibrated", frozen=("query", "keys", "ups", "downs")),
+    Design("anchored", start="calibrated", settings={"anchor": 0.1}),
+    Design("statistics", start="calibrated", settings={"match_statistics": 0.01}),
+    Design("hard-first", start="calibrated", settings={"hard_share": 0.5}),
+    Design("average-kept", start="calibrated", settings={"use_ema": True}),
+    Design("slower", start="calibrated", settings={"learning_rate": 1e-3}),
+    Design("faster", start="calibrated", settings={"learning_rate": 5e-3}),
+    Design("edit", "edit", start="calibrated", share=THROUGH),
+    Design("perceive+edit", "perceive+edit", start="perceive", share=THROUGH),
+    Design("edit-heavy", "perceive+edit", start="perceive", share=THROUGH, settings={"edit_weight": 40.0}),
+    Design(
+        "no-dropout", "perceive+edit", start="perceive", share=THROUGH, settings={"condition_dropout": 0.0}
+    ),
 )
-"""What validation chooses among; the first is the library's default."""
+"""What validation chooses among."""
 
-RANKS = tuple(
-    Design(f"rank-{rank}", config={"rank": rank, "query_dim": rank}) for rank in (4, 12, 24, 48, 96)
+_RANKS = {f"rank-{rank}": {"rank": rank, "query_dim": rank} for rank in (4, 12, 24, 48, 96)}
+_AMOUNTS = {f"{count}-lessons": count for count in (250, 1000, 4000)}
+CURVE_STARTS = (
+    *(Design(f"calibrated-{name}", "calibrate", config=config) for name, config in _RANKS.items()),
+    *(Design(f"calibrated-{name}", "calibrate", samples=count) for name, count in _AMOUNTS.items()),
 )
-AMOUNTS = tuple(Design(f"{count}-lessons", samples=count) for count in (250, 1000, 4000))
-EXTRA = {design.name: design for design in (*ARMS, *DESIGNS, *RANKS, *AMOUNTS)}
+RANKS = tuple(Design(name, start=f"calibrated-{name}", config=config) for name, config in _RANKS.items())
+AMOUNTS = tuple(Design(name, start=f"calibrated-{name}", samples=count) for name, count in _AMOUNTS.items())
+EXTRA = {design.name: design for design in (*ARMS, *DESIGNS, *CURVE_STARTS, *RANKS, *AMOUNTS)}
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def with_starts(designs: Iterable[Design]) -> list[list[Design]]:
+    """The designs and all that they start from, in rounds: each needs only what earlier rounds have made."""
+    rounds: list[list[Design]] = []
+
+    def put(design: Design) -> int:
+        before = put(EXTRA[design.start]) if design.start is not None else -1
+        place = max(before + 1, int(design.is_trained))
+        while len(rounds) <= place:
+            rounds.append([])
+        if design not in rounds[place]:
+            rounds[place].append(design)
+        return place
+
+    for design in designs:
+        put(design)
+    return rounds

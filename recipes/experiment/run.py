@@ -4,155 +4,192 @@
     python recipes/experiment/run.py final --folder runs/experiment      # the arms, on the test split, once
     python recipes/experiment/run.py curves --folder runs/experiment     # strength, rank, amount of data
 
-Each part goes on where it was stopped. `--tiny` rehearses everything on a CPU in minutes; its figures prove
-nothing.
+Each part goes on where it was stopped. `--processes` shares the work out; they may all use one GPU. `--tiny`
+rehearses everything on a CPU in minutes; its figures prove nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from asking import Exam, ask
 from bench import Bench
-from designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design
+from designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design, with_starts
+from editing import Edits, edit_part
+from hands import Hands
+from results import CONTROLS, draw_curve, draw_differences, level_shares, rows_of, table
 
+from qwen_vision_bridge.comparisons import BASELINE
 from qwen_vision_bridge.records import provenance, write_json, write_whole
 from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.world import GROUPS
 
 TINY = {"samples": 24, "cases": 6, "edits": 2, "steps": 2, "batch": 2, "seeds": [0], "edit_steps": 2}
 
+Record = dict[str, Any]
+Row = dict[str, Any]
+
 
 def main(given: Sequence[str] | None = None) -> None:
     """Run one part of the experiment."""
     arguments = _arguments(given)
-    bench = Bench(arguments.folder, arguments.samples, arguments.workers, arguments.packs)
-    {"train": train, "choose": choose, "final": final, "curves": curves}[arguments.part](bench, arguments)
-
-
-def train(bench: Bench, arguments: argparse.Namespace) -> None:
-    """The arms, or some of them, alone: several processes may share a folder that has its packs."""
-    _trained(bench, [EXTRA[name] for name in arguments.designs] if arguments.designs else ARMS, arguments)
-
-
-def choose(bench: Bench, arguments: argparse.Namespace) -> None:
-    """All designs on the validation split, by perception."""
-    designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else DESIGNS
-    found = _trained(bench, designs, arguments)
-    rows = _perceived(bench, found, arguments, "validation")
-    _write(arguments, "choose", rows)
-
-
-def final(bench: Bench, arguments: argparse.Namespace) -> None:
-    """All arms on the test split, and on words and pairs that no training has shown."""
-    from editing import edit_all
-    from results import CONTROLS, draw_differences, level_shares, rows_of
-
-    designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else ARMS
-    found = _trained(bench, designs, arguments)
-    rows = [
-        {**row, "split": split}
-        for split in arguments.splits
-        for row in _perceived(bench, found, arguments, split)
-    ]
-    if arguments.edits:
-        some = [one for one in found if one[1] in arguments.seeds[: arguments.edit_seeds]]
-        records = edit_all(
-            bench,
-            some,
-            arguments.folder / "edits",
-            arguments.edits,
-            arguments.edit_steps,
-            arguments.batch_arms,
-        )
-        write_json(arguments.folder / "levels.json", level_shares(records))
-        for against in ("baseline", *CONTROLS):
-            rows += [{**row, "split": "test"} for row in rows_of(records, "edit", against)]
-    _write(arguments, "final", rows)
-    against_baseline = [row for row in rows if row["against"] == "baseline" and row["split"] == "test"]
-    for gain, metric in (("perception", "letters"), ("perception", "answered"), ("edit", "right")):
-        draw_differences(against_baseline, arguments.folder / f"{gain}-{metric}.png", gain, metric)
-
-
-def curves(bench: Bench, arguments: argparse.Namespace) -> None:
-    """Letters read on the validation split by strength, by rank and by the amount of data."""
-    from asking import ask_all, ask_at
-    from results import draw_curve, rows_of
-
-    log = arguments.folder / "asked-validation.jsonl"
-    baseline = [r for r in ask_all(bench, [], "validation", arguments.cases, log) if r["arm"] == "baseline"]
-    curve_rows = []
-    found = _trained(bench, [EXTRA["perceive"]], arguments)
-    points = []
-    for strength in STRENGTHS:
-        records = [
-            r for d, s, f in found for r in ask_at(bench, d, s, f, strength, "validation", arguments.cases)
-        ]
-        row = _letters(rows_of([*baseline, *records], "perception"))
-        points.append((strength, row["diff"], row["ci_low"], row["ci_high"]))
-        curve_rows.append({**row, "strength": strength})
-    draw_curve(points, arguments.folder / "strength.png", "strength")
-    for name, designs in (("rank", RANKS), ("lessons", AMOUNTS)):
-        found = _trained(bench, designs, arguments)
-        records = ask_all(bench, found, "validation", arguments.cases, log)
-        rows = [_letters([r for r in rows_of(records, "perception") if r["arm"] == d.name]) for d in designs]
-        sizes = [float("".join(filter(str.isdigit, row["arm"]))) for row in rows]
-        draw_curve(
-            [(x, r["diff"], r["ci_low"], r["ci_high"]) for x, r in zip(sizes, rows, strict=True)],
-            arguments.folder / f"{name}.png", name,
-        )  # fmt: skip
-        curve_rows += rows
-    _write(arguments, "curves", curve_rows)
-
-
-def _trained(
-    bench: Bench, designs: Sequence[Design], arguments: argparse.Namespace
-) -> list[tuple[Design, int, Path]]:
     settings = TrainingSettings(
         max_train_steps=arguments.steps, train_batch_size=arguments.batch,
         checkpointing_steps=max(arguments.steps // 2, 1), log_every=max(arguments.steps // 20, 1),
     )  # fmt: skip
-    found = []
-    for design in designs:
-        for seed in arguments.seeds if design.is_trained else [0]:
-            print(f"--- {design.name}, seed {seed}", flush=True)
-            found.append((design, seed, bench.train(design, seed, settings)))
+    workers = -(-arguments.workers // max(arguments.processes, 1))
+    make = partial(Bench, arguments.folder, arguments.samples, workers, arguments.packs, settings)
+    with Hands(make, arguments.processes) as hands:
+        {"choose": choose, "final": final, "curves": curves}[arguments.part](hands, arguments)
+
+
+def choose(hands: Hands, arguments: argparse.Namespace) -> None:
+    """All designs on the validation split, by perception, and by edits where they are asked for."""
+    designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else DESIGNS
+    exam = Exam("validation", tuple(arguments.groups), arguments.cases)
+    found = _trained(hands, designs, arguments, [exam])
+    asked = _asked(hands, found, [exam])
+    edited = _edited(hands, found, arguments, "validation", arguments.edits or 0)
+    if not arguments.records_only:
+        _write(arguments, "choose", [*_all_rows(asked, "perception"), *_all_rows(edited, "edit")])
+
+
+def final(hands: Hands, arguments: argparse.Namespace) -> None:
+    """All arms on the test split, and on words and pairs that no training has shown."""
+    designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else ARMS
+    exams = [Exam(split, tuple(arguments.groups), arguments.cases) for split in arguments.splits]
+    found = _trained(hands, designs, arguments, exams)
+    asked = _asked(hands, found, exams)
+    edits = 500 if arguments.edits is None else arguments.edits
+    edited = _edited(hands, found, arguments, "test", edits)
+    if arguments.records_only:
+        return
+    rows = [
+        {**row, "split": exam.split}
+        for exam in exams
+        for row in _all_rows([r for r in asked if r["split"] == exam.split], "perception")
+    ]
+    rows += [{**row, "split": "test"} for row in _all_rows(edited, "edit")]
+    write_json(arguments.folder / "levels.json", level_shares(edited))
+    _write(arguments, "final", rows)
+    against_baseline = [row for row in rows if row["against"] == BASELINE and row["split"] == "test"]
+    for gain, metric in (("perception", "letters"), ("perception", "answered"), ("edit", "right")):
+        draw_differences(against_baseline, arguments.folder / f"{gain}-{metric}.png", gain, metric)
+
+
+def curves(hands: Hands, arguments: argparse.Namespace) -> None:
+    """Letters read on the validation split by strength, by rank and by the amount of data."""
+    exam = Exam("validation", ("ocr",), arguments.cases, only="read")
+    exams = {strength: exam._replace(strength=strength) for strength in STRENGTHS}
+    by_strength = _trained(hands, [EXTRA["perceive"]], arguments, list(exams.values()))
+    others = _trained(hands, [*RANKS, *AMOUNTS], arguments, [exam])
+    if arguments.records_only:
+        return
+    rows, points = [], []
+    for strength, one in exams.items():
+        records = [*_asked(hands, [], [exam]), *_asked(hands, by_strength, [one], baseline=False)]
+        rows.append({**_letters(records, "perceive"), "strength": strength})
+        points.append((strength, rows[-1]))
+    _draw(points, arguments.folder / "strength.png", "strength")
+    asked = _asked(hands, others, [exam])
+    for name, designs in (("rank", RANKS), ("lessons", AMOUNTS)):
+        found = [_letters(asked, design.name) for design in designs]
+        sizes = [float("".join(filter(str.isdigit, row["arm"]))) for row in found]
+        _draw(zip(sizes, found, strict=True), arguments.folder / f"{name}.png", name)
+        rows += found
+    _write(arguments, "curves", rows)
+
+
+def _trained(
+    hands: Hands, designs: Sequence[Design], arguments: argparse.Namespace, exams: Sequence[Exam]
+) -> list[tuple[str, int]]:
+    """Make what is needed, then train the designs and ask them; their names and seeds."""
+    folder = arguments.folder
+    rounds = with_starts(designs)
+    every = [(design, seed) for some in rounds for design in some for seed in design.seeds(arguments.seeds)]
+    untrained = [design for design, seed in every if not design.is_finished(folder, seed)]
+    kinds = {kind for design in untrained for kind in design.kinds}
+    found = [(design.name, seed) for design in designs for seed in design.seeds(arguments.seeds)]
+    unasked = [
+        ("questions", group, exam.split, exam.count)
+        for exam in exams
+        for group in exam.groups
+        for arm in [(BASELINE, 0), *found]
+        if not exam.kept(folder, group, *arm).is_file()
+    ]
+    hands.do(_look, list(dict.fromkeys([*(("lessons", kind) for kind in sorted(kinds)), *unasked])))
+    for some in rounds:
+        costly_first = sorted(some, key=lambda design: "edit" not in design.method)
+        jobs = [(design, seed) for design in costly_first for seed in design.seeds(arguments.seeds)]
+        hands.do(_finish, [(d.name, seed, tuple(exams) if d in designs else ()) for d, seed in jobs])
     return found
 
 
-def _perceived(
-    bench: Bench, found: list[tuple[Design, int, Path]], arguments: argparse.Namespace, split: str
-) -> list[dict[str, Any]]:
-    from asking import ask_all
-    from results import CONTROLS, rows_of
-
-    log = arguments.folder / f"asked-{split}.jsonl"
-    names = {"baseline", *(design.name for design, _, _ in found)}
-    asked = ask_all(bench, found, split, arguments.cases, log, arguments.groups)
-    records = [record for record in asked if record["arm"] in names]
-    return [row for against in ("baseline", *CONTROLS) for row in rows_of(records, "perception", against)]
+def _look(bench: Bench, what: str, *arguments: Any) -> None:
+    getattr(bench, what)(*arguments)
 
 
-def _letters(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _finish(bench: Bench, name: str, seed: int, exams: Sequence[Exam]) -> None:
+    print(f"--- {name}, seed {seed}", flush=True)
+    bench.train(EXTRA[name], seed)
+    ask(bench, name, seed, exams)
+
+
+def _asked(
+    hands: Hands, found: Iterable[tuple[str, int]], exams: Sequence[Exam], baseline: bool = True
+) -> list[Record]:
+    arms = [*([(BASELINE, 0)] if baseline else []), *found]
+    return [record for records in hands.do(ask, [(*arm, tuple(exams)) for arm in arms]) for record in records]
+
+
+def _edited(
+    hands: Hands, found: Iterable[tuple[str, int]], arguments: argparse.Namespace, split: str, count: int
+) -> list[Record]:
+    if not count:
+        return []
+    seeds = arguments.seeds[: arguments.edit_seeds]
+    some = arguments.edit_designs or EXTRA
+    arms = [(arm, seed) for arm, seed in found if arm in some and (seed in seeds or not seed)]
+    parts = max(hands.count, 1)
+    edits = Edits(
+        split, tuple(arguments.groups), count, arguments.edit_steps, arguments.batch_arms,
+        arguments.parts or parts,
+    )  # fmt: skip
+    given = [(arms, edits, part) for part in range(edits.parts)]
+    return [record for records in hands.do(edit_part, given) for record in records]
+
+
+def _all_rows(records: Sequence[Record], gain: str) -> list[Row]:
+    return [row for against in (BASELINE, *CONTROLS) for row in rows_of(records, gain, against)]
+
+
+def _letters(records: Sequence[Record], arm: str) -> Row:
     (row,) = (
-        r for r in rows if r["metric"] == "letters" and r["difficulty"] == "all" and r["group"] == "ocr"
+        row
+        for row in rows_of([r for r in records if r["arm"] in (BASELINE, arm)], "perception")
+        if row["metric"] == "letters" and row["difficulty"] == "all"
     )
     return row
 
 
-def _write(arguments: argparse.Namespace, part: str, rows: list[dict[str, Any]]) -> None:
+def _draw(points: Iterable[tuple[float, Row]], path: Path, name: str) -> None:
+    draw_curve([(x, row["diff"], row["ci_low"], row["ci_high"]) for x, row in points], path, name)
+
+
+def _write(arguments: argparse.Namespace, part: str, rows: list[Row]) -> None:
     import torch
-    from results import table
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = provenance(arguments.seeds, device, tiny=arguments.tiny, settings=_plain(vars(arguments)))
     folder = arguments.folder
     write_json(folder / f"{part}-about.json", about)
     write_json(folder / ("results.json" if part == "final" else f"{part}.json"), rows)
-    shown = [row for row in rows if row.get("against", "baseline") == "baseline"]
+    shown = [row for row in rows if row.get("against", BASELINE) == BASELINE]
     write_whole(folder / f"{part}.md", lambda file: file.write_text(table(shown), encoding="utf-8"))
     print(table([row for row in shown if row["difficulty"] == "all"]))
 
@@ -165,7 +202,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["train", "choose", "final", "curves"])
+    parser.add_argument("part", choices=["choose", "final", "curves"])
     parser.add_argument("--folder", type=Path, required=True, help="packs, runs, records and results")
     parser.add_argument("--packs", type=Path, help="where features are kept; default: in the folder")
     parser.add_argument("--designs", nargs="+", choices=sorted(EXTRA), help="these alone")
@@ -174,13 +211,21 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", type=int, default=500, help="held-out cases a group")
-    parser.add_argument("--groups", nargs="+", choices=GROUPS[:3], default=GROUPS[:3], help="to ask about")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS[:3], default=GROUPS[:3], help="of cases")
     parser.add_argument("--splits", nargs="+", choices=["test", "novel"], default=["test", "novel"])
-    parser.add_argument("--edits", type=int, default=500, help="edited cases a group; 0: none")
+    parser.add_argument(
+        "--edits", type=int, help="edited cases a group; default: 500 in the final test, 0 in a choice"
+    )
+    parser.add_argument("--edit-designs", nargs="+", choices=sorted(EXTRA), help="edit through these alone")
     parser.add_argument("--edit-seeds", type=int, default=3, help="so many of the training seeds are edited")
     parser.add_argument("--edit-steps", type=int, default=20, help="denoising steps of an edit")
     parser.add_argument("--batch-arms", type=int, default=1, help="edits that are denoised together")
-    parser.add_argument("--workers", type=int, default=0, help="processes that render, or measure edits")
+    parser.add_argument("--processes", type=int, default=0, help="that share the work; 0 is this one alone")
+    parser.add_argument("--workers", type=int, default=0, help="that render or measure, of all processes")
+    parser.add_argument("--parts", type=int, help="of the edited cases; default: one a process")
+    parser.add_argument(
+        "--records-only", action="store_true", help="leave tables and figures to a later call"
+    )
     parser.add_argument("--tiny", action="store_true", help="rehearse")
     arguments = parser.parse_args(given)
     if arguments.tiny:
