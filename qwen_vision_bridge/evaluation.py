@@ -101,7 +101,8 @@ def evaluate(
     check_ids(cases)
     by_id = {case.case_id: case for case in cases}
     run = Run(pipeline, Path(folder), arms, seed, dict(options), by_id, batch_arms, reuse_baselines)
-    found = work_through(run, perception, workers, retry_errors, announce)
+    with Measurer(workers) as measurer:
+        found = work_through(run, perception, measurer, retry_errors, announce)
     if found is None:
         return None
     records = found.records
@@ -115,10 +116,15 @@ def evaluate(
 
 
 def work_through(
-    run: Run, perception: bool, workers: int = 0, retry_errors: bool = False,
+    run: Run, perception: bool, measurer: Measurer, retry_errors: bool = False,
     announce: Callable[[str], None] | None = None,
 ) -> Worked | None:  # fmt: skip
-    """Do what a run has still to do; None in processes other than the first. Arguments as `evaluate`."""
+    """Do what a run has still to do; None in processes other than the first.
+
+    Args:
+        measurer: measures the pictures; it stays open, for other runs.
+        perception, retry_errors, announce: as `evaluate`.
+    """
     processes = Processes()
     jobs, left_out = plan(run, perception)
     ledger = Ledger(run.folder, processes.index)
@@ -128,7 +134,7 @@ def work_through(
     if announce is not None and processes.is_main:
         announce(_estimate(run, pending, processes.count))
     mine = processes.share(sorted({job.case.case_id for job in pending}))
-    _work(run, mine, pending, ledger, workers)
+    _work(run, mine, pending, ledger, measurer)
     processes.wait()
     if not processes.is_main:
         return None
@@ -136,7 +142,7 @@ def work_through(
     return Worked([ledger.records[job.key] for job in jobs], left_out, len(jobs) - len(pending))
 
 
-def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger, workers: int) -> None:
+def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger, measurer: Measurer) -> None:
     """Do the pending jobs of some cases, one case after the other with all its arms."""
     from tqdm import tqdm
 
@@ -146,8 +152,8 @@ def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger,
             by_case[job.case.case_id].append(job)
     _extract(run, mine)
     total = sum(map(len, by_case.values()))
-    with tqdm(total=total, desc="evaluating", unit="job", disable=total == 0) as bar, Measurer(workers) as m:
-        maker = Maker(run, ledger, m, bar.update)
+    with tqdm(total=total, desc="evaluating", unit="job", disable=total == 0) as bar:
+        maker = Maker(run, ledger, measurer, bar.update)
         try:
             for jobs in _chunks(list(by_case.values()), run.batch):
                 maker.work(jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -134,6 +135,7 @@ def _found(case: Any, picture: Image.Image) -> dict[str, Any]:
 def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to handle
     reading.OCR_THREADS = 1  # of many processes each has one core
+    os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # the reader's own, not imported yet
 
 
 def measure(case: Any, picture: Image.Image) -> dict[str, float]:

@@ -8,6 +8,7 @@ written last, says that the pack is finished.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -73,13 +74,9 @@ class Pack:
             path = str(self.folder / f"{field}.bin")
             flat = torch.from_file(path, shared=False, size=rows * width, dtype=torch.bfloat16)
             self.fields[field] = flat.view(rows, width)
-        self._starts, self._sizes = {}, {}
-        for field in self.fields:
-            counts = torch.tensor([line["rows"][field] for line in self.lines])
-            self._sizes[field], self._starts[field] = counts, counts.cumsum(0) - counts
+        self._count()
         if self.device.type == "cuda":
             self._to_device(share)
-        self.layouts = self._by_layout()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -119,6 +116,14 @@ class Pack:
         """The grid of lessons that are laid out alike."""
         return tuple(self.lines[int(lessons[0])]["grid"])
 
+    def _count(self) -> None:
+        """Find out from its lines where each lesson's rows are, and which lessons are laid out alike."""
+        self._starts, self._sizes = {}, {}
+        for field in self.fields:
+            counts = torch.tensor([line["rows"][field] for line in self.lines])
+            self._sizes[field], self._starts[field] = counts, counts.cumsum(0) - counts
+        self.layouts = self._by_layout()
+
     def _by_layout(self) -> dict[str, Tensor]:
         layouts: dict[str, list[int]] = {}
         for index, line in enumerate(self.lines):
@@ -129,6 +134,22 @@ class Pack:
         free, _ = torch.cuda.mem_get_info(self.device)
         if sum(values.nbytes for values in self.fields.values()) < share * free:
             self.fields = {field: values.to(self.device) for field, values in self.fields.items()}
+
+
+def join(packs: Sequence[Pack], device: torch.device | str = "cpu") -> Pack:
+    """The pack of all lessons of several packs with the same fields, one after the other, on a device."""
+    whole = copy.copy(packs[0])
+    whole.device = torch.device(device)
+    whole.lines = [line for pack in packs for line in pack.lines]
+    whole.fields = {}
+    for field, rows in packs[0].fields.items():
+        sizes = [len(pack.fields[field]) for pack in packs]
+        joined = torch.empty(sum(sizes), rows.shape[1], dtype=rows.dtype, device=device)
+        for part, pack in zip(joined.split(sizes), packs, strict=True):
+            part.copy_(pack.fields[field])
+        whole.fields[field] = joined
+    whole._count()
+    return whole
 
 
 def levels_of(pack: Pack, lessons: Tensor) -> list[Tensor]:

@@ -22,9 +22,10 @@ from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
 from qwen_vision_bridge.learners import BridgeLearner, Learner, rival_of
 from qwen_vision_bridge.lessons import Lesson, WorldLessons
+from qwen_vision_bridge.measuring import Measurer
 from qwen_vision_bridge.milestones import save_result
 from qwen_vision_bridge.objectives import Study
-from qwen_vision_bridge.packs import Pack, See, build_pack
+from qwen_vision_bridge.packs import Pack, See, build_pack, join
 from qwen_vision_bridge.perception import questions_of
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.processors import load_processor
@@ -33,6 +34,15 @@ from qwen_vision_bridge.records import digest_of, write_json
 from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.training import Trainer
 from qwen_vision_bridge.world import Case, make_cases
+
+PART = 6000  # lessons whose features are made by one process
+FEWER = 4  # times fewer edits than questions to learn from: a step through the transformer costs more
+
+
+def lessons_parts(kind: str, samples: int) -> list[WorldLessons]:
+    """What is learnt from where there are so many questions, in parts for several processes."""
+    count = samples if kind == "perceive" else max(samples // FEWER, 1)
+    return [WorldLessons(kind, "train", min(PART, count - k), first=k) for k in range(0, count, PART)]
 
 
 class CaseLessons:
@@ -54,7 +64,7 @@ class Bench:
     """Models and data of the experiment.
 
     Args:
-        folder: of packs and runs. samples: lessons of each kind to learn from.
+        folder: of packs and runs. samples: questions to learn from; edits are fewer.
         workers: processes that render, or measure pictures.
         packs: where features are kept; None is the folder itself.
         settings: of all designs, where they say nothing else.
@@ -77,7 +87,9 @@ class Bench:
         self.settings = settings or TrainingSettings()
         self.flow = Flow(self.pipeline.pipe, self.family.editor)
         self.accelerator = Accelerator(mixed_precision="bf16" if self.device.type == "cuda" else "no")
-        self._packs: dict[str, Pack] = {}
+        self._joined: dict[str, Pack] = {}
+        self._questions: dict[tuple[str, str, int], tuple[Pack, CaseLessons]] = {}
+        self._measurer: Measurer | None = None
 
     def reader(self, model: Any = None) -> Reader:
         """A reader of the pipeline's own text encoder, or of another one that learns."""
@@ -86,19 +98,37 @@ class Bench:
         own = self.pipeline.pipe.text_encoder
         return Reader(model or own, processor, self.family, learning=model is not None)
 
+    def lessons_part(self, kind: str, number: int) -> Pack:
+        """The features of one part; those of questions with what the target sees of sharp pictures."""
+        return self._pack(lessons_parts(kind, self.samples)[number], kind, teacher=kind == "perceive")
+
     def lessons(self, kind: str, count: int | None = None, teacher: bool = True) -> Pack:
         """What is learnt from, the first `count` lessons alone if that is given.
 
         Args:
             teacher: whether what the target sees of sharp pictures is in it.
         """
-        pack = self._pack(WorldLessons(kind, "train", self.samples), kind, teacher=kind == "perceive")
-        return _part(pack, count, teacher)
+        if kind not in self._joined:
+            parts = [
+                self.lessons_part(kind, number) for number in range(len(lessons_parts(kind, self.samples)))
+            ]
+            self._joined[kind] = join(parts, self.device)
+        return _part(self._joined[kind], count, teacher)
 
     def questions(self, group: str, split: str, count: int) -> tuple[Pack, CaseLessons]:
         """Questions about held-out cases of a group."""
-        lessons = CaseLessons(make_cases(group, count, seed=7, split=split))
-        return self._pack(lessons, "perceive"), lessons
+        key = (group, split, count)
+        if key not in self._questions:
+            lessons = CaseLessons(make_cases(group, count, seed=7, split=split))
+            self._questions[key] = join([self._pack(lessons, "perceive", teacher=True)], self.device), lessons
+        return self._questions[key]
+
+    @property
+    def measurer(self) -> Measurer:
+        """Measures edited pictures, for as long as this process lives."""
+        if self._measurer is None:
+            self._measurer = Measurer(self.workers)
+        return self._measurer
 
     def study(self, design: Design, reader: Reader) -> Study:
         """What a design learns from."""
@@ -134,6 +164,9 @@ class Bench:
         folder = design.place(self.folder, seed)
         if design.is_finished(self.folder, seed):
             return folder
+        if design.method == "sharp":
+            write_json(folder / "done.json", {"design": design.name, "seed": seed})
+            return folder
         learner, reader = self.learner(design, seed)
         if design.is_trained:
             steps = max(round(design.share * self.settings.max_train_steps), 1)
@@ -153,6 +186,8 @@ class Bench:
     def load(self, design: Design, seed: int) -> tuple[Learner, Reader]:
         """A finished design, to be asked."""
         folder = design.place(self.folder, seed)
+        if design.method == "sharp":
+            return Untouched("teacher"), self.reader()
         if design.rival:
             from peft import PeftModel
 
@@ -170,10 +205,7 @@ class Bench:
     def _pack(self, lessons: Any, kind: str, teacher: bool = False) -> Pack:
         eyes = self._eyes[teacher]
         key, name = pack_name(eyes.key(), kind, self.family, lessons)
-        if name not in self._packs:
-            build_pack(self.packs / name, lessons, lambda: self._see(kind, eyes), key, self.workers)
-            self._packs[name] = Pack(self.packs / name, self.device)
-        return self._packs[name]
+        return build_pack(self.packs / name, lessons, lambda: self._see(kind, eyes), key, self.workers)
 
     def _see(self, kind: str, eyes: Eyes) -> See:
         if kind == "perceive":
@@ -194,10 +226,13 @@ class Learning:
 
 
 class Untouched:
-    """The features as the target's tower makes them."""
+    """The features as the target's tower makes them, of what the pipeline shows it or of sharp pictures."""
+
+    def __init__(self, field: str = "vision") -> None:
+        self.field = field
 
     def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
-        features = pack.rows("vision", lessons).float()
+        features = pack.rows(self.field, lessons).float()
         return features, features
 
 

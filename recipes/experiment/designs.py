@@ -14,7 +14,8 @@ class Design:
 
     name: str
     method: str = "perceive"
-    """`fresh`, `random`, `calibrate`, `perceive`, `edit` or `perceive+edit`."""
+    """`fresh`, `random`, `calibrate`, `perceive`, `edit` or `perceive+edit`; `sharp` is no bridge but the
+    target's own tower, shown pictures that the pipeline does not reduce: what better eyes alone are worth."""
     features: str = "own"
     rival: bool = False
     start: str | None = None
@@ -38,6 +39,11 @@ class Design:
     def is_trained(self) -> bool:
         """Whether it depends on a training seed."""
         return self.method in ("perceive", "edit", "perceive+edit")
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether a bridge comes of it."""
+        return not self.rival and self.method != "sharp"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -78,6 +84,7 @@ ARMS = (
     Design("shuffled", features="shuffled", start="calibrated-shuffled"),
     Design("target-only", features="target", start="calibrated-target-only"),
     Design("lora", rival=True),
+    Design("sharp", "sharp"),
 )
 """The arms of the final test, beside the baseline, which needs no bridge."""
 
@@ -108,7 +115,7 @@ DESIGNS = (
 """What validation chooses among."""
 
 _RANKS = {f"rank-{rank}": {"rank": rank, "query_dim": rank} for rank in (4, 12, 24, 48, 96)}
-_AMOUNTS = {f"{count}-lessons": count for count in (250, 1000, 4000)}
+_AMOUNTS = {f"{count}-lessons": count for count in (250, 1000, 4000, 16_000)}
 CURVE_STARTS = (
     *(Design(f"calibrated-{name}", "calibrate", config=config) for name, config in _RANKS.items()),
     *(Design(f"calibrated-{name}", "calibrate", samples=count) for name, count in _AMOUNTS.items()),
@@ -119,19 +126,15 @@ EXTRA = {design.name: design for design in (*ARMS, *DESIGNS, *CURVE_STARTS, *RAN
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
-def with_starts(designs: Iterable[Design]) -> list[list[Design]]:
-    """The designs and all that they start from, in rounds: each needs only what earlier rounds have made."""
-    rounds: list[list[Design]] = []
+def with_starts(designs: Iterable[Design]) -> list[Design]:
+    """The designs and all that they start from, each behind its start."""
+    found: dict[str, Design] = {}
 
-    def put(design: Design) -> int:
-        before = put(EXTRA[design.start]) if design.start is not None else -1
-        place = max(before + 1, int(design.is_trained))
-        while len(rounds) <= place:
-            rounds.append([])
-        if design not in rounds[place]:
-            rounds[place].append(design)
-        return place
+    def put(design: Design) -> None:
+        if design.start is not None:
+            put(EXTRA[design.start])
+        found.setdefault(design.name, design)
 
     for design in designs:
         put(design)
-    return rounds
+    return list(found.values())

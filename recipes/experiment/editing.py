@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,100 +17,86 @@ from qwen_vision_bridge.arms import Arm
 from qwen_vision_bridge.comparisons import BASELINE
 from qwen_vision_bridge.evaluation import work_through
 from qwen_vision_bridge.jobs import Run
-from qwen_vision_bridge.world import Case, make_cases
+from qwen_vision_bridge.world import make_cases
 
-SITES = ("deepstack", "prompt_embeds")  # beside the tower's output, where every bridge is trained
+SITES = ("tower", "deepstack", "prompt_embeds")  # every bridge is trained at the first
 
 Record = dict[str, Any]
 
 
 class Edits(NamedTuple):
-    """What is edited, and how."""
+    """Edits of one arm and seed that are made in one go."""
 
     split: str
-    groups: tuple[str, ...]
+    group: str
     count: int
-    """Cases a group."""
+    """Cases of the group."""
     steps: int
     """Of denoising."""
     batch: int
     """Edits that are denoised together."""
+    site: str = "tower"
+    part: int = 0
+    """The cases are dealt out to parts; a shuffled arm sees the features of a case of its own part."""
     parts: int = 1
-    """The cases are dealt out to so many; a shuffled arm sees the features of a case of its own part."""
 
-    @property
-    def name(self) -> str:
-        """Of the folder that its records are kept in."""
-        return f"{self.split}-{self.count}"
+    def kept(self, folder: Path, arm: str, seed: int) -> Path:
+        """Where their records are."""
+        shown = arm if self.site == "tower" else f"{arm}-at-{self.site}"
+        name = f"{self.group}-{shown}-seed{seed}-{self.part + 1}-of-{self.parts}.jsonl"
+        return folder / "edited" / f"{self.split}-{self.count}" / name
 
 
-def edit_part(bench: Bench, arms: Sequence[tuple[str, int]], edits: Edits, part: int) -> list[Record]:
-    """Records of a part of the cases in all arms and seeds; `perceive` at seed 0 also at the other sites.
+def edit(bench: Bench, arm: str, seed: int, edits: Edits) -> list[Record]:
+    """Records of one arm and seed: those that are kept, or of edits made now.
 
     Raises:
         RuntimeError: an edit failed; those that were made stay, and a second call tries it again.
     """
-    kept = bench.folder / "edited" / edits.name / f"{part + 1}-of-{edits.parts}.jsonl"
-    if kept.is_file():
-        return read_records(kept)
-    every = [c for group in edits.groups for c in make_cases(group, edits.count, seed=7, split=edits.split)]
-    cases = every[part :: edits.parts]
-    folder = bench.folder / "edits" / edits.name / f"{part + 1}-of-{edits.parts}"
-    names, chosen = {BASELINE: (BASELINE, 0)}, [Arm(BASELINE)]
-    for design, seed in ((EXTRA[arm], seed) for arm, seed in arms):
-        if design.rival:
-            continue
+    kept = edits.kept(bench.folder, arm, seed)
+    if not kept.is_file():
+        keep_records(kept, _made(bench, arm, seed, edits))
+    return read_records(kept)
+
+
+def _made(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Record]:
+    cases = make_cases(edits.group, edits.count, seed=7, split=edits.split)[edits.part :: edits.parts]
+    design, chosen = EXTRA.get(arm), Arm(BASELINE)
+    if design is not None and design.is_bridge:
         place = design.place(bench.folder, seed)
         bridge = VisionBridge.from_pretrained(place).requires_grad_(False)
-        for site in ("tower", *(SITES if design.name == "perceive" and seed == 0 else ())):
-            shown = design.name if site == "tower" else f"{design.name} at {site}"
-            name = f"{shown.replace(' ', '-').replace('+', '-and-')}-seed{seed}"
-            chosen.append(Arm(name, bridge, str(place), 1.0, site, design.features))
-            names[name] = (shown, seed)
-    records = _worked(bench, cases, folder / "bridges", chosen, edits)
-    found = [_record(record, *names[record["arm"]]) for record in records]
-    for design, seed in ((EXTRA[arm], seed) for arm, seed in arms if EXTRA[arm].rival):
-        found += _rival(bench, design, seed, cases, folder, edits)
-    keep_records(kept, found)
-    return found
-
-
-def _worked(
-    bench: Bench, cases: Sequence[Case], folder: Path, arms: Sequence[Arm], edits: Edits,
-    reuse_baselines: bool = True,
-) -> list[Record]:  # fmt: skip
-    options = {"num_inference_steps": edits.steps}
+        chosen = Arm(place.name.replace("+", "-and-"), bridge, str(place), 1.0, edits.site, design.features)
+    folder = bench.folder / "edits" / edits.kept(bench.folder, arm, seed).stem
     by_id = {case.case_id: case for case in cases}
-    run = Run(bench.pipeline, folder, arms, 0, options, by_id, edits.batch, reuse_baselines)
-    return work_through(run, perception=False, workers=bench.workers, retry_errors=True).records
+    with _other_model(bench, design, seed):
+        own = design is None or design.is_bridge
+        run = Run(
+            bench.pipeline, folder, [chosen], 0, {"num_inference_steps": edits.steps}, by_id, edits.batch, own
+        )
+        worked = work_through(run, perception=False, measurer=bench.measurer, retry_errors=True)
+    shown = arm if edits.site == "tower" else f"{arm} at {edits.site}"
+    for record in worked.records:
+        if record["error"]:
+            raise RuntimeError(f"{record['case_id']}, {arm}: {record['error']}")
+        yield {
+            "arm": shown, "seed": seed, "group": record["group"], "difficulty": record["difficulty"],
+            "kind": record["kind"], "case": record["case_id"], "metrics": record["metrics"],
+            "level_weights": record.get("level_weights"),
+        }  # fmt: skip
 
 
-def _rival(
-    bench: Bench, design: Design, seed: int, cases: Sequence[Case], folder: Path, edits: Edits
-) -> list[Record]:
-    """The rival in the pipeline's own text encoder, edited as that pipeline's baseline."""
-    pipe = bench.pipeline.pipe
-    kept = pipe.text_encoder
-    _, reader = bench.load(design, seed)
-    pipe.text_encoder = reader.model.to(kept.dtype)
+@contextmanager
+def _other_model(bench: Bench, design: Design | None, seed: int) -> Iterator[None]:
+    """The rival in the place of the text encoder, or pictures as sharp as the target takes them."""
+    pipeline = bench.pipeline
+    encoder, family = pipeline.pipe.text_encoder, pipeline.family
     try:
-        where = folder / f"{design.name}-seed{seed}"
-        records = _worked(bench, cases, where, [Arm(BASELINE)], edits, reuse_baselines=False)
+        if design is not None and design.rival:
+            _, reader = bench.load(design, seed)
+            pipeline.pipe.text_encoder = reader.model.to(encoder.dtype)
+        elif design is not None and design.method == "sharp":
+            side = family.picture_size
+            pipeline.family = replace(family, editor=replace(family.editor, condition_area=side * side))
+        yield
     finally:
-        pipe.text_encoder = kept
-    return [_record(record, design.name, seed) for record in records]
-
-
-def _record(record: Record, arm: str, seed: int) -> Record:
-    """A record of the experiment, from one of the library's.
-
-    Raises:
-        RuntimeError: the edit failed.
-    """
-    if record["error"]:
-        raise RuntimeError(f"{record['case_id']}, {arm}: {record['error']}")
-    return {
-        "arm": arm, "seed": seed, "group": record["group"], "difficulty": record["difficulty"],
-        "kind": record["kind"], "case": record["case_id"], "metrics": record["metrics"],
-        "level_weights": record.get("level_weights"),
-    }  # fmt: skip
+        pipeline.pipe.text_encoder, pipeline.family = encoder, family

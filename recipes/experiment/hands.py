@@ -1,17 +1,29 @@
-"""Jobs done here one after the other, or by several processes that each have a bench of their own."""
+"""Jobs that need one another, done here one by one or by several processes, each with a bench of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
 from bench import Bench
 
-Found = TypeVar("Found")
-
 _bench: Bench | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call `do(bench, *given)`.
+
+    Args:
+        needs: names of the jobs that have to be done before it.
+    """
+
+    do: Callable[..., Any]
+    given: tuple[Any, ...] = ()
+    needs: tuple[Hashable, ...] = ()
 
 
 class Hands:
@@ -28,24 +40,45 @@ class Hands:
             fresh = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(count, fresh, initializer=_open, initargs=(make,))
 
-    def do(self, job: Callable[..., Found], given: Sequence[tuple[Any, ...]]) -> list[Found]:
-        """What `job(bench, *arguments)` gives for each of the given arguments, in their order.
+    def do(self, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:
+        """What each job gives, by name; of those that may begin, the ones that stand first do.
 
         Raises:
+            KeyError: a job needs one that is not there.
             Whatever the first job to fail raises; jobs that have not begun are then left.
         """
-        if self._pool is None:
-            if _bench is None:
-                _open(self._make)
-            return [job(_bench, *arguments) for arguments in given]
-        waiting = [self._pool.submit(_call, job, arguments) for arguments in given]
+        for job in jobs.values():
+            for name in job.needs:
+                if name not in jobs:
+                    raise KeyError(f"a job needs {name!r}, which is none of the jobs")
+        return self._here(jobs) if self._pool is None else self._there(jobs)
+
+    def _here(self, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:
+        if _bench is None:
+            _open(self._make)
+        found: dict[Hashable, Any] = {}
+        left = dict(jobs)
+        while left:
+            name = next(_ready(left, found))
+            found[name] = _call(left.pop(name))
+        return found
+
+    def _there(self, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:
+        found: dict[Hashable, Any] = {}
+        left, running = dict(jobs), dict[Future[Any], Hashable]()
         try:
-            for done in as_completed(waiting):
-                done.result()
+            while left or running:
+                for name in list(_ready(left, found)):
+                    if len(running) >= self.count:  # what becomes ready later may stand before the rest
+                        break
+                    running[self._pool.submit(_call, left.pop(name))] = name
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    found[running.pop(future)] = future.result()
         except BaseException:
             self._pool.shutdown(wait=False, cancel_futures=True)
             raise
-        return [done.result() for done in waiting]
+        return found
 
     def __enter__(self) -> Hands:
         return self
@@ -55,10 +88,14 @@ class Hands:
             self._pool.shutdown(cancel_futures=True)
 
 
+def _ready(left: Mapping[Hashable, Job], found: Mapping[Hashable, Any]) -> Iterable[Hashable]:
+    return (name for name, job in left.items() if all(need in found for need in job.needs))
+
+
 def _open(make: Callable[[], Bench]) -> None:
     global _bench
     _bench = make()
 
 
-def _call(job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return job(_bench, *arguments)
+def _call(job: Job) -> Any:
+    return job.do(_bench, *job.given)

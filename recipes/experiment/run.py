@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from asking import Exam, ask
-from bench import Bench
+from bench import Bench, lessons_parts
 from designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design, with_starts
-from editing import Edits, edit_part
-from hands import Hands
+from editing import SITES, Edits, edit
+from hands import Hands, Job
 from results import CONTROLS, draw_curve, draw_differences, level_shares, rows_of, table
 
 from qwen_vision_bridge.comparisons import BASELINE
@@ -52,9 +52,8 @@ def choose(hands: Hands, arguments: argparse.Namespace) -> None:
     """All designs on the validation split, by perception, and by edits where they are asked for."""
     designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else DESIGNS
     exam = Exam("validation", tuple(arguments.groups), arguments.cases)
-    found = _trained(hands, designs, arguments, [exam])
-    asked = _asked(hands, found, [exam])
-    edited = _edited(hands, found, arguments, "validation", arguments.edits or 0)
+    edits = _edits(designs, arguments, "validation", arguments.edits or 0, SITES)
+    asked, edited = _done(hands, designs, arguments, [exam], edits)
     if not arguments.records_only:
         _write(arguments, "choose", [*_all_rows(asked, "perception"), *_all_rows(edited, "edit")])
 
@@ -63,10 +62,8 @@ def final(hands: Hands, arguments: argparse.Namespace) -> None:
     """All arms on the test split, and on words and pairs that no training has shown."""
     designs = [EXTRA[name] for name in arguments.designs] if arguments.designs else ARMS
     exams = [Exam(split, tuple(arguments.groups), arguments.cases) for split in arguments.splits]
-    found = _trained(hands, designs, arguments, exams)
-    asked = _asked(hands, found, exams)
-    edits = 500 if arguments.edits is None else arguments.edits
-    edited = _edited(hands, found, arguments, "test", edits)
+    edits = _edits(designs, arguments, "test", 500 if arguments.edits is None else arguments.edits)
+    asked, edited = _done(hands, designs, arguments, exams, edits)
     if arguments.records_only:
         return
     rows = [
@@ -86,82 +83,104 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
     """Letters read on the validation split by strength, by rank and by the amount of data."""
     exam = Exam("validation", ("ocr",), arguments.cases, only="read")
     exams = {strength: exam._replace(strength=strength) for strength in STRENGTHS}
-    by_strength = _trained(hands, [EXTRA["perceive"]], arguments, list(exams.values()))
-    others = _trained(hands, [*RANKS, *AMOUNTS], arguments, [exam])
+    by_strength, _ = _done(hands, [EXTRA["perceive"]], arguments, list(exams.values()))
+    others, _ = _done(hands, [*RANKS, *AMOUNTS], arguments, [exam])
     if arguments.records_only:
         return
+    baseline = [record for record in others if record["arm"] == BASELINE]
     rows, points = [], []
-    for strength, one in exams.items():
-        records = [*_asked(hands, [], [exam]), *_asked(hands, by_strength, [one], baseline=False)]
-        rows.append({**_letters(records, "perceive"), "strength": strength})
+    for strength in exams:
+        some = [r for r in by_strength if r["arm"] == "perceive" and r["strength"] == strength]
+        rows.append({**_letters([*baseline, *some], "perceive"), "strength": strength})
         points.append((strength, rows[-1]))
     _draw(points, arguments.folder / "strength.png", "strength")
-    asked = _asked(hands, others, [exam])
     for name, designs in (("rank", RANKS), ("lessons", AMOUNTS)):
-        found = [_letters(asked, design.name) for design in designs]
+        found = [_letters(others, design.name) for design in designs]
         sizes = [float("".join(filter(str.isdigit, row["arm"]))) for row in found]
         _draw(zip(sizes, found, strict=True), arguments.folder / f"{name}.png", name)
         rows += found
     _write(arguments, "curves", rows)
 
 
-def _trained(
-    hands: Hands, designs: Sequence[Design], arguments: argparse.Namespace, exams: Sequence[Exam]
-) -> list[tuple[str, int]]:
-    """Make what is needed, then train the designs and ask them; their names and seeds."""
-    folder = arguments.folder
-    rounds = with_starts(designs)
-    every = [(design, seed) for some in rounds for design in some for seed in design.seeds(arguments.seeds)]
-    untrained = [design for design, seed in every if not design.is_finished(folder, seed)]
-    kinds = {kind for design in untrained for kind in design.kinds}
-    found = [(design.name, seed) for design in designs for seed in design.seeds(arguments.seeds)]
-    unasked = [
-        ("questions", group, exam.split, exam.count)
-        for exam in exams
-        for group in exam.groups
-        for arm in [(BASELINE, 0), *found]
-        if not exam.kept(folder, group, *arm).is_file()
-    ]
-    hands.do(_look, list(dict.fromkeys([*(("lessons", kind) for kind in sorted(kinds)), *unasked])))
-    for some in rounds:
-        costly_first = sorted(some, key=lambda design: "edit" not in design.method)
-        jobs = [(design, seed) for design in costly_first for seed in design.seeds(arguments.seeds)]
-        hands.do(_finish, [(d.name, seed, tuple(exams) if d in designs else ()) for d, seed in jobs])
-    return found
-
-
-def _look(bench: Bench, what: str, *arguments: Any) -> None:
-    getattr(bench, what)(*arguments)
-
-
-def _finish(bench: Bench, name: str, seed: int, exams: Sequence[Exam]) -> None:
-    print(f"--- {name}, seed {seed}", flush=True)
-    bench.train(EXTRA[name], seed)
-    ask(bench, name, seed, exams)
-
-
-def _asked(
-    hands: Hands, found: Iterable[tuple[str, int]], exams: Sequence[Exam], baseline: bool = True
-) -> list[Record]:
-    arms = [*([(BASELINE, 0)] if baseline else []), *found]
-    return [record for records in hands.do(ask, [(*arm, tuple(exams)) for arm in arms]) for record in records]
-
-
-def _edited(
-    hands: Hands, found: Iterable[tuple[str, int]], arguments: argparse.Namespace, split: str, count: int
-) -> list[Record]:
+def _edits(
+    designs: Sequence[Design],
+    arguments: argparse.Namespace,
+    split: str,
+    count: int,
+    sites: Sequence[str] = (),
+) -> list[tuple[str, int, Edits]]:
+    """What is edited in which arm and seed; the first seed of `perceive` also at other sites."""
     if not count:
         return []
-    seeds = arguments.seeds[: arguments.edit_seeds]
     some = arguments.edit_designs or EXTRA
-    arms = [(arm, seed) for arm, seed in found if arm in some and (seed in seeds or not seed)]
-    parts = max(hands.count, 1)
-    edits = Edits(
-        split, tuple(arguments.groups), count, arguments.edit_steps, arguments.batch_arms,
-        arguments.parts or parts,
-    )  # fmt: skip
-    given = [(arms, edits, part) for part in range(edits.parts)]
-    return [record for records in hands.do(edit_part, given) for record in records]
+    arms = [(BASELINE, 0)] + [
+        (d.name, s) for d in designs if d.name in some for s in d.seeds(arguments.seeds)
+    ]
+    wanted = []
+    for group in arguments.groups:
+        most = arguments.detail_seeds if group == "detail" else arguments.edit_seeds
+        few = (0, *arguments.seeds[:most])  # what no seed changes has seed 0
+        for arm, seed in arms:
+            if seed in few:
+                for site in sites if (arm, seed) == ("perceive", 0) else ("tower",):
+                    edits = Edits(split, group, count, arguments.edit_steps, arguments.batch_arms, site)
+                    parts = [
+                        edits._replace(part=part, parts=arguments.parts) for part in range(arguments.parts)
+                    ]
+                    wanted += [(arm, seed, part) for part in parts]
+    return wanted
+
+
+def _done(
+    hands: Hands, designs: Sequence[Design], arguments: argparse.Namespace, exams: Sequence[Exam],
+    edits: Sequence[tuple[str, int, Edits]] = (),
+) -> tuple[list[Record], list[Record]]:  # fmt: skip
+    """Train the designs and what they start from, ask them and edit through them; both kinds of records."""
+    folder = arguments.folder
+    every = [(d, seed) for d in with_starts(designs) for seed in d.seeds(arguments.seeds)]
+    untrained = [design for design, seed in every if not design.is_finished(folder, seed)]
+    lessons = {
+        kind: [("lessons", kind, n) for n in range(len(lessons_parts(kind, arguments.samples)))]
+        for kind in sorted({kind for design in untrained for kind in design.kinds})
+    }
+    arms = [(BASELINE, 0)] + [(d.name, seed) for d in designs for seed in d.seeds(arguments.seeds)]
+    unasked = {
+        ("questions", group, exam.split, exam.count): None
+        for exam in exams for group in exam.groups for arm in arms
+        if not exam.kept(folder, group, *arm).is_file()
+    }  # fmt: skip
+    jobs: dict[Any, Job] = {name: Job(_lessons, name[1:]) for names in lessons.values() for name in names}
+    jobs |= {name: Job(_questions, name[1:]) for name in unasked}
+    for design, seed in every:
+        needs = [name for kind in design.kinds for name in lessons.get(kind, ())]
+        if design.start is not None:
+            start = EXTRA[design.start]
+            needs.append(("train", start.name, seed if start.is_trained else 0))
+        jobs["train", design.name, seed] = Job(_train, (design.name, seed), tuple(needs))
+    for arm in arms:
+        needs = (*unasked, *([] if arm[0] == BASELINE else [("train", *arm)]))
+        jobs["ask", *arm] = Job(ask, (*arm, tuple(exams)), needs)
+    for arm, seed, some in edits:
+        needs = () if arm == BASELINE else (("train", arm, seed),)
+        jobs["edit", arm, seed, some] = Job(edit, (arm, seed, some), needs)
+    found = hands.do(jobs)
+    return tuple(
+        [record for name, records in found.items() if name[0] == kind for record in records]
+        for kind in ("ask", "edit")
+    )
+
+
+def _lessons(bench: Bench, kind: str, number: int) -> None:
+    bench.lessons_part(kind, number)
+
+
+def _questions(bench: Bench, group: str, split: str, count: int) -> None:
+    bench.questions(group, split, count)
+
+
+def _train(bench: Bench, name: str, seed: int) -> None:
+    print(f"--- {name}, seed {seed}", flush=True)
+    bench.train(EXTRA[name], seed)
 
 
 def _all_rows(records: Sequence[Record], gain: str) -> list[Row]:
@@ -217,12 +236,13 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--edits", type=int, help="edited cases a group; default: 500 in the final test, 0 in a choice"
     )
     parser.add_argument("--edit-designs", nargs="+", choices=sorted(EXTRA), help="edit through these alone")
+    parser.add_argument("--detail-seeds", type=int, default=3, help="the same in the group `detail`")
     parser.add_argument("--edit-seeds", type=int, default=3, help="so many of the training seeds are edited")
     parser.add_argument("--edit-steps", type=int, default=20, help="denoising steps of an edit")
     parser.add_argument("--batch-arms", type=int, default=1, help="edits that are denoised together")
     parser.add_argument("--processes", type=int, default=0, help="that share the work; 0 is this one alone")
     parser.add_argument("--workers", type=int, default=0, help="that render or measure, of all processes")
-    parser.add_argument("--parts", type=int, help="of the edited cases; default: one a process")
+    parser.add_argument("--parts", type=int, default=1, help="jobs that an arm's edits are split into")
     parser.add_argument(
         "--records-only", action="store_true", help="leave tables and figures to a later call"
     )
