@@ -66,7 +66,7 @@ class Design:
 
 
 NO_QUERY = ("query", "keys")
-THROUGH = 1 / 3  # of the steps for what learns through the transformer
+THROUGH = 1 / 5  # of the steps for what learns through the transformer
 STARTS = (
     Design("calibrated", "calibrate"),
     Design("calibrated-shuffled", "calibrate", "shuffled"),

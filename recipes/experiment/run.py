@@ -128,7 +128,7 @@ def _edits(
                         edits._replace(part=part, parts=arguments.parts) for part in range(arguments.parts)
                     ]
                     wanted += [(arm, seed, part) for part in parts]
-    return wanted
+    return sorted(wanted, key=lambda one: one[1])  # a first seed of everything comes before the second
 
 
 def _done(
