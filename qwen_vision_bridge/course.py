@@ -73,8 +73,10 @@ class Course:
             raise ValueError("a rival has no bridge: it goes with no --bridge, --features or calibration")
         if self.train_data_dir and self.dataset_name:
             raise ValueError("give --train_data_dir or --dataset_name, not both")
-        if self.method == "calibrate" and self.features == "target":
-            raise ValueError("a target-only bridge cannot be calibrated: it would learn the identity")
+        if self.method == "calibrate" and self.features == "target" and not self.teacher:
+            raise ValueError(
+                "a target-only bridge cannot be calibrated without --teacher: it would learn the identity"
+            )
 
     @property
     def is_world(self) -> bool:

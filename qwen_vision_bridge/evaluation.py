@@ -43,14 +43,6 @@ class Evaluation(NamedTuple):
     """Records that an earlier run had left."""
 
 
-class Worked(NamedTuple):
-    """The records of a run, in the order of its jobs, before anything is compared."""
-
-    records: list[dict[str, Any]]
-    left_out: list[str]
-    done_before: int
-
-
 def evaluate(
     pipeline: EnhancedQwenImageEdit,
     cases: Sequence[Any],
@@ -99,33 +91,9 @@ def evaluate(
     arms = arms or default_arms(pipeline.bridge, pipeline.bridge_name, strength, pipeline.site)
     check_arms(arms)
     check_ids(cases)
+    processes = Processes()
     by_id = {case.case_id: case for case in cases}
     run = Run(pipeline, Path(folder), arms, seed, dict(options), by_id, batch_arms, reuse_baselines)
-    with Measurer(workers) as measurer:
-        found = work_through(run, perception, measurer, retry_errors, announce)
-    if found is None:
-        return None
-    records = found.records
-    records += pair_records([case for case in cases if isinstance(case, FileCase)], records, run.folder)
-    left_out = [*notes, *unmeasured(cases), *found.left_out, *failures(records)]
-    rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
-    seconds = time.perf_counter() - started
-    described = [arm.describe() for arm in arms]
-    provenance = pipeline.provenance([seed])
-    return Evaluation(rows, records, left_out, provenance, described, seconds, found.done_before)
-
-
-def work_through(
-    run: Run, perception: bool, measurer: Measurer, retry_errors: bool = False,
-    announce: Callable[[str], None] | None = None,
-) -> Worked | None:  # fmt: skip
-    """Do what a run has still to do; None in processes other than the first.
-
-    Args:
-        measurer: measures the pictures; it stays open, for other runs.
-        perception, retry_errors, announce: as `evaluate`.
-    """
-    processes = Processes()
     jobs, left_out = plan(run, perception)
     ledger = Ledger(run.folder, processes.index)
     processes.wait()  # no process writes before all have read
@@ -134,15 +102,21 @@ def work_through(
     if announce is not None and processes.is_main:
         announce(_estimate(run, pending, processes.count))
     mine = processes.share(sorted({job.case.case_id for job in pending}))
-    _work(run, mine, pending, ledger, measurer)
+    _work(run, mine, pending, ledger, workers)
     processes.wait()
     if not processes.is_main:
         return None
     ledger.merge()
-    return Worked([ledger.records[job.key] for job in jobs], left_out, len(jobs) - len(pending))
+    records = [ledger.records[job.key] for job in jobs]
+    records += pair_records([case for case in cases if isinstance(case, FileCase)], records, run.folder)
+    left_out = [*notes, *unmeasured(cases), *left_out, *failures(records)]
+    rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
+    seconds, before = time.perf_counter() - started, len(jobs) - len(pending)
+    described = [arm.describe() for arm in arms]
+    return Evaluation(rows, records, left_out, pipeline.provenance([seed]), described, seconds, before)
 
 
-def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger, measurer: Measurer) -> None:
+def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger, workers: int) -> None:
     """Do the pending jobs of some cases, one case after the other with all its arms."""
     from tqdm import tqdm
 
@@ -152,8 +126,8 @@ def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger,
             by_case[job.case.case_id].append(job)
     _extract(run, mine)
     total = sum(map(len, by_case.values()))
-    with tqdm(total=total, desc="evaluating", unit="job", disable=total == 0) as bar:
-        maker = Maker(run, ledger, measurer, bar.update)
+    with tqdm(total=total, desc="evaluating", unit="job", disable=total == 0) as bar, Measurer(workers) as m:
+        maker = Maker(run, ledger, m, bar.update)
         try:
             for jobs in _chunks(list(by_case.values()), run.batch):
                 maker.work(jobs)

@@ -62,7 +62,7 @@ def test_every_arm_that_is_promised_is_there_and_designs_differ() -> None:
 
     assert {arm.name for arm in ARMS} == {
         "fresh", "random", "calibrated", "perceive", "edit", "perceive+edit", "shuffled", "target-only",
-        "lora",
+        "lora", "sharp",
     }  # fmt: skip
     assert len({str(design) for design in DESIGNS}) == len(DESIGNS) >= 6
     assert len(EXTRA) == len({design.name for design in EXTRA.values()})
@@ -77,3 +77,84 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     draw_differences(rows_of(records, "perception"), tmp_path / "a.png", "perception", "letters")
     draw_curve([(0.0, 0.0, 0.0, 0.0), (1.0, 0.1, 0.05, 0.2)], tmp_path / "b.png", "strength")
     assert all((tmp_path / name).stat().st_size > 3000 for name in ("a.png", "b.png"))
+
+
+def test_a_design_comes_behind_what_it_starts_from() -> None:
+    from designs import EXTRA, with_starts
+
+    names = [design.name for design in with_starts([EXTRA["perceive+edit"], EXTRA["rank-4"]])]
+    assert names == ["calibrated", "perceive", "perceive+edit", "calibrated-rank-4", "rank-4"]
+    assert all(design.start is None or design.start in EXTRA for design in EXTRA.values())
+
+
+def test_jobs_wait_for_what_they_need() -> None:
+    from hands import Hands, Job
+
+    done: list[str] = []
+
+    def work(bench: str, name: str) -> str:
+        done.append(name)
+        return f"{name} on {bench}"
+
+    jobs = {"last": Job(work, ("last",), ("first", "other")), "first": Job(work, ("first",)),
+            "other": Job(work, ("other",), ("first",))}  # fmt: skip
+    with Hands(lambda: "a bench") as hands:
+        found = hands.do(jobs)
+        assert done == ["first", "other", "last"]
+        assert found["last"] == "last on a bench"
+        with pytest.raises(KeyError, match="needs 'nothing'"):
+            hands.do({"one": Job(work, ("one",), ("nothing",))})
+
+
+def test_records_are_kept_by_everything_that_decides_them(tmp_path: Path) -> None:
+    from asking import Exam, keep_records, read_records
+    from editing import Edits
+
+    exam = Exam("test", ("ocr",), 5)
+    some = [exam, exam._replace(split="novel"), exam._replace(count=6), exam._replace(strength=0.5),
+            exam._replace(only="read")]  # fmt: skip
+    places = {one.kept(tmp_path, "ocr", arm, seed) for one in some for arm in "ab" for seed in (0, 1)}
+    edits = Edits("test", "ocr", 5, 20, 8)
+    more = [edits, edits._replace(group="space"), edits._replace(site="deepstack"),
+            edits._replace(part=1, parts=2), edits._replace(parts=2)]  # fmt: skip
+    places |= {one.kept(tmp_path, arm, 0) for one in more for arm in "ab"}
+    assert len(places) == 5 * 4 + 5 * 2
+    keep_records(min(places), [record("a", "x", 0.5)])
+    assert read_records(min(places)) == [record("a", "x", 0.5)]
+
+
+def test_edits_are_drawn_by_the_pipeline_and_measured_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+    from zipfile import ZipFile
+
+    import numpy as np
+    from bench import Bench
+    from designs import EXTRA
+    from editing import Edits, draw, measure
+    from PIL import Image
+
+    from qwen_vision_bridge.jobs import Run
+
+    monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home"))
+    bench, edits = Bench(tmp_path, samples=4, workers=0), Edits("test", "space", 1, 2, 1)
+    (case,) = edits.cases()
+    pictures = {}
+    for arm in ("baseline", "fresh", "sharp"):
+        if arm != "baseline":
+            bench.train(EXTRA[arm], 0)
+        draw(bench, arm, 0, edits)
+        with ZipFile(edits.drawn(tmp_path, arm, 0)) as file:
+            pictures[arm] = np.asarray(Image.open(io.BytesIO(file.read(f"{case.case_id}.webp"))))
+    noise = Run(bench.pipeline, tmp_path, [], 0, {}, {}).seed_of(case)
+    stock = bench.pipeline.generate(case.image, case.prompt, False, seed=noise, num_inference_steps=2)
+    assert np.array_equal(pictures["baseline"], np.asarray(stock))
+    assert np.array_equal(pictures["baseline"], pictures["fresh"])
+    assert not np.array_equal(pictures["baseline"], pictures["sharp"])
+    (found,) = measure(bench, "fresh", 0, edits)
+    assert (found["arm"], found["case"]) == ("fresh", case.case_id)
+    assert {"right", "unedited_ssim", "target_difference"} <= found["metrics"].keys()
+    assert sum(found["level_weights"].values()) == pytest.approx(1.0, abs=1e-5)
+    edits.drawn(tmp_path, "fresh", 0).unlink()
+    assert measure(bench, "fresh", 0, edits) == [found]  # what is measured is not measured again

@@ -1,25 +1,31 @@
-"""Edits: the held-out cases through every arm's pipeline, made and measured by the library's evaluation."""
+"""Edits of held-out cases through every arm, drawn first, and measured by the library, now or later."""
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 from asking import keep_records, read_records
 from bench import Bench
 from designs import EXTRA, Design
+from PIL import Image
 
 from qwen_vision_bridge import VisionBridge
-from qwen_vision_bridge.arms import Arm
+from qwen_vision_bridge.arms import Arm, target_levels
+from qwen_vision_bridge.calls import LevelAttention
 from qwen_vision_bridge.comparisons import BASELINE
-from qwen_vision_bridge.evaluation import work_through
 from qwen_vision_bridge.jobs import Run
-from qwen_vision_bridge.world import make_cases
+from qwen_vision_bridge.records import write_whole
+from qwen_vision_bridge.world import Case, make_cases
 
 SITES = ("tower", "deepstack", "prompt_embeds")  # every bridge is trained at the first
+WEIGHTS = "level-weights.json"
 
 Record = dict[str, Any]
 
@@ -34,55 +40,114 @@ class Edits(NamedTuple):
     steps: int
     """Of denoising."""
     batch: int
-    """Edits that are denoised together."""
+    """Edits that are denoised together; 1 is the stock call."""
     site: str = "tower"
     part: int = 0
     """The cases are dealt out to parts; a shuffled arm sees the features of a case of its own part."""
     parts: int = 1
 
+    def cases(self) -> list[Case]:
+        """What is edited."""
+        return make_cases(self.group, self.count, seed=7, split=self.split)[self.part :: self.parts]
+
+    def drawn(self, folder: Path, arm: str, seed: int) -> Path:
+        """Where their pictures are."""
+        return folder / "drawn" / f"{self.split}-{self.count}" / f"{self._name(arm, seed)}.zip"
+
     def kept(self, folder: Path, arm: str, seed: int) -> Path:
         """Where their records are."""
+        return folder / "edited" / f"{self.split}-{self.count}" / f"{self._name(arm, seed)}.jsonl"
+
+    def _name(self, arm: str, seed: int) -> str:
         shown = arm if self.site == "tower" else f"{arm}-at-{self.site}"
-        name = f"{self.group}-{shown}-seed{seed}-{self.part + 1}-of-{self.parts}.jsonl"
-        return folder / "edited" / f"{self.split}-{self.count}" / name
+        return f"{self.group}-{shown}-seed{seed}-{self.part + 1}-of-{self.parts}"
 
 
-def edit(bench: Bench, arm: str, seed: int, edits: Edits) -> list[Record]:
-    """Records of one arm and seed: those that are kept, or of edits made now.
+def draw(bench: Bench, arm: str, seed: int, edits: Edits) -> None:
+    """Make the pictures of one arm and seed, unless they or their records are there."""
+    place = edits.drawn(bench.folder, arm, seed)
+    if not (place.is_file() or edits.kept(bench.folder, arm, seed).is_file()):
+        write_whole(place, lambda path: _draw(bench, arm, seed, edits, path))
 
-    Raises:
-        RuntimeError: an edit failed; those that were made stay, and a second call tries it again.
-    """
+
+def measure(bench: Bench, arm: str, seed: int, edits: Edits) -> list[Record]:
+    """Records of one arm and seed: those that are kept, or of drawn pictures measured now."""
     kept = edits.kept(bench.folder, arm, seed)
     if not kept.is_file():
-        keep_records(kept, _made(bench, arm, seed, edits))
+        keep_records(kept, _measured(bench, arm, seed, edits))
     return read_records(kept)
 
 
-def _made(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Record]:
-    cases = make_cases(edits.group, edits.count, seed=7, split=edits.split)[edits.part :: edits.parts]
-    design, chosen = EXTRA.get(arm), Arm(BASELINE)
+def _draw(bench: Bench, arm: str, seed: int, edits: Edits, path: Path) -> None:
+    cases, design, pipeline = edits.cases(), EXTRA.get(arm), bench.pipeline
+    chosen = Arm(BASELINE)
     if design is not None and design.is_bridge:
         place = design.place(bench.folder, seed)
         bridge = VisionBridge.from_pretrained(place).requires_grad_(False)
         chosen = Arm(place.name.replace("+", "-and-"), bridge, str(place), 1.0, edits.site, design.features)
-    folder = bench.folder / "edits" / edits.kept(bench.folder, arm, seed).stem
-    by_id = {case.case_id: case for case in cases}
-    with _other_model(bench, design, seed):
-        own = design is None or design.is_bridge
-        run = Run(
-            bench.pipeline, folder, [chosen], 0, {"num_inference_steps": edits.steps}, by_id, edits.batch, own
-        )
-        worked = work_through(run, perception=False, measurer=bench.measurer, retry_errors=True)
+    options = {"num_inference_steps": edits.steps}
+    run = Run(
+        pipeline, path.parent, [chosen], 0, options, {case.case_id: case for case in cases}, edits.batch
+    )
+    weights: dict[str, dict[str, float]] = {}
+    with _other_model(bench, design, seed), pipeline.keeping_source(), ZipFile(path, "w") as file:
+        for first in range(0, len(cases), edits.batch):
+            some = cases[first : first + edits.batch]
+            if edits.batch == 1:
+                made = [_call(run, pipeline.edit, some[0])]
+            else:
+                prepared = [_call(run, pipeline.prepare, case) for case in some]
+                attentions = [one.attention for one in prepared]
+                made = list(zip(pipeline.denoise(prepared), attentions, strict=True))
+            for case, (picture, attention) in zip(some, made, strict=True):
+                file.writestr(f"{case.case_id}.webp", _lossless(picture))
+                if attention is not None:
+                    weights[case.case_id] = _shares(attention)
+        file.writestr(WEIGHTS, json.dumps(weights))
+
+
+def _call(run: Run, make: Any, case: Case) -> Any:
+    """Call `edit` or `prepare` of the pipeline for a case, with the noise that an evaluation draws."""
+    (arm,) = run.arms
+    source: Any = None
+    if arm.features == "target":
+        source = target_levels(arm.bridge.config)
+    elif arm.bridge is not None:
+        shown = case.case_id if arm.features == "own" else run.partners[case.case_id]
+        source = run.pipeline.extract_source(run.cases[shown].pictures)
+    return make(
+        case.image, case.prompt, run.seed_of(case), bridge=arm.bridge, source=source, strength=arm.strength,
+        site=arm.site, **run.options,
+    )  # fmt: skip
+
+
+def _measured(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Record]:
     shown = arm if edits.site == "tower" else f"{arm} at {edits.site}"
-    for record in worked.records:
-        if record["error"]:
-            raise RuntimeError(f"{record['case_id']}, {arm}: {record['error']}")
+    with ZipFile(edits.drawn(bench.folder, arm, seed)) as file:
+        weights = json.loads(file.read(WEIGHTS))
+        waiting = []
+        for case in edits.cases():
+            picture = Image.open(io.BytesIO(file.read(f"{case.case_id}.webp"))).convert("RGB")
+            waiting.append((case, bench.measurer.submit(case, picture)))
+    for case, measured in waiting:
         yield {
-            "arm": shown, "seed": seed, "group": record["group"], "difficulty": record["difficulty"],
-            "kind": record["kind"], "case": record["case_id"], "metrics": record["metrics"],
-            "level_weights": record.get("level_weights"),
+            "arm": shown, "seed": seed, "group": case.group, "difficulty": case.difficulty,
+            "kind": case.kind, "case": case.case_id, "metrics": measured.result()["metrics"],
+            "level_weights": weights.get(case.case_id),
         }  # fmt: skip
+
+
+def _lossless(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)
+    return buffer.getvalue()
+
+
+def _shares(attention: LevelAttention) -> dict[str, float]:
+    """The mean weight of each level over a picture."""
+    maps = attention.maps()[-1]  # (gh, gw, L)
+    means = maps.reshape(-1, maps.shape[-1]).mean(0).tolist()
+    return dict(zip(attention.levels, means, strict=True))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import Bench
 
-_bench: Bench | None = None
+_bench: Bench | None = None  # of a process that does jobs for another
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Hands:
 
     def __init__(self, make: Callable[[], Bench], count: int = 0) -> None:
         self.count, self._make, self._pool = count, make, None
+        self._bench: Bench | None = None
         if count:
             # Forked processes would share the CUDA context of this one.
             fresh = multiprocessing.get_context("spawn")
@@ -54,13 +55,14 @@ class Hands:
         return self._here(jobs) if self._pool is None else self._there(jobs)
 
     def _here(self, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:
-        if _bench is None:
-            _open(self._make)
+        if self._bench is None:
+            self._bench = self._make()
         found: dict[Hashable, Any] = {}
         left = dict(jobs)
         while left:
             name = next(_ready(left, found))
-            found[name] = _call(left.pop(name))
+            job = left.pop(name)
+            found[name] = job.do(self._bench, *job.given)
         return found
 
     def _there(self, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:

@@ -20,13 +20,14 @@ from typing import Any
 from asking import Exam, ask
 from bench import Bench, lessons_parts
 from designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design, with_starts
-from editing import SITES, Edits, edit
+from editing import SITES, Edits, draw, measure
 from hands import Hands, Job
 from results import CONTROLS, draw_curve, draw_differences, level_shares, rows_of, table
 
 from qwen_vision_bridge.comparisons import BASELINE
 from qwen_vision_bridge.records import provenance, write_json, write_whole
 from qwen_vision_bridge.settings import TrainingSettings
+from qwen_vision_bridge.specs import read_json
 from qwen_vision_bridge.world import GROUPS
 
 TINY = {"samples": 24, "cases": 6, "edits": 2, "steps": 2, "batch": 2, "seeds": [0], "edit_steps": 2}
@@ -46,6 +47,8 @@ def main(given: Sequence[str] | None = None) -> None:
     make = partial(Bench, arguments.folder, arguments.samples, workers, arguments.packs, settings)
     with Hands(make, arguments.processes) as hands:
         {"choose": choose, "final": final, "curves": curves}[arguments.part](hands, arguments)
+    if arguments.records_only:
+        write_json(arguments.folder / f"{arguments.part}-records.json", _about(arguments))
 
 
 def choose(hands: Hands, arguments: argparse.Namespace) -> None:
@@ -162,7 +165,9 @@ def _done(
         jobs["ask", *arm] = Job(ask, (*arm, tuple(exams)), needs)
     for arm, seed, some in edits:
         needs = () if arm == BASELINE else (("train", arm, seed),)
-        jobs["edit", arm, seed, some] = Job(edit, (arm, seed, some), needs)
+        jobs["draw", arm, seed, some] = Job(draw, (arm, seed, some), needs)
+        if some.group not in arguments.draw_only:
+            jobs["edit", arm, seed, some] = Job(measure, (arm, seed, some), (("draw", arm, seed, some),))
     found = hands.do(jobs)
     return tuple(
         [record for name, records in found.items() if name[0] == kind for record in records]
@@ -201,16 +206,22 @@ def _draw(points: Iterable[tuple[float, Row]], path: Path, name: str) -> None:
 
 
 def _write(arguments: argparse.Namespace, part: str, rows: list[Row]) -> None:
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    about = provenance(arguments.seeds, device, tiny=arguments.tiny, settings=_plain(vars(arguments)))
-    folder = arguments.folder
+    folder, records = arguments.folder, arguments.folder / f"{part}-records.json"
+    about = _about(arguments)
+    if records.is_file():  # made by an earlier call, perhaps on another machine
+        about = {"records": read_json(records), "tables": about}
     write_json(folder / f"{part}-about.json", about)
     write_json(folder / ("results.json" if part == "final" else f"{part}.json"), rows)
     shown = [row for row in rows if row.get("against", BASELINE) == BASELINE]
     write_whole(folder / f"{part}.md", lambda file: file.write_text(table(shown), encoding="utf-8"))
     print(table([row for row in shown if row["difficulty"] == "all"]))
+
+
+def _about(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return provenance(arguments.seeds, device, tiny=arguments.tiny, settings=_plain(vars(arguments)))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -242,12 +253,16 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-arms", type=int, default=1, help="edits that are denoised together")
     parser.add_argument("--processes", type=int, default=0, help="that share the work; 0 is this one alone")
     parser.add_argument("--workers", type=int, default=0, help="that render or measure, of all processes")
+    parser.add_argument(
+        "--draw-only", nargs="+", choices=GROUPS[:3], default=[], help="leave measuring these to a later call"
+    )
     parser.add_argument("--parts", type=int, default=1, help="jobs that an arm's edits are split into")
     parser.add_argument(
         "--records-only", action="store_true", help="leave tables and figures to a later call"
     )
     parser.add_argument("--tiny", action="store_true", help="rehearse")
     arguments = parser.parse_args(given)
+    arguments.records_only |= bool(arguments.draw_only)
     if arguments.tiny:
         for name, value in TINY.items():
             setattr(arguments, name, value)
