@@ -158,3 +158,22 @@ def test_edits_are_drawn_by_the_pipeline_and_measured_later(
     assert sum(found["level_weights"].values()) == pytest.approx(1.0, abs=1e-5)
     edits.drawn(tmp_path, "fresh", 0).unlink()
     assert measure(bench, "fresh", 0, edits) == [found]  # what is measured is not measured again
+
+
+def test_every_arm_and_seed_is_edited_in_every_group(tmp_path: Path) -> None:
+    from designs import ARMS
+    from run import SITES, _arguments, _edits
+
+    given = ["final", "--folder", str(tmp_path), "--seeds", "0", "1", "--parts", "2", "--detail-seeds", "1"]
+    edits = _edits(ARMS, _arguments(given), "test", 8)
+    trained = [arm.name for arm in ARMS if arm.is_trained]
+    for group, count in (("ocr", 2), ("space", 2), ("detail", 1)):
+        some = [(arm, seed) for arm, seed, one in edits if one.group == group]
+        assert {arm for arm, _ in some} == {"baseline", *(arm.name for arm in ARMS)}
+        assert all(some.count((arm, seed)) == 2 for arm in trained for seed in range(count))  # two parts each
+        assert len(some) == 2 * (1 + len(ARMS) - len(trained) + count * len(trained))
+    sites = [
+        one.site for arm, _, one in _edits(ARMS, _arguments(given), "test", 8, SITES) if arm == "perceive"
+    ]
+    assert set(sites) == set(SITES)
+    assert _edits(ARMS, _arguments(given), "test", 0) == []

@@ -109,10 +109,8 @@ class Bench:
             teacher: whether what the target sees of sharp pictures is in it.
         """
         if kind not in self._joined:
-            parts = [
-                self.lessons_part(kind, number) for number in range(len(lessons_parts(kind, self.samples)))
-            ]
-            self._joined[kind] = join(parts, self.device)
+            numbers = range(len(lessons_parts(kind, self.samples)))
+            self._joined[kind] = join([self.lessons_part(kind, number) for number in numbers], self.device)
         return _part(self._joined[kind], count, teacher)
 
     def questions(self, group: str, split: str, count: int) -> tuple[Pack, CaseLessons]:

@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -106,32 +107,22 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
 
 
 def _edits(
-    designs: Sequence[Design],
-    arguments: argparse.Namespace,
-    split: str,
-    count: int,
-    sites: Sequence[str] = (),
-) -> list[tuple[str, int, Edits]]:
-    """What is edited in which arm and seed; the first seed of `perceive` also at other sites."""
-    if not count:
-        return []
+    designs: Sequence[Design], arguments: argparse.Namespace, split: str, count: int,
+    sites: Sequence[str] = SITES[:1],
+) -> list[tuple[str, int, Edits]]:  # fmt: skip
+    """What is edited in which arm and seed, first seeds first; the first of `perceive` at all the sites."""
     some = arguments.edit_designs or EXTRA
-    arms = [(BASELINE, 0)] + [
-        (d.name, s) for d in designs if d.name in some for s in d.seeds(arguments.seeds)
-    ]
+    arms = [(d.name, seed) for d in designs if d.name in some for seed in d.seeds(arguments.seeds)]
     wanted = []
-    for group in arguments.groups:
+    for group, (arm, seed) in product(arguments.groups if count else (), [(BASELINE, 0), *arms]):
         most = arguments.detail_seeds if group == "detail" else arguments.edit_seeds
-        few = (0, *arguments.seeds[:most])  # what no seed changes has seed 0
-        for arm, seed in arms:
-            if seed in few:
-                for site in sites if (arm, seed) == ("perceive", 0) else ("tower",):
-                    edits = Edits(split, group, count, arguments.edit_steps, arguments.batch_arms, site)
-                    parts = [
-                        edits._replace(part=part, parts=arguments.parts) for part in range(arguments.parts)
-                    ]
-                    wanted += [(arm, seed, part) for part in parts]
-    return sorted(wanted, key=lambda one: one[1])  # a first seed of everything comes before the second
+        if seed not in (0, *arguments.seeds[:most]):  # what no seed changes has seed 0
+            continue
+        edits = Edits(split, group, count, arguments.edit_steps, arguments.batch_arms, parts=arguments.parts)
+        places = sites if (arm, seed) == ("perceive", 0) else SITES[:1]
+        for site, part in product(places, range(arguments.parts)):
+            wanted.append((arm, seed, edits._replace(site=site, part=part)))
+    return sorted(wanted, key=lambda one: one[1])
 
 
 def _done(
