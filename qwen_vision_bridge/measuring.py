@@ -124,6 +124,10 @@ class Measurer:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; what still waits is not measured."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

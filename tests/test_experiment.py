@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +89,57 @@ def test_a_design_comes_behind_what_it_starts_from() -> None:
     assert all(design.start is None or design.start in EXTRA for design in EXTRA.values())
 
 
+class Bench:
+    """Stands for the frozen models."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
 def test_jobs_wait_for_what_they_need() -> None:
     from hands import Hands, Job
 
-    done: list[str] = []
+    bench, done = Bench(), []
 
-    def work(bench: str, name: str) -> str:
+    def work(given: Bench, name: str) -> str:
+        assert given is bench
         done.append(name)
-        return f"{name} on {bench}"
+        return f"{name} is done"
 
     jobs = {"last": Job(work, ("last",), ("first", "other")), "first": Job(work, ("first",)),
             "other": Job(work, ("other",), ("first",))}  # fmt: skip
-    with Hands(lambda: "a bench") as hands:
+    with Hands(lambda: bench) as hands:
         found = hands.do(jobs)
         assert done == ["first", "other", "last"]
-        assert found["last"] == "last on a bench"
+        assert found["last"] == "last is done"
         with pytest.raises(KeyError, match="needs 'nothing'"):
             hands.do({"one": Job(work, ("one",), ("nothing",))})
+    assert bench.closed
+
+
+class BenchWithChildren(Bench):
+    """Has processes of its own, as one that measures has."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+def _sum_elsewhere(bench: BenchWithChildren, *numbers: int) -> int:
+    return bench.pool.submit(sum, numbers).result()
+
+
+def test_processes_that_have_processes_end() -> None:
+    from hands import Hands, Job
+
+    with Hands(BenchWithChildren, 1) as hands:
+        jobs = {n: Job(_sum_elsewhere, (n, 1), tuple(range(n))) for n in range(3)}
+        assert hands.do(jobs) == {0: 1, 1: 2, 2: 3}
+    # Here this would hang if the child did not end.
 
 
 def test_records_are_kept_by_everything_that_decides_them(tmp_path: Path) -> None:

@@ -128,6 +128,12 @@ class Bench:
             self._measurer = Measurer(self.workers)
         return self._measurer
 
+    def close(self) -> None:
+        """End the processes that measure."""
+        if self._measurer is not None:
+            self._measurer.close()
+            self._measurer = None
+
     def study(self, design: Design, reader: Reader) -> Study:
         """What a design learns from."""
         packs = {kind: self.lessons(kind, design.samples) for kind in design.method.split("+")}

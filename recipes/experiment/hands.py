@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import util
 from typing import Any
 
 from bench import Bench
@@ -86,6 +87,8 @@ class Hands:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self._bench is not None:
+            self._bench.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -97,6 +100,9 @@ def _ready(left: Mapping[Hashable, Job], found: Mapping[Hashable, Any]) -> Itera
 def _open(make: Callable[[], Bench]) -> None:
     global _bench
     _bench = make()
+    # A process waits for its children before it ends, so they are told that nothing more comes, and before
+    # their queues are closed, which has priority 10.
+    util.Finalize(None, _bench.close, exitpriority=100)
 
 
 def _call(job: Job) -> Any:
