@@ -1,0 +1,65 @@
+"""Packs of features go on where they were cut off, and joined ones are the pack of all their lessons."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_vision_bridge.lessons import WorldLessons
+from qwen_vision_bridge.packs import Pack, build_pack, join
+
+
+def test_a_pack_that_was_cut_off_is_finished_and_equal(tmp_path: Path) -> None:
+    lessons, calls = WorldLessons("perceive", "train", 70), []
+
+    def see() -> Any:
+        def looking(chunk: Any) -> Any:
+            calls.append(len(chunk))
+            return [
+                {"early": torch.full((2, 3), float(len(lesson.prompt))), "grid": [1, 2]} for lesson in chunk
+            ]
+
+        return looking
+
+    whole = build_pack(tmp_path / "whole", lessons, see, "k")
+    assert calls == [64, 6]
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "whole", half)
+    (half / "pack.json").unlink()
+    lines = (half / "lessons.jsonl").read_text().splitlines(keepends=True)
+    (half / "lessons.jsonl").write_text("".join(lines[:10]) + lines[10][:7])  # killed in the middle of a line
+    again = build_pack(half, lessons, see, "k")
+    assert calls == [64, 6, 60]
+    assert torch.equal(again.fields["early"], whole.fields["early"])
+    assert again.texts() == whole.texts()
+    build_pack(half, lessons, see, "k")
+    assert calls == [64, 6, 60]  # finished: nothing is seen again
+    build_pack(half, WorldLessons("perceive", "train", 3), see, "k")
+    assert len(Pack(half)) == 3  # other lessons: made anew
+
+
+def test_joined_packs_are_the_pack_of_all_their_lessons(tmp_path: Path) -> None:
+    def see() -> Any:
+        def look(lessons: Any) -> list[dict[str, Any]]:
+            grids = [(1 + len(lesson.prompt) % 2, 2) for lesson in lessons]
+            return [
+                {"vision": torch.full((2 * rows, 3), float(len(lesson.prompt))), "grid": [rows, columns]}
+                for lesson, (rows, columns) in zip(lessons, grids, strict=True)
+            ]
+
+        return look
+
+    whole = build_pack(tmp_path / "whole", WorldLessons("perceive", "train", 10), see, "k")
+    parts = [
+        build_pack(tmp_path / f"{first}", WorldLessons("perceive", "train", count, first=first), see, "k")
+        for first, count in ((0, 6), (6, 4))
+    ]
+    joined = join(parts)
+    assert joined.texts() == whole.texts()
+    assert joined.layouts.keys() == whole.layouts.keys()
+    for name, members in whole.layouts.items():
+        assert torch.equal(joined.layouts[name], members)
+        assert torch.equal(joined.rows("vision", members), whole.rows("vision", members))
