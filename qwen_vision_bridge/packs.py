@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .lessons import Lesson, Lessons
 from .records import write_json
-from .specs import LEVEL_NAMES, read_json
+from .specs import read_json
 
 FORMAT = "qwen-vision-bridge/pack/1"
 CHUNK = 64  # lessons looked at together
@@ -150,11 +150,6 @@ def join(packs: Sequence[Pack], device: torch.device | str = "cpu") -> Pack:
         whole.fields[field] = joined
     whole._count()
     return whole
-
-
-def levels_of(pack: Pack, lessons: Tensor) -> list[Tensor]:
-    """The source's levels of lessons, each (B, N, source_dim)."""
-    return [pack.rows(name, lessons) for name in LEVEL_NAMES]
 
 
 def _fill(folder: Path, lessons: Lessons, see: Callable[[], See], workers: int) -> None:
