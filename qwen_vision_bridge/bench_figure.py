@@ -34,6 +34,6 @@ def stage_figure(rows: Sequence[dict[str, Any]], caption: str) -> Image.Image:
         axis.set_xlabel("time of one call, ms (log)" if unit == "ms" else "peak GPU memory, GB", fontsize=9)
         if unit == "ms":
             axis.set_xscale("log")
-        axis.legend(fontsize=8)
+            axis.legend(fontsize=8)
     figure.supxlabel(caption, fontsize=8, color="0.35")
     return to_picture(figure)
