@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .widths import padded_widths
+
 VisionAttention = Literal["batched", "stock"]
 NAME = "batched_flash"  # transformers looks for "flash" in it
 KEPT_GRIDS = 32  # sets of grids whose indices are kept for a tower
@@ -53,7 +55,8 @@ def check_vision_attention(mode: Any) -> VisionAttention:
 def tower_attention(tower: nn.Module, mode: VisionAttention = "batched") -> Iterator[None]:
     """Let a Qwen2.5-VL or Qwen3-VL tower attend in batches inside the `with`; afterwards it is as before.
 
-    A tower that someone gave another flash implementation keeps it.
+    Its feed-forward layers are padded to widths that GPUs take well (`widths`). A tower that someone gave
+    another flash implementation keeps that.
 
     Args:
         tower: the bare vision tower.
@@ -70,7 +73,8 @@ def tower_attention(tower: nn.Module, mode: VisionAttention = "batched") -> Iter
     handle = tower.register_forward_pre_hook(_give_indices, with_kwargs=True)
     tower.config._attn_implementation = NAME
     try:
-        yield
+        with padded_widths(tower):
+            yield
     finally:
         tower.config._attn_implementation = before
         handle.remove()

@@ -49,7 +49,7 @@ class EnhancedQwenImageEdit:
         dtype: None is bfloat16 on CUDA and float32 on a CPU.
         mrope: `"fixed"` gives the text encoder three-axis positions, `"stock"` leaves diffusers' behaviour.
         vision_attention: `"batched"` lets both vision towers attend to all stretches of a length at once,
-            `"stock"` leaves transformers' loop over them; baseline and enhanced alike.
+            with their odd widths padded, `"stock"` leaves transformers' loop; baseline and enhanced alike.
         site: where the bridge goes in, see `injection.inject`.
         keep_source: keep the source tower in memory between calls; None leaves it to the memory plan, which
             keeps it on a GPU with room for it and frees it before the DiT runs elsewhere.
