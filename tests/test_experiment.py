@@ -89,6 +89,16 @@ def test_a_design_comes_behind_what_it_starts_from() -> None:
     assert all(design.start is None or design.start in EXTRA for design in EXTRA.values())
 
 
+def test_a_shuffled_edit_without_a_partner_says_what_to_change() -> None:
+    from types import SimpleNamespace
+
+    from editing import _call
+
+    arm, case = SimpleNamespace(features="shuffled", bridge=object()), SimpleNamespace(case_id="lonely")
+    with pytest.raises(ValueError, match="lonely: no other picture of its part has its grid; take fewer"):
+        _call(SimpleNamespace(arms=[arm], partners={"lonely": None}), None, case)
+
+
 class Bench:
     """Stands for the frozen models."""
 

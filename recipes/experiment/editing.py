@@ -114,6 +114,8 @@ def _call(run: Run, make: Any, case: Case) -> Any:
         source = target_levels(arm.bridge.config)
     elif arm.bridge is not None:
         shown = case.case_id if arm.features == "own" else run.partners[case.case_id]
+        if shown is None:
+            raise ValueError(f"{case.case_id}: no other picture of its part has its grid; take fewer --parts")
         source = run.pipeline.extract_source(run.cases[shown].pictures)
     return make(
         case.image, case.prompt, run.seed_of(case), bridge=arm.bridge, source=source, strength=arm.strength,

@@ -87,26 +87,28 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw_differences(rows: Sequence[Row], path: Path, gain: str, metric: str) -> None:
-    """Each arm's difference to the baseline with its interval, a panel a group."""
+    """Each arm's difference to the baseline with its interval, a panel a group, hard cases beside all."""
     from matplotlib.figure import Figure
 
-    chosen = [r for r in rows if r["gain"] == gain and r["metric"] == metric and r["difficulty"] == "all"]
+    chosen = [row for row in rows if row["gain"] == gain and row["metric"] == metric]
     groups = sorted({row["group"] for row in chosen})
+    arms = sorted({row["arm"] for row in chosen}, reverse=True)
     if not groups:
         return
-    figure = Figure(
-        figsize=(4 * len(groups), 0.35 * len({r["arm"] for r in chosen}) + 1.4), layout="constrained"
-    )
-    for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        part = [row for row in chosen if row["group"] == group][::-1]
-        places = range(len(part))
-        middle = [100 * row["diff"] for row in part]
-        errors = [[m - 100 * r["ci_low"] for m, r in zip(middle, part, strict=True)],
-                  [100 * r["ci_high"] - m for m, r in zip(middle, part, strict=True)]]  # fmt: skip
-        axis.errorbar(middle, places, xerr=errors, fmt="o", capsize=3)
+    figure = Figure(figsize=(4 * len(groups), 0.4 * len(arms) + 1.4), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axis, group in zip(panels, groups, strict=True):
+        for difficulty, colour, above in (("all", "0.5", 0.12), ("hard", "#15d", -0.12)):
+            part = [row for row in chosen if (row["group"], row["difficulty"]) == (group, difficulty)]
+            middle = np.array([100 * row["diff"] for row in part])
+            low, high = (np.array([100 * row[end] for row in part]) for end in ("ci_low", "ci_high"))
+            places = [arms.index(row["arm"]) + above for row in part]
+            axis.errorbar(middle, places, xerr=[middle - low, high - middle], fmt="o", markersize=4,
+                          capsize=2, color=colour, label=f"{difficulty} cases")  # fmt: skip
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(title=f"{group}: {metric}", xlabel="points over the baseline")
-        axis.set_yticks(list(places), [row["arm"] for row in part])
+        axis.set_yticks(range(len(arms)), arms)
+    panels[-1].legend(fontsize=8, loc="best")
     write_whole(path, lambda file: figure.savefig(file, dpi=120))
 
 
