@@ -27,9 +27,11 @@ def padded_widths(model: nn.Module) -> Iterator[None]:
     within rounding.
 
     Only calls in 16 bits on a GPU are padded, and only layers of plain `nn.Linear` that nothing has hooked:
-    quantised layers, and those that are brought to the GPU one by one, work as before.
+    quantised layers, and those that are brought to the GPU one by one, work as before. Compiled blocks are
+    left to their compiler, which would have to begin anew with every `with`.
     """
-    layers = [module for module in model.modules() if _is_of_odd_width(module)]
+    compiled = {part for module in model.modules() if module._compiled_call_impl for part in module.modules()}
+    layers = [module for module in model.modules() if _is_of_odd_width(module) and module not in compiled]
     for layer in layers:
         layer.forward = partial(_forward, layer)
     try:

@@ -115,6 +115,16 @@ def test_layers_that_do_more_than_their_class_says_keep_doing_it(change: str, se
     assert len(called) == (change != "another class")
 
 
+def test_a_compiled_block_is_left_to_its_compiler(seen: list[Any]) -> None:
+    torch.manual_seed(0)
+    model, hidden = nn.Sequential(nn.Sequential(Gated(16, 12)), Gated(16, 12)), torch.randn(2, 16)
+    expected = model(hidden)
+    model[0].compile(backend="eager")
+    with padded_widths(model):
+        torch.testing.assert_close(model(hidden), expected)
+    assert len(seen) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_in_16_bits_padding_changes_rounding_alone() -> None:
