@@ -30,6 +30,7 @@ def test_rows_pair_cases_and_average_seeds_within_them() -> None:
     records = [
         record("baseline", "a", 0.5), record("baseline", "b", 1.0, difficulty="easy"),
         record("baseline", "unpaired", 0.0),
+        {**record("perceive", "a", 0.0, seed=7), "group": "another group, another seed"},
         *(record("perceive", "a", value, seed) for seed, value in enumerate((1.0, 0.8, 0.6))),
         record("perceive", "b", 1.0, difficulty="easy"), record("shuffled", "a", 0.4),
     ]  # fmt: skip

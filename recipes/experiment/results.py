@@ -29,9 +29,9 @@ def rows_of(records: Sequence[Record], gain: str, against: str = BASELINE) -> li
         gain: `perception` or `edit`.
     """
     values: dict[tuple, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(dict))
-    seeds: dict[str, set[int]] = defaultdict(set)
+    seeds: dict[tuple[str, str], set[int]] = defaultdict(set)
     for record in records:
-        seeds[record["arm"]].add(record["seed"])
+        seeds[record["arm"], record["group"]].add(record["seed"])
         for metric, value in record["metrics"].items():
             for difficulty in (record["difficulty"], "all"):
                 cases = values[record["group"], difficulty, metric][record["arm"]]
@@ -44,7 +44,7 @@ def rows_of(records: Sequence[Record], gain: str, against: str = BASELINE) -> li
             if arm not in (against, BASELINE):
                 rows.append(
                     {"arm": arm, "group": group, "difficulty": difficulty, "gain": gain, "metric": metric}
-                    | _paired(arms[against], cases) | {"seeds": sorted(seeds[arm]), "against": against}
+                    | _paired(arms[against], cases) | {"seeds": sorted(seeds[arm, group]), "against": against}
                 )  # fmt: skip
     return rows
 
