@@ -112,8 +112,10 @@ def draw_differences(rows: Sequence[Row], path: Path, gain: str, metric: str) ->
     write_whole(path, lambda file: figure.savefig(file, dpi=120))
 
 
-def draw_curve(points: Sequence[tuple[float, float, float, float]], path: Path, name: str) -> None:
-    """A curve of (x, difference, low, high), in points of letters."""
+def draw_curve(
+    points: Sequence[tuple[float, float, float, float]], path: Path, name: str, log: bool = False
+) -> None:
+    """A curve of (x, difference, low, high), in points of letters, over x or its logarithm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
@@ -121,5 +123,10 @@ def draw_curve(points: Sequence[tuple[float, float, float, float]], path: Path, 
     x, middle, low, high = (np.array(column) for column in zip(*sorted(points), strict=True))
     axis.errorbar(x, 100 * middle, yerr=[100 * (middle - low), 100 * (high - middle)], fmt="o-", capsize=3)
     axis.axhline(0, color="grey", linewidth=0.8)
+    if log:
+        axis.set_xscale("log")
+        axis.set_xticks(x, [f"{one:g}" for one in x], minor=False)
+        axis.minorticks_off()
+        axis.tick_params(axis="x", labelrotation=30)
     axis.set(xlabel=name, ylabel="letters right: points over the baseline")
     write_whole(path, lambda file: figure.savefig(file, dpi=120))

@@ -98,10 +98,13 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
         rows.append({**_letters([*baseline, *some], "perceive"), "strength": strength})
         points.append((strength, rows[-1]))
     _draw(points, arguments.folder / "strength.png", "strength")
+    whole = next(row for row in rows if row["strength"] == 1.0)
     for name, designs in (("rank", RANKS), ("lessons", AMOUNTS)):
         found = [_letters(others, design.name) for design in designs]
-        sizes = [float("".join(filter(str.isdigit, row["arm"]))) for row in found]
-        _draw(zip(sizes, found, strict=True), arguments.folder / f"{name}.png", name)
+        points = [(float("".join(filter(str.isdigit, row["arm"]))), row) for row in found]
+        if name == "lessons":
+            points.append((float(arguments.samples), whole))
+        _draw(points, arguments.folder / f"{name}.png", name, log=True)
         rows += found
     _write(arguments, "curves", rows)
 
@@ -192,8 +195,8 @@ def _letters(records: Sequence[Record], arm: str) -> Row:
     return row
 
 
-def _draw(points: Iterable[tuple[float, Row]], path: Path, name: str) -> None:
-    draw_curve([(x, row["diff"], row["ci_low"], row["ci_high"]) for x, row in points], path, name)
+def _draw(points: Iterable[tuple[float, Row]], path: Path, name: str, log: bool = False) -> None:
+    draw_curve([(x, row["diff"], row["ci_low"], row["ci_high"]) for x, row in points], path, name, log)
 
 
 def _write(arguments: argparse.Namespace, part: str, rows: list[Row]) -> None:
