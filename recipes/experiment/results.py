@@ -118,7 +118,7 @@ def draw_curve(
     """A curve of (x, difference, low, high), in points of letters, over x or its logarithm."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     x, middle, low, high = (np.array(column) for column in zip(*sorted(points), strict=True))
     axis.errorbar(x, 100 * middle, yerr=[100 * (middle - low), 100 * (high - middle)], fmt="o-", capsize=3)
@@ -128,5 +128,5 @@ def draw_curve(
         axis.set_xticks(x, [f"{one:g}" for one in x], minor=False)
         axis.minorticks_off()
         axis.tick_params(axis="x", labelrotation=30)
-    axis.set(xlabel=name, ylabel="letters right: points over the baseline")
+    axis.set(xlabel=name, ylabel="letters: points over the baseline")
     write_whole(path, lambda file: figure.savefig(file, dpi=120))

@@ -88,7 +88,8 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
     exam = Exam("validation", ("ocr",), arguments.cases, only="read")
     exams = {strength: exam._replace(strength=strength) for strength in STRENGTHS}
     by_strength, _ = _done(hands, [EXTRA["perceive"]], arguments, list(exams.values()))
-    others, _ = _done(hands, [*RANKS, *AMOUNTS], arguments, [exam])
+    amounts = [design for design in AMOUNTS if design.samples < arguments.samples]
+    others, _ = _done(hands, [*RANKS, *amounts], arguments, [exam])
     if arguments.records_only:
         return
     baseline = [record for record in others if record["arm"] == BASELINE]
@@ -99,7 +100,7 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
         points.append((strength, rows[-1]))
     _draw(points, arguments.folder / "strength.png", "strength")
     whole = next(row for row in rows if row["strength"] == 1.0)
-    for name, designs in (("rank", RANKS), ("lessons", AMOUNTS)):
+    for name, designs in (("rank", RANKS), ("lessons", amounts)):
         found = [_letters(others, design.name) for design in designs]
         points = [(float("".join(filter(str.isdigit, row["arm"]))), row) for row in found]
         if name == "lessons":
