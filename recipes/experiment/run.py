@@ -96,7 +96,8 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
     rows, points = [], []
     for strength in exams:
         some = [r for r in by_strength if r["arm"] == "perceive" and r["strength"] == strength]
-        rows.append({**_letters([*baseline, *some], "perceive"), "strength": strength})
+        row = _letters([*baseline, *some], "perceive")
+        rows.append({**row, "arm": f"perceive at strength {strength:g}", "strength": strength})
         points.append((strength, rows[-1]))
     _draw(points, arguments.folder / "strength.png", "strength")
     whole = next(row for row in rows if row["strength"] == 1.0)
