@@ -2,17 +2,20 @@
 
 Without flash-attention, transformers cuts the packed sequence by `cu_seqlens` and calls attention once a
 stretch: 100 windows in each of 28 blocks of the target at 1024², one picture after the other in a batch. Here
-stretches of equal length go through PyTorch's `scaled_dot_product_attention` together. The function is
-registered in transformers' `AttentionInterface` under a name that contains `flash`, which makes the towers
-hand over the whole sequence. What depends on the grids alone (window order, positions, lengths) is kept.
+stretches of equal length go through PyTorch's `scaled_dot_product_attention` together, and on a GPU in 16
+bits those of several lengths through its `varlen_attn`. The function is registered in transformers'
+`AttentionInterface` under a name that contains `flash`, which makes the towers hand over the whole sequence.
+What depends on the grids alone (window order, positions, lengths) is kept.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .widths import padded_widths
+from .fused import fused_layers
 
 VisionAttention = Literal["batched", "stock"]
 NAME = "batched_flash"  # transformers looks for "flash" in it
@@ -55,8 +58,8 @@ def check_vision_attention(mode: Any) -> VisionAttention:
 def tower_attention(tower: nn.Module, mode: VisionAttention = "batched") -> Iterator[None]:
     """Let a Qwen2.5-VL or Qwen3-VL tower attend in batches inside the `with`; afterwards it is as before.
 
-    Its feed-forward layers are padded to widths that GPUs take well (`widths`). A tower that someone gave
-    another flash implementation keeps that.
+    On a GPU its other layers are computed in fewer kernels (`fused`). A tower that someone gave another flash
+    implementation keeps that.
 
     Args:
         tower: the bare vision tower.
@@ -73,7 +76,7 @@ def tower_attention(tower: nn.Module, mode: VisionAttention = "batched") -> Iter
     handle = tower.register_forward_pre_hook(_give_indices, with_kwargs=True)
     tower.config._attn_implementation = NAME
     try:
-        with padded_widths(tower):
+        with fused_layers(tower):
             yield
     finally:
         tower.config._attn_implementation = before
@@ -106,6 +109,8 @@ def batched_attention(
         raise ValueError("packed stretches take no attention mask")
     plan = _plan_of(cu_seq_lens_q)
     packed = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # (1, T, H, D), as it lies in memory
+    if len(plan.groups) > 1 and not dropout and _takes_varlen(query, scaling):
+        return _varlen_attention(packed, cu_seq_lens_q, plan), None
     if plan.order is not None:
         packed = [tensor.index_select(1, plan.order) for tensor in packed]
     outputs, start = [], 0
@@ -117,6 +122,29 @@ def batched_attention(
         start = stop
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return (output if plan.back is None else output.index_select(0, plan.back))[None], None
+
+
+def _varlen_attention(packed: list[torch.Tensor], boundaries: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    """All stretches in one kernel, (1, T, H, D) each → (1, T, H, D); the usual scale, 1/√D."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    edges, longest = boundaries.to(torch.int32), max(length for _, length in plan.groups)
+    return varlen_attn(*(tensor[0] for tensor in packed), edges, edges, longest, longest)[None]
+
+
+def _takes_varlen(query: torch.Tensor, scaling: float | None) -> bool:
+    """Whether PyTorch's kernel for stretches of several lengths takes such heads on this device."""
+    width = query.shape[-1]
+    usual = scaling is None or math.isclose(scaling, width**-0.5)
+    if not (query.is_cuda and query.element_size() == 2 and width % 8 == 0 and usual):
+        return False
+    return _has_flash(query.device)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    available = torch.backends.cuda.is_flash_attention_available()
+    return available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.compiler.disable  # it asks the device for lengths; around it a compiled block still fuses the rest

@@ -73,7 +73,8 @@ class Bench:
         """As it stands in every row."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        return f"CPU, {count} thread{'s' if count > 1 else ''}"
 
     @property
     def released(self) -> bool:
@@ -130,6 +131,11 @@ class Bench:
         write_json(self.output / "results.json", self.rows)
         print(line(row), flush=True)
         return median
+
+    def value_of(self, name: str) -> float | None:
+        """What was recorded under this name on this device, if anything was."""
+        mine = (row for row in self.rows if (row["name"], row["device"]) == (name, self.device_name))
+        return next((row["value"] for row in mine), None)
 
     def is_done(self, part: str) -> bool:
         """Whether a part was finished on this device under these settings."""

@@ -46,9 +46,8 @@ class VisionCacheExtractor:
             prompt included.
         language_layers: for `scope="language"`, after how many layers of the source the early, mid and late
             levels are taken; None is a quarter, a half and three quarters of them.
-        vision_attention: `"batched"` lets the towers attend to all stretches of a length at once, with their
-            odd widths padded, `"stock"` leaves transformers' loop over windows and pictures; equal up to
-            rounding.
+        vision_attention: `"batched"` lets the towers attend to many windows and pictures at once, and fuses
+            their layers on a GPU, `"stock"` leaves transformers' loop; equal up to rounding.
         compiled: let `torch.compile` fuse the towers' blocks: for many batches of one size, slow to begin
             with, equal up to rounding.
         feature_cache: keep features on disk: True for the default folder, a path for another, False for none.

@@ -48,8 +48,8 @@ class EnhancedQwenImageEdit:
         device: None is CUDA where there is one, else the CPU.
         dtype: None is bfloat16 on CUDA and float32 on a CPU.
         mrope: `"fixed"` gives the text encoder three-axis positions, `"stock"` leaves diffusers' behaviour.
-        vision_attention: `"batched"` lets both vision towers attend to all stretches of a length at once,
-            with their odd widths padded, `"stock"` leaves transformers' loop; baseline and enhanced alike.
+        vision_attention: `"batched"` lets both vision towers attend to many windows and pictures at once, and
+            fuses their layers on a GPU, `"stock"` leaves transformers' loop; baseline and enhanced alike.
         site: where the bridge goes in, see `injection.inject`.
         keep_source: keep the source tower in memory between calls; None leaves it to the memory plan, which
             keeps it on a GPU with room for it and frees it before the DiT runs elsewhere.

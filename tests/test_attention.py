@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
+from torch.nn.attention import varlen
 
+from qwen_vision_bridge import attention
 from qwen_vision_bridge.attention import NAME, batched_attention, tower_attention
 from qwen_vision_bridge.specs import MODELS
 from qwen_vision_bridge.towers import load_tower
@@ -89,6 +92,65 @@ def test_stretches_do_not_see_each_other(lengths: list[int]) -> None:
     torch.testing.assert_close(got, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [2, 5, 2, 1, 5]], ids=str)
+def test_on_a_gpu_stretches_of_several_lengths_go_through_one_kernel(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's kernel is asked as its reference says; what it gives is handed on."""
+    asked = []
+
+    def kernel(
+        query: Any, key: Any, value: Any, edges: Any, edges_k: Any, longest: int, longest_k: int
+    ) -> Any:
+        asked.append(tuple(query.shape))
+        assert edges.dtype is edges_k.dtype is torch.int32
+        assert longest == longest_k == max(lengths)
+        parts = zip(
+            *(t.transpose(0, 1)[None].split(lengths, dim=2) for t in (query, key, value)), strict=True
+        )
+        outputs = [functional.scaled_dot_product_attention(*part) for part in parts]
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 2, sum(lengths), 8, generator=generator) for _ in range(3)]
+    edges = torch.tensor([0, *np.cumsum(lengths)])
+    expected, _ = batched_attention(torch.nn.Identity(), *given, cu_seq_lens_q=edges)
+    monkeypatch.setattr(attention, "_takes_varlen", lambda query, scaling: True)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    got, _ = batched_attention(torch.nn.Identity(), *given, cu_seq_lens_q=edges)
+    torch.testing.assert_close(got, expected)
+    assert asked == ([] if len(set(lengths)) == 1 else [(sum(lengths), 2, 8)])
+
+
+def test_the_kernel_for_several_lengths_is_for_16_bits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = attention._takes_varlen
+    assert not takes(torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16), None)
+    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
+    head = SimpleNamespace(is_cuda=True, element_size=lambda: 2, shape=(1, 2, 3, 16), device="cuda")
+    assert takes(head, None)
+    assert takes(head, 0.25)
+    assert not takes(head, 0.3)
+    assert not takes(SimpleNamespace(**{**vars(head), "shape": (1, 2, 3, 12)}), None)
+    assert not takes(SimpleNamespace(**{**vars(head), "element_size": lambda: 4}), None)
+
+
+@pytest.mark.gpu
+@WITHOUT_CUDA
+@pytest.mark.parametrize("width", [80, 72])
+def test_the_kernel_for_several_lengths_changes_rounding_alone(width: int) -> None:
+    """Heads of both towers' widths against attention by hand in 32 bits."""
+    lengths = [64, 64, 16, 64, 4]
+    generator = torch.Generator("cuda").manual_seed(0)
+    given = [torch.randn(1, 4, sum(lengths), width, generator=generator, device="cuda") for _ in range(3)]
+    edges = torch.tensor([0, *np.cumsum(lengths)], device="cuda")
+    halves = [tensor.bfloat16() for tensor in given]
+    assert attention._takes_varlen(halves[0], width**-0.5)
+    got, _ = batched_attention(torch.nn.Identity(), *halves, cu_seq_lens_q=edges, scaling=width**-0.5)
+    parts = zip(*(tensor.float().split(lengths, dim=2) for tensor in halves), strict=True)
+    exact = torch.cat([functional.scaled_dot_product_attention(*part) for part in parts], dim=2)
+    torch.testing.assert_close(got.float(), exact.transpose(1, 2), atol=1e-2, rtol=1e-2)
+
+
 def test_outside_the_with_the_tower_is_stock_again(towers: dict[str, Any]) -> None:
     tower = towers["target"]
     before = tower.config._attn_implementation
@@ -126,7 +188,6 @@ def test_strength_zero_is_the_pipeline_with_the_same_attention(
     mode: str, pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipeline called by hand, and both arms of the toolkit, use one and the same attention."""
-    from qwen_vision_bridge import attention
     from qwen_vision_bridge.injection import batched_vision, mrope_positions
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
     from qwen_vision_bridge.sizes import picture_sizes

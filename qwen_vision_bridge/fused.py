@@ -1,0 +1,159 @@
+"""A vision tower's layers in fewer kernels and fewer passes over a GPU's memory, while it works.
+
+transformers writes the norms, the rotation of queries and keys and the feed-forward layers of Qwen's vision
+towers as they are read: a norm is seven kernels, each of which reads and writes every channel in 32 bits. In
+16 bits on a GPU that costs more than the matrix products. Here they are computed as
+
+* norms: PyTorch's own `rms_norm`, one kernel;
+* rotation: queries and keys at once, in 32 bits as before, without copies of their halves;
+* feed-forward layers whose width is no multiple of the 16 bytes that cuBLAS' fast kernels load at a time (the
+  target's 3420 channels): zeros up to the next multiple, for pictures of many patches. A channel of zeros is
+  activation(0) · 0 = 0.
+
+Sums are the same up to rounding. Nothing is kept: a model's own weights, and what saves, moves or offloads
+them, never see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+CHANNELS = 8  # of 16 bits fill 16 bytes
+PADDED_FROM = 2048  # patches; with fewer the GPU waits for launches, and padding adds three
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@contextmanager
+def fused_layers(tower: nn.Module) -> Iterator[None]:
+    """Compute a tower's norms, rotations and feed-forward layers so inside the `with`.
+
+    Only calls in 16 bits on a GPU, without gradients, and only layers that nothing has hooked: those that are
+    brought to the GPU one by one work as before. So do quantised feed-forward layers. Compiled blocks are
+    left to their compiler, which would have to begin anew with every `with`.
+
+    Args:
+        tower: the bare vision tower of a Qwen2.5-VL or Qwen3-VL model.
+    """
+    compiled = {part for module in tower.modules() if module._compiled_call_impl for part in module.modules()}
+    layers = [
+        (module, call)
+        for module in tower.modules()
+        if module not in compiled and not _is_hooked(module) and (call := _call_of(module))
+    ]
+    for layer, call in layers:
+        layer.forward = partial(_forward, layer, call)
+    try:
+        yield
+    finally:
+        for layer, _ in layers:
+            del layer.forward
+
+
+def padded_feed_forward(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """`down(act(gate(x)) · up(x))` with zero channels between, up to a multiple of 8.
+
+    Args:
+        layer: with `gate_proj`, `up_proj`, `down_proj` and `act_fn`, as transformers has them.
+        hidden: (..., width).
+
+    Returns:
+        (..., width).
+    """
+    missing = -layer.gate_proj.out_features % CHANNELS
+    gate, up = (_wider(linear, hidden, missing) for linear in (layer.gate_proj, layer.up_proj))
+    narrower = functional.pad(layer.down_proj.weight, (0, missing))
+    return functional.linear(layer.act_fn(gate) * up, narrower, layer.down_proj.bias)
+
+
+def fused_norm(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Root mean square norm over the last axis, (..., width) → (..., width), rounded once."""
+    return functional.rms_norm(hidden, layer.weight.shape, layer.weight, layer.variance_epsilon)
+
+
+def fused_attention(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    **options: Any,
+) -> torch.Tensor:
+    """Self-attention over a packed sequence with queries and keys rotated at once.
+
+    Args:
+        layer: with `qkv`, `proj`, `num_heads` and `scaling`, as transformers has them.
+        hidden_states: (T, width).
+        cu_seqlens: (stretches + 1,) rising token counts from 0 to T.
+        position_embeddings: cosines and sines, (T, D) each.
+
+    Returns:
+        (T, width).
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    heads = layer.qkv(hidden_states).unflatten(-1, (3, layer.num_heads, -1))
+    query, key = rotated(heads[:, :2], *position_embeddings).unbind(1)
+    packed = (tensor.transpose(0, 1)[None] for tensor in (query, key, heads[:, 2]))
+    attend = ALL_ATTENTION_FUNCTIONS[layer.config._attn_implementation]
+    options |= {"attention_mask": None, "scaling": layer.scaling, "cu_seq_lens_q": cu_seqlens}
+    attended, _ = attend(layer, *packed, **options)
+    return layer.proj(attended.flatten(-2)[0])
+
+
+def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions as the towers have them, halves (x, y) of a head → (x cos − y sin, y cos + x sin).
+
+    Args:
+        heads: (T, tensors, H, D); rounded once, after sums in 32 bits.
+        cos, sin: (T, D).
+
+    Returns:
+        (T, tensors, H, D), contiguous.
+    """
+    half = heads.shape[-1] // 2
+    cos, sin = (angles.float()[:, None, None] for angles in (cos, sin))
+    turned, scaled = torch.empty_like(heads, memory_format=torch.contiguous_format), heads * cos
+    for mine, other, sign in ((slice(half), slice(half, None), -1), (slice(half, None), slice(half), 1)):
+        part = turned[..., mine]
+        torch.addcmul(scaled[..., mine], heads[..., other], sin[..., mine], value=sign, out=part)
+    return turned
+
+
+def _wider(linear: nn.Linear, hidden: torch.Tensor, missing: int) -> torch.Tensor:
+    weight = functional.pad(linear.weight, (0, 0, 0, missing))
+    bias = None if linear.bias is None else functional.pad(linear.bias, (0, missing))
+    return functional.linear(hidden, weight, bias)
+
+
+def _forward(layer: nn.Module, call: Callable[..., Any], hidden_states: torch.Tensor, **options: Any) -> Any:
+    pays = _pays(hidden_states) and (call is not padded_feed_forward or len(hidden_states) >= PADDED_FROM)
+    return (call if pays else type(layer).forward)(layer, hidden_states, **options)
+
+
+def _pays(hidden: torch.Tensor) -> bool:
+    tracked = hidden.requires_grad and torch.is_grad_enabled()
+    return hidden.is_cuda and hidden.element_size() == 2 and not tracked
+
+
+def _call_of(module: nn.Module) -> Callable[..., Any] | None:
+    """What computes this layer faster; None where it is none of these."""
+    if all(hasattr(module, name) for name in ("qkv", "proj", "num_heads", "scaling")):
+        return fused_attention
+    if hasattr(module, "variance_epsilon") and hasattr(module, "weight"):
+        return fused_norm
+    linears = [getattr(module, name, None) for name in PROJECTIONS]
+    plain = all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in linears)
+    if plain and hasattr(module, "act_fn") and linears[0].out_features % CHANNELS:
+        return padded_feed_forward
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
