@@ -50,6 +50,15 @@ def test_rows_pair_cases_and_average_seeds_within_them() -> None:
     assert "| perception | ocr | hard | perceive | letters | 1 | 3 | 0.500 | 0.800 |" in table([hard])
 
 
+def test_seeds_that_say_what_the_baseline_says_have_no_difference_at_all() -> None:
+    """A third of three times 0.1 is not 0.1 in floating point."""
+    from results import rows_of
+
+    records = [record("baseline", "a", 0.1), *(record("perceive", "a", 0.1, seed) for seed in range(3))]
+    (row, _) = rows_of(records, "perception")
+    assert (row["diff"], row["ci_low"], row["ci_high"]) == (0, 0, 0)
+
+
 def test_level_shares_are_means_over_the_edits_of_an_arm() -> None:
     from results import level_shares
 
