@@ -78,7 +78,7 @@ MEMORY_MODES = (
 )
 
 
-PREFERENCE = (  # fastest first
+PREFERENCE = (  # of those that fit, the first is recommended
     "plain", "8-bit", "model offload", "8-bit + model offload", "4-bit", "4-bit + model offload",
     "4-bit + group offload", "group offload", "sequential offload",
 )  # fmt: skip
@@ -195,7 +195,7 @@ def out_of_memory_named(
 
 
 def _advice(mode: MemoryMode, editor: EditorSpec) -> str:
-    """What to do when a mode turned out too large: the fastest of the smaller ones first."""
+    """What to do when a mode turned out too large: the preferred of the smaller ones first."""
     planned = editor if editor.transformer_params else EditorSpec("released", "", "")
     smaller = [other for other in MEMORY_MODES if other.gpu_gb(planned) < mode.gpu_gb(planned)]
     smaller.sort(key=lambda other: PREFERENCE.index(other.name))

@@ -58,13 +58,13 @@ class MemoryPlan:
 
 
 def plan_for(family: Family, card_gb: float, ram_gb: float) -> MemoryPlan | None:
-    """The plan of the fastest mode that fits a card and the CPU's memory, or None."""
+    """The plan of the preferred mode that fits a card and the CPU's memory, or None."""
     mode = best_mode(family, card_gb, ram_gb)
     return None if mode is None else MemoryPlan(mode, family, card_gb)
 
 
 def best_mode(family: Family, gpu_gb: float, ram_gb: float) -> MemoryMode | None:
-    """The fastest memory mode that fits, or None; what waits in CPU memory has to fit there too."""
+    """The first mode of `PREFERENCE` that fits, or None; what waits in CPU memory has to fit there too."""
     modes = {mode.name: mode for mode in MEMORY_MODES}
     for name in PREFERENCE:
         mode = modes[name]

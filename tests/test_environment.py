@@ -37,7 +37,7 @@ def test_this_machine_can_run_the_miniature() -> None:
         (4, None),
     ],
 )
-def test_the_fastest_mode_that_fits_is_recommended(gpu_gb: float, mode: str | None) -> None:
+def test_the_preferred_mode_that_fits_is_recommended(gpu_gb: float, mode: str | None) -> None:
     found = best_mode(QWEN, gpu_gb, ram_gb=128)
     assert (found.name if found else None) == mode
 
