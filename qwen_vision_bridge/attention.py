@@ -143,7 +143,7 @@ def _takes_varlen(query: torch.Tensor, scaling: float | None) -> bool:
 
 @cache
 def _has_flash(device: torch.device) -> bool:
-    available = torch.backends.cuda.is_flash_attention_available()
+    available = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
     return available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
