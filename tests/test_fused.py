@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
+import diffusers.hooks
 import pytest
 import torch
 from torch import nn
@@ -86,8 +88,8 @@ def test_layers_are_fused_inside_the_with_alone(seen: list[str]) -> None:
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
-def test_every_kind_of_layer_of_the_targets_tower_is_fused_and_gives_the_same(seen: list[str]) -> None:
-    """At the released width, 3420, in a tower of two narrow blocks, one with windows."""
+def odd_tower() -> nn.Module:
+    """The target's tower at the released width, 3420, in two narrow blocks, one of them with windows."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -96,9 +98,35 @@ def test_every_kind_of_layer_of_the_targets_tower_is_fused_and_gives_the_same(se
         fullatt_block_indexes=[1],
     )  # fmt: skip
     torch.manual_seed(0)
-    check_fused(Qwen2_5_VisionTransformerPretrainedModel(config).eval(), [[1, 4, 4], [1, 10, 18]])
+    return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+
+
+def test_every_kind_of_layer_of_the_targets_tower_is_fused_and_gives_the_same(seen: list[str]) -> None:
+    check_fused(odd_tower(), [[1, 4, 4], [1, 10, 18]])
     counts = {name: seen.count(name) for name in CALLS}
     assert counts == {"fused_attention": 2, "padded_feed_forward": 2, "fused_norm": 2 * 2 + 1}
+
+
+@pytest.mark.parametrize("offload", ["group", "sequential"])
+def test_layers_that_are_moved_to_the_gpu_one_by_one_keep_their_hooks(offload: str, seen: list[str]) -> None:
+    """As the pipeline's offloading modes place them; a CPU stands for the GPU here."""
+    tower, cpu = odd_tower(), torch.device("cpu")
+    pixels, grids = torch.randn(16, 3 * 2 * 14 * 14), torch.tensor([[1, 4, 4]])
+    with torch.no_grad():
+        expected = tower(pixels, grid_thw=grids).pooler_output
+        if offload == "group":
+            diffusers.hooks.apply_group_offloading(
+                tower, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
+            )
+        else:
+            accelerate.cpu_offload(tower, execution_device=cpu)
+        hooks = {name: vars(module).get("forward") for name, module in tower.named_modules()}
+        with tower_attention(tower):
+            got = tower(pixels, grid_thw=grids).pooler_output
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert hooks == {name: vars(module).get("forward") for name, module in tower.named_modules()}
+    assert hooks["blocks.0.mlp.gate_proj"] is not None
+    assert set(seen) <= {"fused_attention"}  # whose products are calls of layers with their hooks
 
 
 def test_the_sources_attention_is_fused_and_gives_the_same(seen: list[str]) -> None:
