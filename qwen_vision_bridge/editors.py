@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .checkpoints import folder_digest
 from .hub import hub_file
-from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
+from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory, usable_gpu_bytes
 from .miniature import locate
 from .quantisation import ENCODER_KEPT, quantisation_config, quantise_to_4_bit
 from .specs import EditorSpec, Family
@@ -136,10 +136,8 @@ def check_device(mode: MemoryMode, device: Any, family: Family, free_gb: float |
 
 
 def free_gpu_gb(device: Any) -> float | None:
-    """Free memory of a GPU in GB; None for a CPU."""
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else None
+    """Memory of a GPU that this process may still take, GB; None for a CPU."""
+    return usable_gpu_bytes(device)[0] / 1e9 if device.type == "cuda" else None
 
 
 def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any) -> Any:

@@ -6,6 +6,10 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
@@ -47,6 +51,18 @@ def freed_after_out_of_memory(
             release()
         free_cuda()
         raise GpuMemoryError(message())
+
+
+def usable_gpu_bytes(device: torch.device) -> tuple[float, float]:
+    """Bytes of a GPU that this process may still take, and may take in all.
+
+    A cap set with `torch.cuda.set_per_process_memory_fraction` counts.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    cap = total * torch.cuda.get_per_process_memory_fraction(device.index)  # None is the current one
+    return min(free, cap - torch.cuda.memory_reserved(device)), cap
 
 
 def free_cuda() -> None:

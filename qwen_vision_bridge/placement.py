@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .editors import MEMORY_MODES, PREFERENCE, WORKING_GB, MemoryMode
+from .memory import usable_gpu_bytes
 from .specs import Family
 
 logger = logging.getLogger(__name__)
@@ -83,5 +84,5 @@ def say(plan: MemoryPlan) -> None:
 
 
 def card_gb(device: torch.device) -> float:
-    """Memory of a GPU in 10⁹ bytes; 0 for a CPU."""
-    return torch.cuda.mem_get_info(device)[1] / 1e9 if device.type == "cuda" else 0.0
+    """Memory of a GPU that this process may use, 10⁹ bytes; 0 for a CPU."""
+    return usable_gpu_bytes(device)[1] / 1e9 if device.type == "cuda" else 0.0

@@ -14,10 +14,10 @@ from PIL import Image
 
 import check_environment
 from qwen_vision_bridge import pipeline as pipeline_module
-from qwen_vision_bridge.editors import MEMORY_MODES, PREFERENCE, find_mode
+from qwen_vision_bridge.editors import MEMORY_MODES, PREFERENCE, find_mode, free_gpu_gb
 from qwen_vision_bridge.memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.placement import CARDS_GB, MemoryPlan, plan_for
+from qwen_vision_bridge.placement import CARDS_GB, MemoryPlan, card_gb, plan_for
 from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
@@ -98,6 +98,17 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="planted"), freed_after_out_of_memory(lambda: "never"):
         raise RuntimeError("planted")
+
+
+def test_a_cap_on_the_processs_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GB with 60 free, of which 5 are reserved by this process, capped at 24."""
+    for name, value in (("mem_get_info", (60e9, 80e9)), ("memory_reserved", 5e9)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for fraction, free, card in ((1.0, 60, 80), (0.3, 19, 24)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, f=fraction: f)
+        device = torch.device("cuda")
+        assert (free_gpu_gb(device), card_gb(device)) == pytest.approx((free, card))
+    assert (free_gpu_gb(torch.device("cpu")), card_gb(torch.device("cpu"))) == (None, 0)
 
 
 def test_the_smallest_mode_says_that_there_is_no_smaller_one() -> None:
