@@ -64,7 +64,7 @@ def load_tower(
     checkpoint = open_checkpoint(spec)
     found = ModelSpec.from_config(checkpoint.config, name=spec.name, repo=checkpoint.location)
     spec.check(found)
-    tower = build_tower(checkpoint).to(dtype)
+    tower = cast_weights(build_tower(checkpoint), dtype)
     if load_in_8bit:
         quantise_blocks(tower)
     place(tower, device, device_map)
@@ -97,6 +97,17 @@ def build_tower(checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.location}: the tower's tensors do not fit its config: {reason}"
         ) from error
     return tower.requires_grad_(False).eval()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Bring a model's weights to a type, in place, and leave its buffers.
+
+    Those hold the rotary frequencies, which transformers keeps in 32 bits whatever the weights are: in 16
+    bits they are off by up to 0.4 %, and with them every position.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_whole(

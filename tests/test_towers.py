@@ -45,15 +45,19 @@ def test_a_tower_has_the_checkpoints_weights_and_not_random_ones(
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_a_tower_computes_what_the_whole_model_computes() -> None:
-    """Rotary frequencies included, which are in no checkpoint."""
-    tower, whole = load_tower(SOURCE).model, load_whole(SOURCE).model.visual
-    pixels, grid = torch.randn(24, 384), torch.tensor([[1, 4, 6]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [SOURCE, TARGET], ids=["source", "target"])
+def test_a_tower_computes_what_the_whole_model_computes(spec: Any, dtype: torch.dtype) -> None:
+    """Rotary frequencies included, which are in no checkpoint and keep 32 bits in any."""
+    tower, whole = load_tower(spec, dtype=dtype).model, load_whole(spec, dtype=dtype).model.visual
+    width = 3 * tower.config.temporal_patch_size * tower.config.patch_size**2
+    pixels, grid = torch.randn(24 * 32, width).to(dtype), torch.tensor([[1, 24, 32]])
     one, other = tower(pixels, grid), whole(pixels, grid)
+    assert one.pooler_output.dtype is dtype
     assert torch.equal(one.pooler_output, other.pooler_output)
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.deepstack_features, other.deepstack_features, strict=True)
-    )
+    levels = [getattr(output, "deepstack_features", None) or () for output in (one, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*levels, strict=True))
+    assert all(buffer.dtype is torch.float32 for buffer in tower.buffers())
 
 
 @pytest.mark.parametrize("old_names", [False, True], ids=["model.visual", "visual"])

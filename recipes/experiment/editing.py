@@ -22,6 +22,7 @@ from qwen_vision_bridge.calls import LevelAttention
 from qwen_vision_bridge.comparisons import BASELINE
 from qwen_vision_bridge.jobs import Run
 from qwen_vision_bridge.records import write_whole
+from qwen_vision_bridge.towers import cast_weights
 from qwen_vision_bridge.world import Case, make_cases
 
 SITES = ("tower", "deepstack", "prompt_embeds")  # every bridge is trained at the first
@@ -160,7 +161,7 @@ def _other_model(bench: Bench, design: Design | None, seed: int) -> Iterator[Non
     try:
         if design is not None and design.rival:
             _, reader = bench.load(design, seed)
-            pipeline.pipe.text_encoder = reader.model.to(encoder.dtype)
+            pipeline.pipe.text_encoder = cast_weights(reader.model, encoder.dtype)
         elif design is not None and design.method == "sharp":
             side = family.picture_size
             pipeline.family = replace(family, editor=replace(family.editor, condition_area=side * side))
