@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -192,17 +193,15 @@ def _least_bytes(tower: nn.Module, spec: ModelSpec, batch: int) -> float:
     return weights + pixels + batch * 16 * 16 * spec.out_dim * (1 + len(spec.levels)) * size
 
 
-def _forward(
-    tower: nn.Module, spec: ModelSpec, batch: int, tokens: int, bench: Bench
-) -> Callable[[str], Any]:
-    """A call of the tower on random pictures of tokens × tokens, with one attention or the other."""
+def _forward(tower: nn.Module, spec: ModelSpec, batch: int, tokens: int, bench: Bench) -> Callable[..., Any]:
+    """A call of the tower, or another, on random pictures of tokens × tokens, with either attention."""
     side = tokens * spec.merge_size
     width = 3 * tower.config.temporal_patch_size * spec.patch_size**2
     pixels = torch.randn(batch * side * side, width, device=bench.device, dtype=bench.dtype)
     grids = torch.tensor([[1, side, side]] * batch, device=bench.device)
 
     @torch.inference_mode()
-    def call(mode: str) -> Any:
+    def call(mode: str, tower: nn.Module = tower) -> Any:
         with tower_attention(tower, mode):
             return tower(pixels, grid_thw=grids)
 
@@ -239,20 +238,10 @@ def target_tower(bench: Bench) -> None:
         bench.add(f"target tower, {side}² picture, stock ÷ batched time", ratios, "times",
                   ">= 4" if released and side == 1024 else "")  # fmt: skip
         outputs = {mode: call(mode).pooler_output.float() for mode in found}
-        exact = _in_float32(tower, call)
+        exact = call("stock", copy.deepcopy(tower).float()).pooler_output
         for mode, output in outputs.items():
             bench.add(f"target tower, {side}² picture, {mode} attention against float32: relative error",
                       float((output - exact).norm() / exact.norm()), "")  # fmt: skip
-
-
-def _in_float32(tower: nn.Module, call: Callable[[str], Any]) -> torch.Tensor:
-    """The output of a call of transformers' own layers in float32, weights as they are."""
-    before = next(tower.parameters()).dtype
-    tower.float()
-    try:
-        return call("stock").pooler_output
-    finally:
-        tower.to(before)
 
 
 def bridge(bench: Bench) -> None:

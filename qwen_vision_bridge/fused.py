@@ -1,8 +1,8 @@
 """A vision tower's layers in fewer kernels and fewer passes over a GPU's memory, while it works.
 
 transformers writes the norms, the rotation of queries and keys and the feed-forward layers of Qwen's vision
-towers as they are read: a norm is seven kernels, each of which reads and writes every channel in 32 bits. In
-16 bits on a GPU that costs more than the matrix products. Here they are computed as
+towers as they are read: a norm is eight kernels, most of them over every channel in 32 bits. In 16 bits on a
+GPU such passes and their launches cost more than the matrix products. Here they are computed as
 
 * norms: PyTorch's own `rms_norm`, one kernel;
 * rotation: queries and keys at once, in 32 bits as before, without copies of their halves;
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +28,14 @@ from torch.nn import functional
 CHANNELS = 8  # of 16 bits fill 16 bytes
 PADDED_FROM = 2048  # patches; with fewer the GPU waits for launches, and padding adds three
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class _Faster(NamedTuple):
+    """What computes a layer in place of its class."""
+
+    call: Callable[..., Any]
+    patches: int = 0
+    """From so many on it pays."""
 
 
 @contextmanager
@@ -43,12 +51,12 @@ def fused_layers(tower: nn.Module) -> Iterator[None]:
     """
     compiled = {part for module in tower.modules() if module._compiled_call_impl for part in module.modules()}
     layers = [
-        (module, call)
+        (module, faster)
         for module in tower.modules()
-        if (call := _call_of(module)) and module not in compiled and not _is_hooked(module)
+        if (faster := _faster(module)) and module not in compiled and not _is_hooked(module)
     ]
-    for layer, call in layers:
-        layer.forward = partial(_forward, layer, call)
+    for layer, faster in layers:
+        layer.forward = partial(_forward, layer, faster)
     try:
         yield
     finally:
@@ -131,28 +139,29 @@ def _wider(linear: nn.Linear, hidden: torch.Tensor, missing: int) -> torch.Tenso
     return functional.linear(hidden, weight, bias)
 
 
-def _forward(layer: nn.Module, call: Callable[..., Any], hidden_states: torch.Tensor, **options: Any) -> Any:
-    pays = _pays(hidden_states) and (call is not padded_feed_forward or len(hidden_states) >= PADDED_FROM)
-    return (call if pays else type(layer).forward)(layer, hidden_states, **options)
+def _forward(layer: nn.Module, faster: _Faster, hidden_states: torch.Tensor, **options: Any) -> Any:
+    pays = _pays(hidden_states) and len(hidden_states) >= faster.patches
+    return (faster.call if pays else type(layer).forward)(layer, hidden_states, **options)
 
 
 def _pays(hidden: torch.Tensor) -> bool:
-    tracked = hidden.requires_grad and torch.is_grad_enabled()
-    return hidden.is_cuda and hidden.element_size() == 2 and not tracked
+    # Weights may want a gradient where the input has none, and `rotated` gives none.
+    return hidden.is_cuda and hidden.element_size() == 2 and not torch.is_grad_enabled()
 
 
-def _call_of(module: nn.Module) -> Callable[..., Any] | None:
+def _faster(module: nn.Module) -> _Faster | None:
     """What computes this layer faster; None where it is none of these."""
     parts, settings = module._modules, vars(module)  # hasattr costs milliseconds over a tower's modules
     if "qkv" in parts and "proj" in parts and "num_heads" in settings and "scaling" in settings:
-        return fused_attention
+        return _Faster(fused_attention)
     if "variance_epsilon" in settings:
-        return fused_norm
+        return _Faster(fused_norm)
     if "act_fn" not in parts:
         return None
     linears = [parts.get(name) for name in PROJECTIONS]
     plain = all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in linears)
-    return padded_feed_forward if plain and linears[0].out_features % CHANNELS else None
+    odd = plain and linears[0].out_features % CHANNELS
+    return _Faster(padded_feed_forward, PADDED_FROM) if odd else None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .lessons import Lesson, Lessons
+from .memory import usable_gpu_bytes
 from .records import write_json
 from .specs import read_json
 
@@ -131,7 +132,7 @@ class Pack:
         return {layout: torch.tensor(members) for layout, members in sorted(layouts.items())}
 
     def _to_device(self, share: float) -> None:
-        free, _ = torch.cuda.mem_get_info(self.device)
+        free, _ = usable_gpu_bytes(self.device)
         if sum(values.nbytes for values in self.fields.values()) < share * free:
             self.fields = {field: values.to(self.device) for field, values in self.fields.items()}
 

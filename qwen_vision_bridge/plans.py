@@ -15,6 +15,7 @@ import torch
 from .bridge import BridgeConfig, VisionBridge, count_parameters
 from .course import WORLD_SAMPLES, Course
 from .editors import BYTES, UNQUANTISED_ENCODER_B
+from .memory import usable_gpu_bytes
 from .miniature import TARGET_PX
 from .settings import TrainingSettings
 from .specs import Family, cache_home
@@ -143,7 +144,7 @@ def _machine(course: Course) -> str:
         folder = Path(folder).parent
     free = shutil.disk_usage(folder).free / 1e9
     if torch.cuda.is_available():
-        memory = torch.cuda.mem_get_info()[0] / 1e9
+        memory = usable_gpu_bytes(torch.device("cuda"))[0] / 1e9
         return f"this machine: {memory:.0f} GB of GPU memory and {free:.0f} GB of disk are free"
     return f"this machine: no CUDA device; {free:.0f} GB of disk are free"
 

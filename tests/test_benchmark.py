@@ -85,6 +85,14 @@ def test_rows_have_the_promised_columns_and_the_newer_one_counts(tmp_path: Path)
     assert "a time" not in table(rows, barred=True)
 
 
+def test_a_value_of_another_device_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    made = bench(tmp_path)
+    made.rows.append({"name": "a rate", "value": 9.0, "device": "NVIDIA H200"})
+    assert made.value_of("a rate") is None
+    made.add("a rate", 2.0, "pictures/s")
+    assert made.value_of("a rate") == 2
+
+
 def test_without_cuda_there_is_no_peak() -> None:
     with peak_memory(CPU) as peak:
         pass

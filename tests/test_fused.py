@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -153,8 +154,18 @@ def check_fused(tower: nn.Module, grids: list[list[int]]) -> None:
 
 
 def test_calls_on_a_cpu_or_in_32_bits_are_left_as_they_are() -> None:
-    assert not fused._pays(torch.zeros(1, dtype=torch.bfloat16))
-    assert not fused._pays(torch.zeros(1))
+    with torch.no_grad():
+        assert not fused._pays(torch.zeros(1, dtype=torch.bfloat16))
+        assert not fused._pays(torch.zeros(1))
+        assert not fused._pays(SimpleNamespace(is_cuda=True, element_size=lambda: 4))
+
+
+def test_calls_that_may_want_gradients_are_left_as_they_are() -> None:
+    """Also where the input has none and a weight asks for one, as with adapters."""
+    half = SimpleNamespace(is_cuda=True, element_size=lambda: 2, requires_grad=False)
+    assert not fused._pays(half)
+    with torch.no_grad():
+        assert fused._pays(half)
 
 
 def test_few_patches_are_not_padded(seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +225,7 @@ def test_on_a_gpu_in_16_bits_fusing_changes_rounding_alone(side: int) -> None:
     tower.to(torch.bfloat16)
     found = []
     for mode in ("stock", "batched"):
-        with tower_attention(tower, mode):
+        with torch.no_grad(), tower_attention(tower, mode):
             found.append(tower(pixels.bfloat16(), grid_thw=grids.cuda()).pooler_output.float())
     stock, ours = (float((one - exact).norm() / exact.norm()) for one in found)
     assert not torch.equal(*found)
