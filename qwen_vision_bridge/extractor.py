@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Grid = tuple[int, int]
 Scope = Literal["vision", "language"]
+FEATURES_VERSION = "2"
+"""Raised when equal models give other features than before, so that kept ones are not taken for them. Since 2
+rotary frequencies keep 32 bits in 16-bit towers, and on GPUs their layers are fused."""
 
 
 class VisionCacheExtractor:
@@ -259,6 +262,7 @@ class VisionCacheExtractor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantisation": "int8" if self.load_in_8bit else "none",
             "device": self.device.type,
+            "features_version": FEATURES_VERSION,
             "vision_attention": self.vision_attention + (", compiled" if self.compiled else ""),
             "pictures": " ".join(image_digest(picture) for picture in pictures),
         }

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .extractor import VisionCacheExtractor
+from .extractor import FEATURES_VERSION, VisionCacheExtractor
 from .lessons import Lesson
 from .packs import Seen
 from .records import digest_of
@@ -46,7 +46,7 @@ class Eyes:
         """Changes whenever the features of an equal picture would."""
         extractor = self.extractor
         return digest_of([
-            extractor.revision("qwen3"), extractor.revision("qwen25"), str(extractor.dtype),
+            FEATURES_VERSION, extractor.revision("qwen3"), extractor.revision("qwen25"), str(extractor.dtype),
             extractor.load_in_8bit, self.family.editor.pipeline_class, self.family.editor.condition_area,
             self.family.editor.condition_step, self.teacher,
         ])  # fmt: skip

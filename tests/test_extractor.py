@@ -178,6 +178,19 @@ def test_a_second_extraction_loads_no_model(
         again.extract_qwen3_vision(photo.rotate(180))
 
 
+def test_features_of_an_earlier_version_are_made_anew(
+    photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extract() -> int:
+        VisionCacheExtractor("miniature", feature_cache=tmp_path).extract_qwen3_vision(photo)
+        return len([path for path in tmp_path.rglob("*") if path.is_file()])
+
+    kept = extract()
+    assert extract() == kept
+    monkeypatch.setattr(extractor_module, "FEATURES_VERSION", "0")
+    assert extract() > kept
+
+
 def test_one_model_is_in_memory_at_a_time_unless_asked_otherwise(photo: Image.Image) -> None:
     for keep in (False, True):
         extractor = VisionCacheExtractor("miniature", feature_cache=False, keep_models=keep)
