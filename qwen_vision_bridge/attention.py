@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .fused import fused_layers
+from .locks import model_lock
 
 VisionAttention = Literal["batched", "stock"]
 NAME = "batched_flash"  # transformers looks for "flash" in it
@@ -68,19 +69,21 @@ def tower_attention(tower: nn.Module, mode: VisionAttention = "batched") -> Iter
     Raises:
         ValueError: an unknown mode.
     """
-    before = tower.config._attn_implementation
-    if check_vision_attention(mode) == "stock" or ("flash" in (before or "") and before != NAME):
-        yield
-        return
-    _register()
-    handle = tower.register_forward_pre_hook(_give_indices, with_kwargs=True)
-    tower.config._attn_implementation = NAME
-    try:
-        with fused_layers(tower):
+    check_vision_attention(mode)
+    with model_lock:
+        before = tower.config._attn_implementation
+        if mode == "stock" or ("flash" in (before or "") and before != NAME):
             yield
-    finally:
-        tower.config._attn_implementation = before
-        handle.remove()
+            return
+        _register()
+        handle = tower.register_forward_pre_hook(_give_indices, with_kwargs=True)
+        tower.config._attn_implementation = NAME  # a property, which checks and stores
+        try:
+            with fused_layers(tower):
+                yield
+        finally:
+            tower.config._attn_implementation = before
+            handle.remove()
 
 
 def batched_attention(

@@ -9,14 +9,15 @@ length are padded and masked. Edits made together are close to those made alone,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from .calls import LevelAttention
+from .locks import exclusive, replaced
 
 LARGE = 512 * 512  # px²: pictures above it are decoded one by one, since a batch would not fit beside the DiT
 
@@ -52,6 +53,7 @@ class _ReadyToDenoise(Exception):  # noqa: N818 - it ends a call half way and is
     """The stock pipeline has made everything that denoising starts from."""
 
 
+@exclusive
 def prepare(pipe: Any, **call: Any) -> Prepared:
     """Run the stock pipeline up to its denoising.
 
@@ -72,12 +74,13 @@ def prepare(pipe: Any, **call: Any) -> Prepared:
         raise _ReadyToDenoise
 
     halted = suppress(_ReadyToDenoise)
-    with _instead(pipe, encode_prompt=keep_prompt, prepare_latents=keep_latents), halted:
+    with replaced(pipe, encode_prompt=keep_prompt, prepare_latents=keep_latents), halted:
         pipe(**call)
     latents, references = made[0]
     return Prepared(call, tuple(prompts), latents, references, None)
 
 
+@exclusive
 def denoise(pipe: Any, edits: Sequence[Prepared]) -> list[Image.Image]:
     """Run the stock pipeline from its denoising on, once for all edits.
 
@@ -95,13 +98,14 @@ def denoise(pipe: Any, edits: Sequence[Prepared]) -> list[Image.Image]:
     references = None
     if first.references is not None:
         references = torch.cat([edit.references for edit in edits])  # (B, R, C)
-    replaced: dict[str, Callable[..., Any]] = {
+    made: dict[str, Callable[..., Any]] = {
         "encode_prompt": lambda *_, **__: next(prompts),
         "prepare_latents": lambda *_, **__: (latents, references),
     }
     images = first.call["image"]
     width, height = (images[-1] if isinstance(images, list) else images).size
-    with _instead(pipe, **replaced), _decoding(pipe.vae, one_by_one=width * height > LARGE):
+    sliced = pipe.vae.use_slicing or width * height > LARGE
+    with replaced(pipe, **made), replaced(pipe.vae, use_slicing=sliced):
         return list(pipe(**first.call).images)
 
 
@@ -117,25 +121,3 @@ def _padded(prompts: Sequence[Prompt]) -> Prompt:
         masks.append(torch.nn.functional.pad(valid, (0, missing)))
     whole = torch.cat(masks)
     return torch.cat(rows), None if bool(whole.all()) else whole
-
-
-@contextmanager
-def _instead(pipe: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Methods of this pipeline alone, for the length of the `with`."""
-    try:
-        for name, method in methods.items():
-            setattr(pipe, name, method)
-        yield
-    finally:
-        for name in methods:
-            delattr(pipe, name)  # the class's own method is seen again
-
-
-@contextmanager
-def _decoding(vae: Any, one_by_one: bool) -> Iterator[None]:
-    sliced = vae.use_slicing
-    vae.use_slicing = sliced or one_by_one
-    try:
-        yield
-    finally:
-        vae.use_slicing = sliced

@@ -27,6 +27,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from .hub import hub_errors
+from .locks import exclusive
 from .specs import LEVEL_NAMES, Family
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -129,6 +130,7 @@ class VisionBridge(
     projections and a zero-initialised output as in ControlNet (Zhang et al. 2023, arXiv 2302.05543).
     """
 
+    @exclusive  # another thread that loads a model patches `nn.Module` meanwhile
     def __init__(self, config: BridgeConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or BridgeConfig()

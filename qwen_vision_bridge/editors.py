@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from .checkpoints import folder_digest
 from .hub import hub_file
+from .locks import exclusive
 from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory, usable_gpu_bytes
 from .miniature import locate
 from .quantisation import ENCODER_KEPT, quantisation_config, quantise_to_4_bit
@@ -140,6 +141,7 @@ def free_gpu_gb(device: Any) -> float | None:
     return usable_gpu_bytes(device)[0] / 1e9 if device.type == "cuda" else None
 
 
+@exclusive
 def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any) -> Any:
     """Load the stock pipeline, quantised and placed as the mode says.
 

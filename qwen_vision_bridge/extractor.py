@@ -15,6 +15,7 @@ from .attention import VisionAttention, check_vision_attention, tower_attention
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
 from .checkpoints import open_checkpoint
 from .images import ImageLike, image_digest, load_images, on_grids
+from .locks import exclusive, model_lock
 from .processors import load_processor
 from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
 from .states import source_states
@@ -158,6 +159,7 @@ class VisionCacheExtractor:
             grids = [self.target_grid(picture) for picture in pictures]
         return self._cached("qwen25", pictures, prompt, tuple(grids), self._run_target)
 
+    @exclusive
     def extract_batch(
         self, role: Literal["qwen3", "qwen25"], pictures: Sequence[Image.Image], grids: Sequence[Grid]
     ) -> list[VisionCache]:
@@ -203,6 +205,7 @@ class VisionCacheExtractor:
         )
         return height // spec.token_px, width // spec.token_px
 
+    @exclusive
     def unload(self, model: Literal["qwen3", "qwen25"] | None = None) -> None:
         """Free a model's memory, or both; the next extraction loads it again."""
         freed = [self._models.pop(name, None) for name in ((model,) if model else tuple(self._models))]
@@ -233,6 +236,7 @@ class VisionCacheExtractor:
     def _qwen25_model(self) -> None:
         self.unload("qwen25")
 
+    @exclusive
     def _cached(
         self, role: str, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...], run: Any
     ) -> VisionCache:
@@ -321,6 +325,7 @@ class VisionCacheExtractor:
     def _spec(self, role: str) -> ModelSpec:
         return self.family.source if role == "qwen3" else self.family.target
 
+    @exclusive
     def _model(self, role: str) -> Any:
         if role not in self._models:
             if not self.keep_models:
@@ -339,11 +344,12 @@ class VisionCacheExtractor:
 
     def _processor(self, role: str, images_only: bool = False) -> Any:
         key = f"{role}:{images_only}"
-        if key not in self._processors:
+        if key not in self._processors:  # without the lock where it is loaded: readers ask image by image
             spec = self._spec(role)
-            self._processors[key] = load_processor(
-                spec.repo, spec.processor_subfolder, spec.revision, images_only
-            )
+            with model_lock:
+                self._processors[key] = load_processor(
+                    spec.repo, spec.processor_subfolder, spec.revision, images_only
+                )
         return self._processors[key]
 
 

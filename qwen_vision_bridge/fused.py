@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .locks import model_lock
+
 CHANNELS = 8  # of 16 bits fill 16 bytes
 PADDED_FROM = 2048  # patches; with fewer the GPU waits for launches, and padding adds three
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -49,19 +51,24 @@ def fused_layers(tower: nn.Module) -> Iterator[None]:
     Args:
         tower: the bare vision tower of a Qwen2.5-VL or Qwen3-VL model.
     """
+    with model_lock:
+        layers = _fusible_layers(tower)
+        for layer, faster in layers:
+            layer.forward = partial(_forward, layer, faster)
+        try:
+            yield
+        finally:
+            for layer, _ in layers:
+                del layer.forward
+
+
+def _fusible_layers(tower: nn.Module) -> list[tuple[nn.Module, _Faster]]:
     compiled = {part for module in tower.modules() if module._compiled_call_impl for part in module.modules()}
-    layers = [
+    return [
         (module, faster)
         for module in tower.modules()
         if (faster := _faster(module)) and module not in compiled and not _is_hooked(module)
     ]
-    for layer, faster in layers:
-        layer.forward = partial(_forward, layer, faster)
-    try:
-        yield
-    finally:
-        for layer, _ in layers:
-            del layer.forward
 
 
 def padded_feed_forward(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

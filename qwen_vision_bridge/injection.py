@@ -17,6 +17,7 @@ import torch
 from .attention import VisionAttention, check_vision_attention, tower_attention
 from .bridge import VisionBridge, check_strength
 from .cache import VisionCache
+from .locks import model_lock, replaced
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def inject(
         raise ValueError(f"site is one of {', '.join(SITES)}, not {site!r}")
     record = Injection()
     state = _Update(bridge, cache, float(strength), record)
-    with ExitStack() as stack:
+    with model_lock, ExitStack() as stack:
         if site == "tower":
             stack.enter_context(_tower_hook(pipe, state.replace))
         else:
@@ -158,14 +159,15 @@ def mrope_positions(pipe: Any, mode: Literal["fixed", "stock"] = "fixed") -> Ite
         types = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
         return args, {**kwargs, "mm_token_type_ids": types}
 
-    inner = pipe.text_encoder.model
-    deltas = getattr(inner, "rope_deltas", None)
-    handle = pipe.text_encoder.register_forward_pre_hook(add_token_types, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-        inner.rope_deltas = deltas  # the encoder remembers the last prompt's offsets
+    with model_lock:
+        inner = pipe.text_encoder.model
+        deltas = getattr(inner, "rope_deltas", None)
+        handle = pipe.text_encoder.register_forward_pre_hook(add_token_types, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            inner.rope_deltas = deltas  # the encoder remembers the last prompt's offsets
 
 
 @contextmanager
@@ -242,7 +244,7 @@ def shared_latents(pipe: Any) -> Iterator[None]:
     The pipelines take the mode of the VAE's distribution, so a picture's latents are a function of its
     pixels alone.
     """
-    stock, known = pipe._encode_vae_image, {}
+    known: dict[Any, torch.Tensor] = {}
 
     def encode(image: torch.Tensor, generator: Any) -> torch.Tensor:
         pixels = image.detach().cpu().contiguous()
@@ -252,11 +254,10 @@ def shared_latents(pipe: Any) -> Iterator[None]:
             known[key] = stock(image=image, generator=generator)
         return known[key]
 
-    pipe._encode_vae_image = encode
-    try:
-        yield
-    finally:
-        del pipe._encode_vae_image  # the class's own method is seen again
+    with model_lock:
+        stock = pipe._encode_vae_image
+        with replaced(pipe, _encode_vae_image=encode):
+            yield
 
 
 @contextmanager
@@ -273,11 +274,12 @@ def _tower_hook(pipe: Any, function: Callable[[torch.Tensor, Grids], torch.Tenso
             output.pooler_output = replaced
         return output
 
-    handle = visual.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with model_lock:
+        handle = visual.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from . import metrics
 from .arms import Arm
 from .cache import VisionCache
 from .injection import Levels, batched_vision, inject, mrope_positions
+from .locks import model_lock
 from .sizes import condition_size
 from .world import Case, locate_question, read_question
 
@@ -96,7 +97,8 @@ def ask(
     if arm.bridge is not None:
         eyes = inject(pipe, arm.bridge, source, arm.strength, arm.site)
     towers = batched_vision(pipe, pipeline.vision_attention)
-    with eyes, towers, mrope_positions(pipe, pipeline.mrope):  # puts back what generating leaves behind
+    positions = mrope_positions(pipe, pipeline.mrope)  # puts back what generating leaves behind
+    with model_lock, eyes, towers, positions:
         reply = pipe.text_encoder.generate(
             **given, max_new_tokens=LONGEST_REPLY, do_sample=False, num_beams=1
         )

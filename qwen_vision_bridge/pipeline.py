@@ -20,6 +20,7 @@ from .editors import check_device, editor_revision, find_mode, free_gpu_gb, load
 from .extractor import VisionCacheExtractor
 from .images import ImageLike
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
+from .locks import exclusive, model_lock
 from .pairs import run_pairs
 from .placement import MemoryPlan, card_gb, say
 from .processors import load_processor
@@ -104,13 +105,15 @@ class EnhancedQwenImageEdit:
         if compiled:
             self.bridge.compile()
         self.compiled = compiled
+        self._source_users = 0  # how many `keeping_source` are open
         self._pipe = pipe
         self._processor: Any = None  # of the editor, known before the pipeline is loaded
         self._editor_revision: str | None = None
 
     @property
+    @exclusive
     def pipe(self) -> Any:
-        """The stock diffusers pipeline, loaded on first use."""
+        """The stock diffusers pipeline, loaded on first use; change it only while no call is running."""
         if self._pipe is None:
             if self.device.type == "cuda":
                 say(self.plan)
@@ -252,25 +255,30 @@ class EnhancedQwenImageEdit:
             self._pipeline_class(), self.family.editor, self._image_processor(), list(pictures)
         )
 
+    @exclusive
     def extract_source(self, pictures: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
         grids = self.condition_grids(pictures)
         with out_of_memory_named(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
             cache = self.extractor.extract_qwen3_vision(list(pictures), grids=grids)
-        if not self.keep_source:
-            self.extractor.unload("qwen3")
+        self._free_source()
         return cache
 
     @contextmanager
     def keeping_source(self) -> Iterator[None]:
         """Keep the source tower between the extractions inside the `with`, and free it afterwards."""
-        kept, self.keep_source = self.keep_source, True
+        with model_lock:
+            self._source_users += 1
         try:
             yield
         finally:
-            self.keep_source = kept
-            if not kept:
-                self.extractor.unload("qwen3")
+            with model_lock:
+                self._source_users -= 1
+                self._free_source()
+
+    def _free_source(self) -> None:
+        if not (self.keep_source or self._source_users):
+            self.extractor.unload("qwen3")
 
     def sharing_references(self) -> AbstractContextManager[None]:
         """Encode each reference picture once for all edits inside the `with`; the pictures stay the same."""
@@ -341,7 +349,7 @@ class EnhancedQwenImageEdit:
         towers = batched_vision(pipe, self.vision_attention)
         # After an error diffusers leaves on the GPU what offloading had brought there.
         named = out_of_memory_named(self.mode, editor, pipe.maybe_free_model_hooks)
-        with named, positions, towers, sizes:
+        with model_lock, named, positions, towers, sizes:
             yield
 
     def _call(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .locks import model_lock
 from .miniature import SCHEDULER, write_model_index
 from .tokens import CHAT_TEMPLATE, build_tokenizer
 from .towers import TOWER_PREFIX
@@ -202,7 +203,7 @@ def vision_language_shapes(config: dict[str, Any]) -> Iterator[tuple[str, torch.
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
-    with init_empty_weights():
+    with model_lock, init_empty_weights():
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.for_model(config["model_type"], **settings)
         )
@@ -282,5 +283,5 @@ def _write_shard(path: Path, members: dict[str, torch.Size], blocks: dict[float,
 def _empty(made: type, settings: dict[str, Any]) -> Any:
     from accelerate import init_empty_weights
 
-    with init_empty_weights():
+    with model_lock, init_empty_weights():
         return made(**settings)

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from .locks import model_lock, replaced
 from .specs import EditorSpec
 
 STOCK_AREA = 1024 * 1024  # px², the default of both pipelines' outputs
@@ -29,17 +30,11 @@ def picture_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
     changes: dict[str, Any] = {}
     if hasattr(module, "CONDITION_IMAGE_SIZE"):
         changes = {"CONDITION_IMAGE_SIZE": editor.condition_area, "VAE_IMAGE_SIZE": editor.vae_area}
-    if editor.vae_area is not None:
-        changes["calculate_dimensions"] = partial(_dimensions, module.calculate_dimensions, editor)
-    changes = {name: value for name, value in changes.items() if value is not None}
-    before = {name: getattr(module, name) for name in changes}
-    try:
-        for name, value in changes.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+    with model_lock:
+        if editor.vae_area is not None:
+            changes["calculate_dimensions"] = partial(_dimensions, module.calculate_dimensions, editor)
+        with replaced(module, **{name: value for name, value in changes.items() if value is not None}):
+            yield
 
 
 def _dimensions(stock: Callable[..., Any], editor: EditorSpec, area: int, ratio: float) -> Any:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoints import Checkpoint, open_checkpoint
+from .locks import exclusive
 from .specs import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def load_tower(
     return report
 
 
+@exclusive
 def build_tower(checkpoint: Checkpoint) -> nn.Module:
     """The bare tower with exactly the checkpoint's weights; a missing or left-over tensor is an error.
 
@@ -110,6 +112,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+@exclusive
 def load_whole(
     spec: ModelSpec,
     device: torch.device | str = "cpu",
