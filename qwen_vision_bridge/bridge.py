@@ -299,8 +299,10 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def bridge_digest(bridge: VisionBridge) -> str:
-    """Short digest of a bridge's weights."""
-    digest = hashlib.sha256()
+    """Short digest of a bridge's weights and of the settings that decide what it makes of them."""
+    config = bridge.config
+    settings = [config.levels, config.heads, config.clamp, config.blend]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in bridge.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy())

@@ -55,7 +55,6 @@ def evaluate(
     batch_arms: int = 1,
     workers: int = 0,
     retry_errors: bool = False,
-    reuse_baselines: bool = True,
     notes: Sequence[str] = (),
     announce: Callable[[str], None] | None = None,
     **options: Any,
@@ -74,8 +73,6 @@ def evaluate(
             close to those of 1 and not the same bits, so their records are known by other keys.
         workers: processes that measure pictures beside the one that makes them; 0 measures in this one.
         retry_errors: do again what an earlier run of the folder recorded as an error.
-        reuse_baselines: take baselines from earlier runs; False where the loaded pipeline's weights were
-            changed by hand, which no key knows of.
         notes: what the cases leave out, in words, for the report.
         announce: takes the time that the run is estimated to need, in a sentence, before it starts.
         options: of the edits, as `EnhancedQwenImageEdit.generate` takes them.
@@ -93,7 +90,7 @@ def evaluate(
     check_ids(cases)
     processes = Processes()
     by_id = {case.case_id: case for case in cases}
-    run = Run(pipeline, Path(folder), arms, seed, dict(options), by_id, batch_arms, reuse_baselines)
+    run = Run(pipeline, Path(folder), arms, seed, dict(options), by_id, batch_arms)
     jobs, left_out = plan(run, perception)
     ledger = Ledger(run.folder, processes.index)
     processes.wait()  # no process writes before all have read

@@ -52,8 +52,6 @@ class Run:
     cases: dict[str, Any]
     batch: int = 1
     """Edits that are denoised together; 1 is the stock call, one by one."""
-    reuse_baselines: bool = True
-    """Take a baseline's picture from an earlier run of any folder, and keep it for later ones."""
     partners: dict[str, str | None] = field(default_factory=dict)
     """Whose source features a shuffled arm sees."""
     known: dict[Any, Any] = field(default_factory=dict, repr=False)

@@ -161,8 +161,8 @@ class Maker:
             write_picture(kept, picture)
 
     def _kept(self, job: Job) -> Path | None:
-        """Where a baseline's picture is kept for other runs; None for other arms, or where none is reused."""
-        if job.arm.bridge is not None or not self.run.reuse_baselines:
+        """Where a baseline's picture is kept for other runs; None for other arms."""
+        if job.arm.bridge is not None:
             return None
         key = content_key(self.run, job.case, job.arm, self.run.batch > 1)
         return cache_home() / "baselines" / f"{key}.png"

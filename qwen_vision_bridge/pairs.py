@@ -11,8 +11,11 @@ import numpy as np
 from PIL import Image
 
 from .images import image_digest
+from .locks import model_lock
 from .records import digest_of, write_json, write_picture
 from .specs import read_json
+
+FORMAT = "qwen-vision-bridge/pairs/2"
 
 if TYPE_CHECKING:
     from .pipeline import EnhancedQwenImageEdit
@@ -32,22 +35,36 @@ def run_pairs(
 
     Returns:
         One record a pair, in order.
+
+    Raises:
+        ValueError: the folder holds a `results.json` of another kind.
+        TypeError: an option that no key can hold, such as a callback.
     """
     from tqdm import tqdm
 
     path = folder / "results.json"
-    known = read_json(path).get("records", {}) if path.is_file() else {}
-    records = []
+    known, models, records = _read(path), pipeline.made_from(True), []
     for number, (pictures, prompt) in enumerate(tqdm(pairs, desc="pairs", unit="pair")):
         digests = [image_digest(picture) for picture in pictures]
-        key = digest_of([pipeline.made_from(True), digests, prompt, strength, seed, sorted(options.items())])
-        if key not in known:
+        key = digest_of([models, digests, prompt, strength, seed, sorted(options.items())])
+        if key not in known or not all((folder / file).is_file() for file in known[key]["files"].values()):
             stem = f"{number:03d}-{key[:6]}"
             known[key] = {"prompt": prompt, "pictures": digests}
             known[key] |= _measure(pipeline, folder, stem, pictures, prompt, strength, seed, options)
-            write_json(path, {"provenance": pipeline.provenance([seed]), "records": known})
+            with model_lock:  # another thread may have written since
+                known = _read(path) | {key: known[key]}
+                provenance = pipeline.provenance([seed])
+                write_json(path, {"format": FORMAT, "provenance": provenance, "records": known})
         records.append(known[key])
     return records
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The records of a folder by key."""
+    results = read_json(path) if path.is_file() else {"format": FORMAT, "records": {}}
+    if results.get("format") != FORMAT:
+        raise ValueError(f"{path} is of another kind or version: give another folder, it is not overwritten")
+    return results["records"]
 
 
 def _measure(

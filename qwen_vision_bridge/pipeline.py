@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,13 +21,14 @@ from .editors import check_device, editor_revision, find_mode, free_gpu_gb, load
 from .extractor import VisionCacheExtractor
 from .images import ImageLike
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
+from .loaded import changed_parts, loaded_state
 from .locks import exclusive, model_lock
 from .pairs import run_pairs
 from .placement import MemoryPlan, card_gb, say
 from .processors import load_processor
 from .records import provenance, write_picture
 from .shipped import resolve_bridge
-from .sizes import condition_grids, picture_sizes, takes_several
+from .sizes import condition_grids, effective_sizes, picture_sizes, takes_several
 from .specs import Family, resolve_family
 
 Made = TypeVar("Made")
@@ -105,6 +107,7 @@ class EnhancedQwenImageEdit:
         if compiled:
             self.bridge.compile()
         self.compiled = compiled
+        self._stock_state: dict[str, str] | None = None  # of the pipeline as loaded; None where it was given
         self._source_users = 0  # how many `keeping_source` are open
         self._pipe = pipe
         self._processor: Any = None  # of the editor, known before the pipeline is loaded
@@ -119,6 +122,7 @@ class EnhancedQwenImageEdit:
                 say(self.plan)
             with out_of_memory_named(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
+            self._stock_state = loaded_state(self._pipe)
             made = self._pipe.text_encoder.config.vision_config.out_hidden_size
             if made != self.family.target.out_dim:
                 raise ValueError(
@@ -296,15 +300,18 @@ class EnhancedQwenImageEdit:
         made: dict[str, Any] = {
             "family": family.name,
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
-            "sizes": [family.editor.condition_area, family.editor.condition_step, family.editor.vae_area],
-            "adapters": self._pipe.get_list_adapters() if self._pipe is not None else {},
+            "sizes": effective_sizes(self._pipeline_class(), family.editor),
+            "changes": {} if self._pipe is None else changed_parts(self._pipe, self._stock_state),
+            "adapters": {} if self._pipe is None else self._pipe.get_list_adapters(),
             "mrope": self.mrope,
             "vision_attention": self.vision_attention,
             "memory_mode": self.mode.name,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self._device_name(),
+            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
         }
         if enhanced:
-            made["source"] = {"repo": family.source.repo, "revision": self.extractor.revision("qwen3")}
+            made["source"] = self.extractor.provenance("qwen3")
             digest = bridge_digest(self.bridge)
             made["bridge"] = {"name": self.bridge_name, "site": self.site, "digest": digest}
             made["compiled"] = self.compiled
@@ -312,10 +319,13 @@ class EnhancedQwenImageEdit:
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What a results file says about how it was made."""
-        cuda = self.device.type == "cuda"
-        threads = f"CPU, {torch.get_num_threads()} threads"
-        device = torch.cuda.get_device_name(self.device) if cuda else threads
-        return provenance(seeds, device, **self.made_from(True))
+        made, cpu = self.made_from(True), self.device.type == "cpu"
+        device = f"CPU, {torch.get_num_threads()} threads" if cpu else made["device"]
+        del made["device"], made["versions"]  # said in more words
+        return provenance(seeds, device, **made)
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def _own(
         self, source: VisionCache, pictures: list[Image.Image], prompt: str, strength: float, seed: int,

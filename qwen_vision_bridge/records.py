@@ -9,6 +9,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 from PIL import Image
 
+KEY_VERSION = 2
+"""Raised when keys are made of other things than before, so that what was kept under them is made anew."""
 PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes")
 
 
@@ -33,8 +36,22 @@ def provenance(seeds: Sequence[int], device: str, **models: Any) -> dict[str, An
 
 
 def digest_of(data: Any) -> str:
-    """Short digest of plain data, for keys of things made from it."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    """Short digest of plain data, for keys of things made from it.
+
+    Raises:
+        TypeError: it holds something whose content is not known, such as a function or a tensor: two of them
+            could look alike and differ.
+    """
+    text = json.dumps([KEY_VERSION, data], sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} cannot be part of a key that results are kept under")
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:

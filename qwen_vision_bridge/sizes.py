@@ -37,6 +37,14 @@ def picture_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
             yield
 
 
+def effective_sizes(pipeline_class: type, editor: EditorSpec) -> list[int]:
+    """px² of the image that the tower sees and of the one that the VAE encodes, and the px they round to."""
+    module = import_module(pipeline_class.__module__)
+    with picture_sizes(pipeline_class, editor):
+        areas = (getattr(module, name, STOCK_AREA) for name in ("CONDITION_IMAGE_SIZE", "VAE_IMAGE_SIZE"))
+        return [*areas, editor.condition_step]
+
+
 def _dimensions(stock: Callable[..., Any], editor: EditorSpec, area: int, ratio: float) -> Any:
     """diffusers' own `calculate_dimensions` with the editor's area for the stock one, and its rounding."""
     if area == editor.condition_area and editor.condition_step != STOCK_STEP:

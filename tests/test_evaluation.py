@@ -59,7 +59,9 @@ def stripped(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-def test_a_run_writes_everything_and_a_second_one_does_nothing(editor: Any, tmp_path: Path) -> None:
+def test_a_run_writes_everything_and_a_second_one_does_nothing(
+    editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cases = [case for group in GROUPS for case in make_cases(group, 2, seed=0)]
     found = evaluate(editor, cases, tmp_path, **SHORT)
     write_results(tmp_path, found)
@@ -77,17 +79,14 @@ def test_a_run_writes_everything_and_a_second_one_does_nothing(editor: Any, tmp_
     assert "not resolved by this sample" in (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "says nothing about a gain" in as_table(found)
 
-    calls = []
-    handle = editor.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
-    try:
-        again = evaluate(editor, cases[::-1], tmp_path, **SHORT)
-        assert (again.rows, again.records) == (found.rows, found.records)  # whatever the order of the cases
-        assert calls == []
-        half = [Arm("baseline"), Arm("half", editor.bridge, "random", 0.5)]
-        evaluate(editor, cases[:1], tmp_path / "other", half, perception=False, **SHORT)
-        assert len(calls) == 2 * 2  # the new arm alone: 2 steps, 2 prompts; the baseline is known
-    finally:
-        handle.remove()
+    calls, step = [], editor.pipe.scheduler.step
+    monkeypatch.setattr(editor.pipe.scheduler, "step", lambda *a, **k: (calls.append(1), step(*a, **k))[1])
+    again = evaluate(editor, cases[::-1], tmp_path, **SHORT)
+    assert (again.rows, again.records) == (found.rows, found.records)  # whatever the order of the cases
+    assert calls == []
+    half = [Arm("baseline"), Arm("half", editor.bridge, "random", 0.5)]
+    evaluate(editor, cases[:1], tmp_path / "other", half, perception=False, **SHORT)
+    assert len(calls) == 2  # the new arm alone: 2 steps; the baseline is known
 
 
 def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_path: Path) -> None:
@@ -162,7 +161,7 @@ def test_partners_are_a_derangement_on_one_grid_whatever_the_order() -> None:
     assert find_partners(grids, 1) != partners
 
 
-def test_baselines_are_reused_between_folders_unless_that_is_refused(
+def test_baselines_are_reused_until_the_pipeline_changes(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home"))
@@ -172,12 +171,12 @@ def test_baselines_are_reused_between_folders_unless_that_is_refused(
         type(editor), "edit", lambda self, *a, **k: (edits.append(a[1]), stock(self, *a, **k))[1]
     )
     cases = make_cases("detail", 1, seed=6)
-    for name, reuse, expected in (("a", False, 1), ("b", True, 1), ("c", True, 0), ("d", False, 1)):
+    weight = next(editor.pipe.transformer.parameters())
+    own, other = weight.data, weight.data + 1
+    for name, values, expected in (("a", own, 1), ("b", own, 0), ("c", other, 1), ("d", own, 0)):
         edits.clear()
-        evaluate(
-            editor, cases, tmp_path / name, [Arm("baseline")], perception=False, reuse_baselines=reuse,
-            **SHORT,
-        )  # fmt: skip
+        weight.data = values
+        evaluate(editor, cases, tmp_path / name, [Arm("baseline")], perception=False, **SHORT)
         assert len(edits) == expected, name
 
 

@@ -180,16 +180,20 @@ def test_benchmark_writes_pictures_and_records_and_resumes(
 
 
 def test_ctrl_c_keeps_the_finished_pairs_and_leaves_the_pipeline_clean(
-    editor: Any, photo: Image.Image, tmp_path: Path
+    editor: Any, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(_pipe: Any, step: int, _time: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    step = editor.pipe.scheduler.step
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
         if (tmp_path / "results.json").exists():
             raise KeyboardInterrupt
-        return kwargs
+        return step(*args, **kwargs)
 
     stock = stock_edit(editor.pipe, [photo])
+    monkeypatch.setattr(editor.pipe.scheduler, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        editor.benchmark([photo], ["a", "b"], tmp_path, callback_on_step_end=interrupt, **SHORT)
+        editor.benchmark([photo], ["a", "b"], tmp_path, **SHORT)
+    monkeypatch.undo()
     assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert same(stock_edit(editor.pipe, [photo]), stock)
