@@ -27,7 +27,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from .hub import hub_errors
-from .specs import LEVEL_NAMES, Family
+from .specs import LEVEL_NAMES, Family, check_seed
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -72,6 +72,7 @@ class BridgeConfig:
         for name, value in (("query_dim", self.query_dim), ("rank or source_dim", width)):
             if value % self.heads:
                 raise ValueError(f"{name} {value} does not divide into {self.heads} heads")
+        check_seed(self.seed)
         if not self.levels or len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels are at least one name, each once, not {self.levels}")
         if self.init not in ("zero", "random"):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .miniature import SCHEDULER, write_model_index
+from .specs import check_seed
 from .tokens import CHAT_TEMPLATE, build_tokenizer
 from .towers import TOWER_PREFIX
 
@@ -98,6 +99,7 @@ def write_checkpoint(
     Returns:
         Bytes of the weights.
     """
+    check_seed(seed)
     config = model_config(model, layers, tiny)
     folder.mkdir(parents=True, exist_ok=True)
     write_processor(model, folder)
@@ -122,6 +124,7 @@ def write_editor(
     """
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
+    check_seed(seed)
     total = 0
     if not (folder / "text_encoder" / "config.json").is_file():
         total = write_checkpoint("Qwen2.5-VL-7B", folder / "text_encoder", layers, seed, tiny)

@@ -1,4 +1,4 @@
-"""What each model is and which belong together: data and its checks; no weights are loaded here."""
+"""What each model is, which belong together, and which seeds there are: data and checks, no weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniat
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)
+MAX_SEED = 2**63 - 1  # the largest that NumPy, PyTorch and a signed 64-bit column of a table all take
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -251,6 +252,24 @@ def resolve_family(
     if editor is not None:
         family = replace(family, editor=_resolve_editor(editor, family.editor))
     return family
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that every random generator of the toolkit takes.
+
+    Raises:
+        TypeError: no whole number. ValueError: outside 0 to `MAX_SEED`.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is a whole number, not {seed!r}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; needed: a whole number from 0 to {MAX_SEED} (2**63 - 1)")
+    return seed
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one training step, within the 64 bits that PyTorch takes however large `seed` is."""
+    return (seed * 1_000_003 + step) % 2**64
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -156,7 +156,8 @@ def test_a_strength_that_is_no_number_is_refused(strength: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rank": 50}, {"heads": 0}, {"init": "ones"}, {"clamp": float("nan")}, {"levels": ()}]
+    "changes",
+    [{"rank": 50}, {"heads": 0}, {"init": "ones"}, {"clamp": float("nan")}, {"levels": ()}, {"seed": -1}],
 )
 def test_a_config_that_cannot_be_built_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
