@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
+from .checkpoints import broken_weight
 from .hub import hub_errors
 from .specs import LEVEL_NAMES, Family, check_seed
 
@@ -244,6 +245,8 @@ class VisionBridge(
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise OSError(f"{weights} does not load as this bridge's weights: {reason}") from error
+        if broken := broken_weight({"bridge": bridge}):
+            raise OSError(f"{weights}: the weight {broken} is NaN or infinite: copy or download it again")
         return bridge.eval()
 
     def _initialise(self) -> None:

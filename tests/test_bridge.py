@@ -203,6 +203,11 @@ def test_incomplete_or_foreign_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**settings, "rank": 96}))
     with pytest.raises(OSError, match="does not load"):
         VisionBridge.from_pretrained(tmp_path)
+    broken = VisionBridge(SMALL)
+    torch.nn.init.constant_(broken.gate, float("nan"))
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"weight bridge\.gate is NaN"):
+        VisionBridge.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**settings, "surprise": 1}))
     with pytest.raises(ValueError, match="surprise"):
         VisionBridge.from_pretrained(tmp_path)
