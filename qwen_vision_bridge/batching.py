@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from .calls import LevelAttention
+from .checkpoints import not_finite
 from .locks import exclusive, replaced
 
 LARGE = 512 * 512  # px²: pictures above it are decoded one by one, since a batch would not fit beside the DiT
@@ -106,7 +108,22 @@ def denoise(pipe: Any, edits: Sequence[Prepared]) -> list[Image.Image]:
     width, height = (images[-1] if isinstance(images, list) else images).size
     sliced = pipe.vae.use_slicing or width * height > LARGE
     with replaced(pipe, **made), replaced(pipe.vae, use_slicing=sliced):
-        return list(pipe(**first.call).images)
+        return finished(pipe, **first.call)
+
+
+def finished(pipe: Any, **call: Any) -> list[Any]:
+    """The images of a stock call, the same bits, refused where a NaN would have turned them black.
+
+    Raises:
+        ValueError: pixels or latents that are not finite; it names the broken weight.
+    """
+    as_images = call.get("output_type", "pil") == "pil"
+    made = pipe(**{**call, "output_type": "np"} if as_images else call).images
+    values = made if isinstance(made, torch.Tensor) else torch.from_numpy(np.asarray(made))
+    if not torch.isfinite(values).all():
+        models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        raise not_finite("the pixels of the edit", models)
+    return list(pipe.image_processor.numpy_to_pil(made) if as_images else made)
 
 
 def _padded(prompts: Sequence[Prompt]) -> Prompt:

@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
+from .checkpoints import broken_weight
 from .hub import hub_errors
 from .locks import exclusive
-from .specs import LEVEL_NAMES, Family
+from .specs import LEVEL_NAMES, Family, check_seed
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -73,6 +74,7 @@ class BridgeConfig:
         for name, value in (("query_dim", self.query_dim), ("rank or source_dim", width)):
             if value % self.heads:
                 raise ValueError(f"{name} {value} does not divide into {self.heads} heads")
+        check_seed(self.seed)
         if not self.levels or len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels are at least one name, each once, not {self.levels}")
         if self.init not in ("zero", "random"):
@@ -245,6 +247,8 @@ class VisionBridge(
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise OSError(f"{weights} does not load as this bridge's weights: {reason}") from error
+        if broken := broken_weight({"bridge": bridge}):
+            raise OSError(f"{weights}: the weight {broken} is NaN or infinite: copy or download it again")
         return bridge.eval()
 
     def _initialise(self) -> None:

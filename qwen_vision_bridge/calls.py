@@ -11,7 +11,7 @@ from PIL import Image
 from .bridge import check_strength
 from .images import load_images
 from .sizes import takes_several
-from .specs import Family
+from .specs import Family, check_seed
 
 RESERVED = (
     "generator",
@@ -57,8 +57,7 @@ def check_call(
     """
     check_prompt(prompt)
     check_strength(strength)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is a whole number, not {seed!r}")
+    check_seed(seed)
     check_steps(options.get("num_inference_steps", family.steps))
     if taken := sorted(set(options) & set(RESERVED)):
         raise ValueError(

@@ -12,7 +12,8 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,77 @@ def open_hub_checkpoint(spec: ModelSpec) -> Checkpoint:
         checkpoint.location, checkpoint.revision = spec.repo, revision
         return checkpoint
     return HubCheckpoint(spec.repo, spec.subfolder, read_json(config_path), revision)
+
+
+def check_tensors(location: str | Path, found: Mapping[str, Any]) -> None:
+    """Refuse a model whose tensors are not exactly those of its checkpoint: what is missing is random.
+
+    Args:
+        location: of the checkpoint, or the part of an editor, for the message.
+        found: `missing_keys`, `unexpected_keys`, `mismatched_keys` (names, or tuples that begin with one) and
+            `error_msgs`, as transformers and diffusers give them with `output_loading_info=True`: without
+            tied weights and what a class allows to be absent.
+
+    Raises:
+        ValueError: how many are wrong, and the first of them.
+    """
+    faults = []
+    for kind, told in (
+        ("missing", "missing"),
+        ("unexpected", "unexpected"),
+        ("mismatched", "of another shape"),
+    ):
+        keys = found.get(f"{kind}_keys") or ()
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+        if names:
+            faults.append(f"{len(names)} {told} (first: {names[0]})")
+    faults += [" ".join(str(message).split()) for message in found.get("error_msgs") or ()]
+    if faults:
+        raise ValueError(
+            f"{location}: its tensors do not fit its config: {', '.join(faults)}: copy or download it again"
+        )
+
+
+@contextmanager
+def without_loading_reports() -> Iterator[None]:
+    """Leave out the libraries' tables of missing tensors, which `check_tensors` tells in one line."""
+    loggers = [logging.getLogger(f"{name}.modeling_utils") for name in ("transformers", "diffusers.models")]
+    try:
+        for each in loggers:  # no level is set: transformers does more at a higher one
+            each.addFilter(_drop)
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(_drop)
+
+
+def _drop(_record: logging.LogRecord) -> bool:
+    return False
+
+
+def broken_weight(models: Mapping[str, Any]) -> str | None:
+    """The first weight with NaN or infinity, as `model.weight`; None where all that lie here are finite.
+
+    It reads every weight, so it is asked only once an output is not finite.
+    """
+    for role, model in models.items():
+        for name, weight in model.named_parameters():
+            readable = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
+            if readable and not torch.isfinite(weight).all():
+                return f"{role}.{name}"
+    return None
+
+
+def not_finite(what: str, models: Mapping[str, Any]) -> ValueError:
+    """The error of an output with NaN or infinity, which names its cause.
+
+    Outputs are looked at and not all weights, since they are small, and nothing that matters escapes them.
+    """
+    if broken := broken_weight(models):
+        cause = f"so does the weight {broken}; copy or download that checkpoint again"
+    else:
+        cause = "the weights are finite, so the model overflows in its dtype; use bfloat16 or float32"
+    return ValueError(f"{what} hold NaN or infinity: {cause}")
 
 
 def atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .images import load_images
 from .memory import is_out_of_memory
-from .specs import FAMILIES, Family, resolve_family
+from .specs import FAMILIES, Family, check_seed, resolve_family
 
 OUTPUT = Path("examples_output")
 RANDOM_NOTE = "Note: the miniature's weights are random here, so its pictures are noise; every step is real."
@@ -34,7 +34,7 @@ def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
     made.add_argument("--source", help="another Qwen3-VL: registered name, hub id or local folder")
     made.add_argument("--image", type=Path, help="your own picture; default: a synthetic test picture")
     made.add_argument("--prompt", default=None, help=f'what to do with it; default: "{prompt}"')
-    made.add_argument("--seed", type=int, default=0, help="seed of noise and synthetic pictures")
+    made.add_argument("--seed", type=int, default=0, help="of noise and synthetic images, from 0")
     made.add_argument("--output", type=Path, default=OUTPUT, help="folder for what is written")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -64,11 +64,12 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
 
 
 def check_inputs(arguments: argparse.Namespace) -> None:
-    """Refuse a bad picture or prompt before anything heavy is imported.
+    """Refuse a bad image, prompt or seed before anything heavy is imported.
 
     Raises:
         ValueError, FileNotFoundError, OSError: what is wrong with it.
     """
+    check_seed(arguments.seed)
     if arguments.image is not None:
         smallest = min(family.target.token_px for family in FAMILIES.values())
         load_images(arguments.image, smallest)

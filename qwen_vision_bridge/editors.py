@@ -5,20 +5,23 @@ The needs are estimates from parameter counts at 1024² with one reference pictu
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .checkpoints import folder_digest
+from torch import nn
+
+from .checkpoints import check_tensors, folder_digest, without_loading_reports
 from .hub import hub_file
 from .locks import exclusive
 from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory, usable_gpu_bytes
 from .miniature import locate
 from .quantisation import ENCODER_KEPT, quantisation_config, quantise_to_4_bit
-from .specs import EditorSpec, Family
+from .specs import EditorSpec, Family, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +153,8 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
     """
     import diffusers
 
-    options: dict[str, Any] = {"dtype": dtype, "revision": editor.revision}
     layerwise = mode.bits == 4 and mode.offload == "group"
-    if mode.bits and not layerwise:
-        options["quantization_config"] = quantisation_config(mode.bits, dtype)
+    quantised = quantisation_config(mode.bits, dtype) if mode.bits and not layerwise else {}
     location = locate(editor.repo)
     logger.info("loading %s (%s) from %s", editor.name, mode.name, location)
     if not Path(location).is_dir():
@@ -161,7 +162,11 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
             editor.repo, "model_index.json", revision=editor.revision
         )  # fails at once where the hub is away
     try:
-        pipe = getattr(diffusers, editor.pipeline_class).from_pretrained(location, **options)
+        pipeline_class = getattr(diffusers, editor.pipeline_class)
+        folder = Path(location)
+        if not folder.is_dir():
+            folder = Path(pipeline_class.download(location, revision=editor.revision, use_safetensors=True))
+        pipe = pipeline_class.from_pretrained(folder, **load_models(folder, dtype, quantised))
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -179,6 +184,35 @@ def load_pipeline(editor: EditorSpec, mode: MemoryMode, device: Any, dtype: Any)
     else:
         pipe.to(device)
     return pipe
+
+
+def load_models(folder: Path, dtype: Any, quantised: Mapping[str, Any]) -> dict[str, Any]:
+    """Every part of a pipeline that has weights, by its name in `model_index.json`, with no random tensor.
+
+    Args:
+        quantised: what quantises a part while it is loaded, by name.
+
+    Raises:
+        ValueError: missing, unexpected or mismatched tensors; OSError: missing or damaged files.
+    """
+    models = {}
+    for name, entry in read_json(folder / "model_index.json").items():
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if library not in ("diffusers", "transformers"):
+            continue
+        model_class = getattr(importlib.import_module(library), str(class_name), None)
+        if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+            continue  # tokenizer, processor, scheduler, or a name that the pipeline's own loader refuses
+        options = {"quantization_config": quantised[name]} if name in quantised else {}
+        # Told by `check_tensors` with their names; of quantised parts diffusers would drop every tensor.
+        plain = not options and "quantization_config" not in read_json(folder / name / "config.json")
+        with without_loading_reports():
+            models[name], found = model_class.from_pretrained(
+                folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=plain, **options,
+            )  # fmt: skip
+        check_tensors(name, found)
+    return models
 
 
 @contextmanager

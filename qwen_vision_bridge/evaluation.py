@@ -22,6 +22,7 @@ from .making import Maker
 from .measuring import METRICS, Measurer, unmeasured
 from .pipeline import EnhancedQwenImageEdit
 from .processes import Processes
+from .specs import check_seed
 from .world import GROUPS
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def evaluate(
     Args:
         cases: of `world.make_cases`, `casefiles` or `languages`, each with an id of its own.
         arms: None is the pipeline's bridge at `strength`, the baseline and both controls.
-        seed: of noise, shuffling and bootstrap.
+        seed: of noise, shuffling and bootstrap, see `check_seed`.
         perception: whether the target's language model is asked too.
         batch_arms: edits that are denoised together, arms and cases of equal size; above 1 the pictures are
             close to those of 1 and not the same bits, so their records are known by other keys.
@@ -81,10 +82,13 @@ def evaluate(
         None in processes other than the first.
 
     Raises:
-        ValueError: no cases, ids that are not unique or no file names, arms that cannot be compared.
+        TypeError: a seed that is no whole number.
+        ValueError: no cases, a seed out of range, ids that are not unique or no file names, arms that
+            cannot be compared.
         OSError: the folder cannot be written to.
     """
     started = time.perf_counter()
+    check_seed(seed)
     arms = arms or default_arms(pipeline.bridge, pipeline.bridge_name, strength, pipeline.site)
     check_arms(arms)
     check_ids(cases)

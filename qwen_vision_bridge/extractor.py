@@ -13,7 +13,7 @@ from PIL import Image
 
 from .attention import VisionAttention, check_vision_attention, tower_attention
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
-from .checkpoints import open_checkpoint
+from .checkpoints import not_finite, open_checkpoint
 from .images import ImageLike, image_digest, load_images, on_grids
 from .locks import exclusive, model_lock
 from .processors import load_processor
@@ -178,6 +178,7 @@ class VisionCacheExtractor:
         run = self._run_source if role == "qwen3" else self._run_target
         with tower_attention(self._model(role), self.vision_attention):
             features = run(list(pictures), "", tuple(grids))
+        self._check_finite(role, features)
         packed = {name: value[None] for name, value in features.items()}
         return VisionCache(packed, tuple(grids), self.provenance(role)).split()
 
@@ -248,6 +249,7 @@ class VisionCacheExtractor:
         tower = tower.model.visual if self.scope == "language" else tower
         with tower_attention(tower, self.vision_attention):
             features = run(pictures, prompt, grids)
+        self._check_finite(role, features)
         cache = VisionCache({name: value[None] for name, value in features.items()}, grids, provenance)
         if self.feature_cache:
             try:
@@ -255,6 +257,12 @@ class VisionCacheExtractor:
             except OSError as error:  # a full disk, say: the features themselves are fine
                 logger.warning("these features are not kept for the next time: %s", error)
         return cache
+
+    def _check_finite(self, role: str, features: dict[str, torch.Tensor]) -> None:
+        """Refuse features with NaN or infinity, which make black images, and name the broken weight."""
+        if not torch.stack([torch.isfinite(value).all() for value in features.values()]).all():
+            name = self._spec(role).name
+            raise not_finite(f"the features of {name}", {name: self._model(role)})
 
     def _provenance(self, role: str, pictures: list[Image.Image], prompt: str) -> dict[str, str]:
         spec = self._spec(role)

@@ -18,13 +18,16 @@ logger = logging.getLogger(__name__)
 
 ImageLike = Image.Image | str | Path
 MAX_ASPECT_RATIO = 200  # the Qwen processors refuse anything longer
+FLOAT_RANGE = (-1.0, 2.0)  # beyond it floating-point pixels are evidently not from 0 to 1
+TIFF_BITS_PER_SAMPLE = 258
 
 
 def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) -> list[Image.Image]:
     """Open, check and convert one picture or several to 8-bit RGB, upright by their EXIF orientation.
 
     Greyscale, palette, CMYK and 16-bit pictures are converted, transparency is laid over white, and of an
-    animation the first frame is taken (with a log line).
+    animation the first frame is taken (with a log line). Deep greyscale is scaled by the range of its format,
+    never by its content, so that a dark image stays dark: see `_to_eight_bit`.
 
     Args:
         image: a PIL image, a path, or a list of either.
@@ -34,7 +37,8 @@ def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) 
         TypeError: something that is no picture and no path.
         FileNotFoundError: no such file.
         OSError: a file that is empty, truncated or not a picture.
-        ValueError: an empty list, a picture below one token, longer than 200:1, or too large to open safely.
+        ValueError: an empty list, a picture below one token, longer than 200:1, or too large to open safely;
+            deep greyscale with NaN, infinity or values outside the range of its format.
     """
     pictures = list(image) if isinstance(image, list | tuple) else [image]
     if not pictures:
@@ -112,18 +116,50 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         logger.warning("%s is animated (%d frames): the first frame is used", name, image.n_frames)
         image.seek(0)
     image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        upright = _to_eight_bit(upright)
+    white = _white_level(image)
+    upright = ImageOps.exif_transpose(image)  # a copy without the TIFF's tags
+    if white is not None:
+        upright = _to_eight_bit(upright, white, name)
     if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return upright.convert("RGB")
 
 
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Scale a deep greyscale picture to 8 bits; Pillow's own conversion would clip it to white."""
+def _white_level(image: Image.Image) -> float | None:
+    """The value of white in a deep greyscale image's format; None for all other images.
+
+    Pillow gives 16-bit files as `I;16`, which several formats and older versions widen to `I`, so `I` counts
+    as 16-bit too; a 12-bit TIFF keeps its own values in `I;16`.
+    """
+    if image.mode == "F":
+        return 1.0
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return None
+    bits = getattr(image, "tag_v2", {}).get(TIFF_BITS_PER_SAMPLE, (16,))[0]
+    return 4095.0 if bits == 12 else 65535.0
+
+
+def _to_eight_bit(image: Image.Image, white: float, name: str) -> Image.Image:
+    """Scale a deep greyscale image, 0 to `white`, to 8 bits; Pillow's own conversion would clip it to white.
+
+    Floating-point values from `FLOAT_RANGE` are taken and clipped to 0 to 1, since resampling overshoots.
+
+    Raises:
+        ValueError: NaN, infinity, or values outside the range, which belong to another one.
+    """
     values = np.asarray(image, dtype=np.float64)
-    top = float(values.max(initial=0.0))
-    full_scale = 1.0 if top <= 1.0 and image.mode == "F" else 255.0 if top <= 255.0 else 65535.0
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / full_scale)), 0, 255).astype(np.uint8))
+    low, high = FLOAT_RANGE if image.mode == "F" else (0.0, white)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has pixels that are NaN or infinite: give finite values from 0 to 1")
+    if values.min() < low or values.max() > high:
+        accepted = (
+            "floating-point values from 0 to 1"
+            if image.mode == "F"
+            else f"whole numbers from 0 to {white:.0f}"
+        )
+        raise ValueError(
+            f"{name} has values from {values.min():g} to {values.max():g}; needed: {accepted}, 0 black and "
+            f"{white:.0f} white: rescale it"
+        )
+    return Image.fromarray(np.rint(values.clip(0.0, white) * (255.0 / white)).astype(np.uint8))

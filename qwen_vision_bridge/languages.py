@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from .layout import Draw
 from .reading import can_read
 from .scenes import BACKDROPS, PLATES, ink_on, render
-from .specs import Family
+from .specs import Family, check_seed
 from .world import Case, make_cases
 
 SYSTEM_FONTS = Path("/usr/share/fonts")
@@ -116,8 +116,9 @@ def language_cases(count: int, seed: int = 0, size: int = 448) -> tuple[list[Lan
     Case i depends on (seed, i) and on which scripts can be drawn. Every second round of scripts is hard.
 
     Raises:
-        ValueError: a count below 1, a size below 128.
+        TypeError, ValueError: a count below 1, a size below 128, a seed that `check_seed` refuses.
     """
+    check_seed(seed)
     for name, given, least in (("count", count, 1), ("size", size, 128)):
         if given < least:
             raise ValueError(f"{name} is {given}; needed: at least {least}")

@@ -161,9 +161,10 @@ class DatasetLessons:
 
     def __getitem__(self, index: int) -> Lesson:
         row = self.data[index]
+        (image,) = load_images(row["image"])
         if self.kind == "perceive":
-            return Lesson(row["image"].convert("RGB"), row["question"], row["answer"])
-        image, after = row["image"].convert("RGB"), row["target"].convert("RGB")
+            return Lesson(image, row["question"], row["answer"])
+        (after,) = load_images(row["target"])
         if image.size != after.size:
             raise LessonFileError(
                 f"row {index}: the target is {after.size} px, the picture {image.size}: make them equal"

@@ -12,6 +12,7 @@ from .learners import Learner
 from .packs import Pack
 from .readers import Reader, Rows
 from .settings import TrainingSettings
+from .specs import step_seed
 from .tokens import TEMPLATE_PREFIX_TOKENS
 
 
@@ -56,7 +57,7 @@ class StepPlan:
         rows = study.rows[kind].at(self.lessons)
         self.rows = rows.shortened(int(study.nothing.lengths[0]))
         self.total = rows.weights.sum()
-        self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        self.generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
         if kind == "edit":
             shape = self.pack.lines[int(self.lessons[0])]["latents"]
             self.shape = (shape[0], shape[1])
@@ -127,7 +128,7 @@ def _harder(study: Study, lessons: Tensor, step: int, settings: TrainingSettings
     options = members[torch.isin(members, study.hard)]
     if not len(options):
         return lessons
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step + 500_000_000)
+    generator = torch.Generator().manual_seed(step_seed(settings.seed, step + 500_000_000))
     drawn = options[torch.randint(len(options), (len(lessons),), generator=generator)]
     places = torch.arange(1, len(lessons) + 1) * settings.hard_share
     return torch.where(places.floor() > (places - settings.hard_share).floor(), drawn, lessons)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .lessons import Lesson, Lessons
 from .memory import usable_gpu_bytes
 from .records import write_json
-from .specs import read_json
+from .specs import read_json, step_seed
 
 FORMAT = "qwen-vision-bridge/pack/1"
 CHUNK = 64  # lessons looked at together
@@ -96,7 +96,7 @@ class Pack:
 
     def draw(self, step: int, count: int, seed: int) -> Tensor:
         """Lessons (count,) of one layout, drawn with replacement from (seed, step) alone."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(step_seed(seed, step))
         total = sum(map(len, self.layouts.values()))
         spin = int(torch.randint(total, (), generator=generator))
         for members in self.layouts.values():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .attention import VisionAttention, check_vision_attention
-from .batching import Prepared, denoise, prepare
+from .batching import Prepared, denoise, finished, prepare
 from .bridge import VisionBridge, bridge_digest
 from .cache import VisionCache
 from .calls import Comparison, LevelAttention, check_call
@@ -349,7 +349,7 @@ class EnhancedQwenImageEdit:
     ) -> Image.Image:
         """One call of the stock pipeline."""
         with self._ready():
-            return self.pipe(**self._call(pictures, prompt, seed, options)).images[0]
+            return finished(self.pipe, **self._call(pictures, prompt, seed, options))[0]
 
     @contextmanager
     def _ready(self) -> Iterator[None]:

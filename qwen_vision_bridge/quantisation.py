@@ -16,10 +16,9 @@ ENCODER_KEPT = (
 )  # the tower's output is what the bridge adds to: it stays in 16 bits
 
 
-def quantisation_config(bits: int, dtype: torch.dtype) -> Any:
-    """What diffusers' pipelines take: both large parts in 8 or 4 bits, the target tower in 16."""
+def quantisation_config(bits: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What quantises each large part of a pipeline while it is loaded; the target tower stays in 16 bits."""
     from diffusers import BitsAndBytesConfig as DiffusersConfig
-    from diffusers import PipelineQuantizationConfig
     from transformers import BitsAndBytesConfig as TransformersConfig
 
     settings: dict[str, Any] = {"load_in_8bit": True}
@@ -27,9 +26,7 @@ def quantisation_config(bits: int, dtype: torch.dtype) -> Any:
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     # "visual" alone would not match.
     encoder = TransformersConfig(**settings, llm_int8_skip_modules=list(ENCODER_KEPT))
-    return PipelineQuantizationConfig(
-        quant_mapping={"transformer": DiffusersConfig(**settings), "text_encoder": encoder}
-    )
+    return {"transformer": DiffusersConfig(**settings), "text_encoder": encoder}
 
 
 def quantise_to_4_bit(

@@ -19,6 +19,7 @@ import torch
 
 from .locks import model_lock
 from .miniature import SCHEDULER, write_model_index
+from .specs import check_seed
 from .tokens import CHAT_TEMPLATE, build_tokenizer
 from .towers import TOWER_PREFIX
 
@@ -99,6 +100,7 @@ def write_checkpoint(
     Returns:
         Bytes of the weights.
     """
+    check_seed(seed)
     config = model_config(model, layers, tiny)
     folder.mkdir(parents=True, exist_ok=True)
     write_processor(model, folder)
@@ -123,6 +125,7 @@ def write_editor(
     """
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
+    check_seed(seed)
     total = 0
     if not (folder / "text_encoder" / "config.json").is_file():
         total = write_checkpoint("Qwen2.5-VL-7B", folder / "text_encoder", layers, seed, tiny)

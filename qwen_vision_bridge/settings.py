@@ -1,8 +1,10 @@
-"""How a bridge is trained: plain numbers and their checks; nothing is imported for them."""
+"""How a bridge is trained: plain numbers and their checks; nothing heavy is imported for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from .specs import check_seed
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -51,5 +53,6 @@ class TrainingSettings:
         for name in ("condition_dropout", "ema_decay", "hard_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a share from 0 to below 1, not {getattr(self, name)!r}")
+        check_seed(self.seed)
         if self.lr_scheduler not in SCHEDULES:
             raise ValueError(f"lr_scheduler is one of {', '.join(SCHEDULES)}, not {self.lr_scheduler!r}")

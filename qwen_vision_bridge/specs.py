@@ -1,4 +1,4 @@
-"""What each model is and which belong together: data and its checks; no weights are loaded here."""
+"""What each model is, which belong together, and which seeds there are: data and checks, no weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniat
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)
+MAX_SEED = 2**63 - 1  # the largest that NumPy, PyTorch and a signed 64-bit column of a table all take
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -90,24 +91,29 @@ class ModelSpec:
         """Read the shapes from a checkpoint's `config.json`; `where` gives name, repo and the folders.
 
         Raises:
-            ValueError: the config is not that of a supported vision-language model.
+            ValueError: the config is not that of a supported vision-language model, or a field of it is
+                missing or no size; file and field are named.
         """
         vision = config.get("vision_config")
-        if not isinstance(vision, dict) or config.get("model_type") not in SOURCE_TYPES + TARGET_TYPES:
+        if config.get("model_type") not in SOURCE_TYPES + TARGET_TYPES:
             raise ValueError(
                 f"{where.get('repo')}: its config is of type {config.get('model_type')!r}; "
                 f"needed is one of {', '.join(SOURCE_TYPES + TARGET_TYPES)}"
             )
-        text = config.get("text_config") or config  # Qwen2.5-VL's hub config is flat
+        file, flat = f"{where.get('repo')}: config.json", "text_config" not in config
+        if not isinstance(vision, dict):
+            raise ValueError(f"{file}: vision_config is {vision!r}; needed: an object with the tower's sizes")
+        text = config if flat else config["text_config"]  # Qwen2.5-VL's hub config is flat
+        depth = _size(vision, "depth", f"{file}: vision_config")
         return cls(
             model_type=config["model_type"],
-            depth=vision["depth"],
-            hidden_size=vision["hidden_size"],
-            patch_size=vision["patch_size"],
-            merge_size=vision["spatial_merge_size"],
-            out_dim=vision["out_hidden_size"],
-            language_layers=text["num_hidden_layers"],
-            levels=tuple(vision.get("deepstack_visual_indexes", ())),
+            depth=depth,
+            hidden_size=_size(vision, "hidden_size", f"{file}: vision_config"),
+            patch_size=_size(vision, "patch_size", f"{file}: vision_config"),
+            merge_size=_size(vision, "spatial_merge_size", f"{file}: vision_config"),
+            out_dim=_size(vision, "out_hidden_size", f"{file}: vision_config"),
+            language_layers=_size(text, "num_hidden_layers", f"{file}: text_config"),
+            levels=_levels(vision, depth, file) if config["model_type"] in SOURCE_TYPES else (),
             **where,
         )
 
@@ -121,6 +127,30 @@ class ModelSpec:
                  if size != self.shapes[key]]  # fmt: skip
         if wrong:
             raise ValueError(f"{found.repo} is not {self.name}: its config says {', '.join(wrong)}")
+
+
+def _size(section: Any, field: str, where: str) -> int:
+    """A size that a section of a config states."""
+    value = section.get(field) if isinstance(section, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        stated = repr(value) if isinstance(section, dict) and field in section else "missing"
+        raise ValueError(f"{where}.{field} is {stated}; needed: a whole number from 1")
+    return value
+
+
+def _levels(vision: dict[str, Any], depth: int, file: str) -> tuple[int, ...]:
+    """The blocks after which DeepStack taps a tower, each one of its blocks."""
+    field, given = "deepstack_visual_indexes", vision.get("deepstack_visual_indexes")
+    blocks = given if isinstance(given, list | tuple) else ()
+    whole = [block for block in blocks if isinstance(block, int) and not isinstance(block, bool)]
+    levels = tuple(block for block in whole if 0 <= block < depth)
+    if levels != tuple(blocks) or len(levels) != len(LEVEL_NAMES) or list(levels) != sorted(set(levels)):
+        stated = repr(given) if field in vision else "missing"
+        raise ValueError(
+            f"{file}: vision_config.{field} is {stated}; needed: {len(LEVEL_NAMES)} rising block numbers "
+            f"from 0 to {depth - 1}"
+        )
+    return levels
 
 
 @dataclass(frozen=True)
@@ -251,6 +281,24 @@ def resolve_family(
     if editor is not None:
         family = replace(family, editor=_resolve_editor(editor, family.editor))
     return family
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that every random generator of the toolkit takes.
+
+    Raises:
+        TypeError: no whole number. ValueError: outside 0 to `MAX_SEED`.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is a whole number, not {seed!r}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; needed: a whole number from 0 to {MAX_SEED} (2**63 - 1)")
+    return seed
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one training step, within the 64 bits that PyTorch takes however large `seed` is."""
+    return (seed * 1_000_003 + step) % 2**64
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, check_tensors, open_checkpoint, without_loading_reports
 from .locks import exclusive
+from .memory import is_out_of_memory
 from .specs import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -91,13 +91,15 @@ def build_tower(checkpoint: Checkpoint) -> nn.Module:
     # Buffers are made for real: the rotary frequencies are in no checkpoint and would stay empty on `meta`.
     with init_empty_weights(include_buffers=False):
         tower = _tower_class(checkpoint.config["model_type"])(_vision_config(checkpoint.config))
-    try:
-        tower.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{checkpoint.location}: the tower's tensors do not fit its config: {reason}"
-        ) from error
+    needed = tower.state_dict()
+    wrong = [name for name in needed.keys() & tensors.keys() if needed[name].shape != tensors[name].shape]
+    found = {
+        "missing_keys": needed.keys() - tensors.keys(),
+        "unexpected_keys": tensors.keys() - needed.keys(),
+        "mismatched_keys": wrong,
+    }
+    check_tensors(checkpoint.location, found)
+    tower.load_state_dict(tensors, strict=True, assign=True)
     return tower.requires_grad_(False).eval()
 
 
@@ -126,11 +128,13 @@ def load_whole(
     the language model holds nine tenths of the weights.
 
     Raises:
-        ValueError: 8-bit without CUDA. OSError: what `from_pretrained` reports of a missing or damaged file.
+        ValueError: 8-bit without CUDA, or missing, unexpected or mismatched tensors.
+        OSError: what `from_pretrained` reports of a missing or damaged file.
     """
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype}
+    # Tensors of another shape are told by `check_tensors`, with their names.
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if load_in_8bit:
         require_cuda_for_8bit(device)
         skipped = ["model.visual", "lm_head"]
@@ -143,11 +147,15 @@ def load_whole(
     if not Path(location).is_dir():
         options |= {"subfolder": spec.subfolder, "revision": spec.revision or "main"}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(location, **options)
-    except (OSError, SafetensorError) as error:
+        with without_loading_reports():
+            model, found = AutoModelForImageTextToText.from_pretrained(location, **options)
+    except Exception as error:  # of broken files the library raises nearly anything
+        if is_out_of_memory(error):
+            raise
         raise OSError(
             f"{spec.name} could not be loaded from {location}: {str(error).splitlines()[0]}"
         ) from error
+    check_tensors(location, found)
     if "device_map" not in options:
         model.to(device)
     return model.requires_grad_(False).eval()

@@ -8,6 +8,7 @@ the same stream, and `novel` is made of words and of pairs of colour with shape 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from . import consistency, edits, referring
 from .edits import Edit, square
 from .layout import Draw, NoRoomError, is_held_out
 from .scenes import Scene, SceneObject, TextBlock, edit_mask, render
+from .specs import check_seed
 
 SPLITS = ("train", "validation", "test", "novel")
 EASY: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
@@ -142,13 +144,14 @@ def make_cases(
     the `first` one on.
 
     Case i depends on (group, split, seed, i) alone: a longer list begins with the shorter, another size
-    shows the same scenes. ValueError for an unknown group, split or kind, a count below 1, a negative seed
-    or a size below 64.
+    shows the same scenes. ValueError for an unknown group, split or kind, a count below 1, a size below 64 or
+    a seed that `check_seed` refuses.
     """
     for name, given, options in (("group", group, GROUPS), ("split", split, SPLITS)):
         if given not in options:
             raise ValueError(f"unknown {name} {given!r}; needed: one of {', '.join(options)}")
-    for name, given, least in (("count", count, 1), ("size", size, 64), ("seed", seed, 0)):
+    check_seed(seed)
+    for name, given, least in (("count", count, 1), ("size", size, 64)):
         if given < least:
             raise ValueError(f"{name} is {given}; needed: at least {least}")
     kinds = KINDS[group] if kinds is None else kinds
@@ -233,8 +236,15 @@ def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def sample_picture(size: int = 448, seed: int = 0) -> Image.Image:
-    """A picture with a word, three shapes and a texture: the examples' default input, (size, size) RGB."""
+    """An image with a word, three shapes and a texture: the examples' default input, (size, size) RGB.
+
+    Raises:
+        TypeError, ValueError: a size below 64, or a seed that `check_seed` refuses.
+    """
+    check_seed(seed)
     if size < 64:
         raise ValueError(f"size is {size}; needed: at least 64")
     draw = Draw(np.random.default_rng(seed), size)
-    return render(edits.sample_scene(draw))
+    while True:
+        with suppress(NoRoomError):  # a large word leaves no room for three shapes: draw on, as `make_edit`
+            return render(edits.sample_scene(draw))

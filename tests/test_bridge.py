@@ -156,7 +156,8 @@ def test_a_strength_that_is_no_number_is_refused(strength: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rank": 50}, {"heads": 0}, {"init": "ones"}, {"clamp": float("nan")}, {"levels": ()}]
+    "changes",
+    [{"rank": 50}, {"heads": 0}, {"init": "ones"}, {"clamp": float("nan")}, {"levels": ()}, {"seed": -1}],
 )
 def test_a_config_that_cannot_be_built_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
@@ -201,6 +202,11 @@ def test_incomplete_or_foreign_weights_are_refused(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "rank": 96}))
     with pytest.raises(OSError, match="does not load"):
+        VisionBridge.from_pretrained(tmp_path)
+    broken = VisionBridge(SMALL)
+    torch.nn.init.constant_(broken.gate, float("nan"))
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"weight bridge\.gate is NaN"):
         VisionBridge.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**settings, "surprise": 1}))
     with pytest.raises(ValueError, match="surprise"):

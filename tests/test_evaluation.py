@@ -232,6 +232,9 @@ def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_pat
         evaluate(editor, [case, case], tmp_path)
     with pytest.raises(ValueError, match="file name"):
         evaluate(editor, [replace(case, case_id="../up")], tmp_path)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"seed is {seed}"):
+            evaluate(editor, [case], tmp_path, seed=seed)
 
 
 def test_replies_are_scored_by_hand_computed_values() -> None:

@@ -191,6 +191,23 @@ def test_features_of_an_earlier_version_are_made_anew(
     assert extract() > kept
 
 
+@pytest.mark.parametrize("part", ["blocks.2.norm1.weight", "patch_embed.proj.bias"])
+def test_a_tower_with_nan_weights_is_refused_by_their_name(
+    part: str, extractor: VisionCacheExtractor, photo: Image.Image
+) -> None:
+    extractor.warm("qwen3")
+    with torch.no_grad():
+        extractor._qwen3_model.get_parameter(part)[0] = float("nan")
+    grids = [(4, 4)]
+    for extract in (
+        lambda: extractor.extract_qwen3_vision(photo, "other than any kept", grids),
+        lambda: extractor.extract_batch("qwen3", [photo.resize((64, 64))], grids),
+    ):
+        with pytest.raises(ValueError, match=rf"miniature-source hold NaN or infinity.*{part}"):
+            extract()
+    extractor.unload()
+
+
 def test_one_model_is_in_memory_at_a_time_unless_asked_otherwise(photo: Image.Image) -> None:
     for keep in (False, True):
         extractor = VisionCacheExtractor("miniature", feature_cache=False, keep_models=keep)

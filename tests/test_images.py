@@ -40,6 +40,61 @@ def test_sixteen_bit_greyscale_keeps_its_gradient_instead_of_clipping_to_white(t
     assert np.abs(np.asarray(loaded)[..., 0].astype(int) - GRADIENT).max() <= 1
 
 
+def grey_levels(image: Image.Image | Path) -> np.ndarray:
+    return np.asarray(load_images(image)[0])[..., 0].astype(int)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_a_16_bit_file_is_divided_by_257_however_dark(tmp_path: Path, top: int, ending: str) -> None:
+    """Pillow gives a 16-bit PGM as mode `I`, the others as `I;16`."""
+    deep = np.linspace(0, top, 64 * 48).reshape(48, 64).astype(np.uint16)
+    path = tmp_path / f"deep.{ending}"
+    if ending == "pgm":
+        path.write_bytes(b"P5 64 48 65535\n" + deep.astype(">u2").tobytes())
+    else:
+        Image.fromarray(deep).save(path)
+    assert np.array_equal(grey_levels(path), np.rint(deep / 257))
+
+
+def test_32_bit_integers_count_as_16_bit_and_no_others_pass(tmp_path: Path) -> None:
+    values = np.linspace(0, 300, 64 * 48).reshape(48, 64).astype(np.int32)
+    assert np.array_equal(grey_levels(Image.fromarray(values)), np.rint(values / 257))
+    for wrong in (values - 1, values + 65_300):
+        path = saved(tmp_path / "wrong.tif", Image.fromarray(wrong))
+        with pytest.raises(ValueError, match=r"wrong\.tif has values from .* whole numbers from 0 to 65535"):
+            load_images(path)
+
+
+def test_a_12_bit_tiff_is_scaled_by_its_4095_levels(tmp_path: Path) -> None:
+    """Two levels, 4095 and 2048, in three bytes; Pillow reads such files and does not write them."""
+    entries = [(256, 4, 32), (257, 4, 32), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 122),
+               (277, 3, 1), (278, 4, 32), (279, 4, 32 * 48)]  # fmt: skip
+    tags = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    path = tmp_path / "twelve.tif"
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    path.write_bytes(header + tags + bytes(4) + b"\xff\xf8\x00" * 512)
+    assert sorted(set(grey_levels(path).flatten().tolist())) == [128, 255]
+
+
+def test_floats_are_from_0_to_1_and_overshoot_is_clipped(tmp_path: Path) -> None:
+    values = np.linspace(-0.2, 1.2, 64 * 48, dtype=np.float32).reshape(48, 64)
+    path = saved(tmp_path / "float.tif", Image.fromarray(values))
+    assert np.array_equal(grey_levels(path), np.rint(values.astype(float).clip(0, 1) * 255))
+    dark = Image.fromarray(np.full((48, 64), 0.01, np.float32))
+    assert np.all(grey_levels(dark) == 3)
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf, 255.0, 2.1, -1.1])
+def test_one_pixel_that_is_nan_or_out_of_range_is_refused(tmp_path: Path, strange: float) -> None:
+    values = np.full((48, 64), 0.5, np.float32)
+    values[3, 4] = strange
+    path = saved(tmp_path / "strange.tif", Image.fromarray(values))
+    with pytest.raises(ValueError, match=r"strange\.tif has .* from 0 to 1") as caught:
+        load_images(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_transparency_is_laid_over_white() -> None:
     clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     assert load_images(clear)[0].getpixel((5, 5)) == (255, 255, 255)

@@ -109,6 +109,10 @@ def test_a_dataset_without_the_package_or_a_column_is_said(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     assert DatasetLessons("x/y", "perceive")[0][1:] == ("Q", "A", None)
     assert DatasetLessons("x/y", "perceive")[0].image.mode == "RGB"
+    rows[0]["image"] = Image.fromarray(
+        np.full((8, 8), 257, np.uint16)
+    )  # dark; Pillow's `convert` makes it white
+    assert DatasetLessons("x/y", "perceive")[0].image.getpixel((0, 0)) == (1, 1, 1)
     with pytest.raises(ValueError, match="no column 'instruction'"):
         DatasetLessons("x/y", "edit")
 

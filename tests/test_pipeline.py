@@ -279,6 +279,8 @@ def test_quantisation_and_offload_without_cuda_are_refused(mode: MemoryMode) -> 
         ({"strength": float("nan")}, ValueError, "finite"),
         ({"strength": "much"}, TypeError, "strength is a number"),
         ({"seed": 1.5}, TypeError, "seed is a whole number"),
+        ({"seed": -1}, ValueError, "from 0 to"),
+        ({"seed": 2**64}, ValueError, "from 0 to"),
         ({"num_inference_steps": 1}, ValueError, "whole number from 2"),
         ({"latents": None}, ValueError, "latents cannot be given"),
         ({"image": "absent.png"}, FileNotFoundError, "no such picture"),

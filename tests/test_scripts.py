@@ -249,6 +249,8 @@ def test_bad_pictures_exit_2_with_one_line_and_nothing_written(
     ("arguments", "says"),
     [
         (["--prompt", " "], "prompt is empty"),
+        (["--seed", "-1", "--example", "1"], "seed is -1"),
+        (["--seed", str(2**64), "--example", "1"], "seed is 18446744073709551616"),
         (["--strength", "nan", "--example", "1"], "finite number"),
         (["--steps", "0", "--example", "1"], "num_inference_steps is a whole number from 2"),
         (["--source", "Qwen9-VL", "--example", "1"], "unknown source model 'Qwen9-VL'"),

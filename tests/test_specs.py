@@ -94,6 +94,56 @@ def test_qwen25_vl_configs_of_the_hub_are_flat_and_read_all_the_same() -> None:
     assert spec.shapes == MODELS["Qwen2.5-VL-7B"].shapes
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("vision_config", "depth", "6"),
+        ("vision_config", "depth", True),
+        ("vision_config", "hidden_size", None),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "spatial_merge_size", 2.0),
+        ("vision_config", "out_hidden_size", "gone"),
+        ("vision_config", "deepstack_visual_indexes", "gone"),
+        ("vision_config", "deepstack_visual_indexes", None),
+        ("vision_config", "deepstack_visual_indexes", [1, 3, 50]),
+        ("vision_config", "deepstack_visual_indexes", [1, 3]),
+        ("vision_config", "deepstack_visual_indexes", [5, 3, 1]),
+        ("text_config", "num_hidden_layers", "gone"),
+    ],
+)
+def test_a_config_with_a_broken_field_is_named_by_it(
+    section: str, field: str, value: object, source_folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((source_folder / "config.json").read_text())
+    config[section] = {**config[section], field: value}
+    if value == "gone":
+        del config[section][field]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json: {section}\.{field} is .*; needed: "):
+        resolve_family("miniature", source=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "names"),
+    [
+        ("vision_config", {}, r"vision_config\.depth"),
+        ("vision_config", None, "vision_config"),
+        ("text_config", "gone", r"text_config\.num_hidden_layers"),
+        ("text_config", None, r"text_config\.num_hidden_layers"),
+        ("text_config", [], r"text_config\.num_hidden_layers"),
+    ],
+)
+def test_a_config_without_a_section_is_named_by_it(
+    section: str, value: object, names: str, source_folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((source_folder / "config.json").read_text()) | {section: value}
+    if value == "gone":
+        del config[section]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=names):
+        resolve_family("miniature", source=tmp_path)
+
+
 def test_a_checkpoint_of_other_sizes_is_named_with_both() -> None:
     expected = MODELS["Qwen3-VL-8B"]
     with pytest.raises(ValueError, match="out_dim 2048 instead of 4096"):

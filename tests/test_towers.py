@@ -107,8 +107,30 @@ def test_a_missing_or_foreign_tower_tensor_is_an_error(tmp_path: Path, source_fo
     tensors["model.visual.surprise"] = tensors.pop("model.visual.patch_embed.proj.bias")
     save_file(tensors, file)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file.name)}))
-    with pytest.raises(ValueError, match="do not fit its config"):
+    says = r"1 missing \(first: patch_embed\.proj\.bias\), 1 unexpected \(first: surprise\)"
+    with pytest.raises(ValueError, match=says):
         load_tower(folder_spec(tmp_path))
+
+
+def test_a_whole_model_that_lacks_tensors_is_refused(tmp_path: Path, source_folder: Path) -> None:
+    """transformers fills them with random values and a table of warnings."""
+    shard_checkpoint(source_folder, tmp_path, 1, old_names=True)
+    file, index = tmp_path / "model-00001-of-00001.safetensors", tmp_path / "model.safetensors.index.json"
+    whole = load_file(file)
+    load_whole(folder_spec(tmp_path))
+    layer = {name: tensor for name, tensor in whole.items() if "layers.1." in name}
+    first = min(layer)
+    wrong = {
+        f"{len(layer)} missing": {name: tensor for name, tensor in whole.items() if name not in layer},
+        "1 unexpected": whole | {"model.surprise": torch.zeros(2)},
+        "1 of another shape": whole | {first: torch.zeros(3)},
+    }
+    for says, tensors in wrong.items():
+        save_file(tensors, file, {"format": "pt"})
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
+        with pytest.raises(ValueError, match=rf"{says} \(first: model\.") as caught:
+            load_whole(folder_spec(tmp_path))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_without_a_tower_or_with_pickles_only_is_refused(

@@ -29,7 +29,7 @@ from qwen_vision_bridge.packs import Pack, build_pack
 from qwen_vision_bridge.processors import load_processor
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.settings import TrainingSettings
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
 from qwen_vision_bridge.training import NotFiniteError, Trainer
 
 FAMILY = FAMILIES["miniature"]
@@ -49,6 +49,17 @@ def alone(**changes: Any) -> Any:
         "wait_for_everyone": lambda: None, "log": lambda figures, step: None,
     }  # fmt: skip
     return SimpleNamespace(**(plain | changes))
+
+
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (2**63, ValueError), (0.5, TypeError)])
+def test_training_refuses_a_seed_outside_the_range(seed: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="seed is"):
+        TrainingSettings(seed=seed)
+
+
+def test_a_step_of_the_largest_seed_has_a_seed_torch_takes() -> None:
+    assert step_seed(3, 7) == 3 * 1_000_003 + 7
+    torch.Generator().manual_seed(step_seed(MAX_SEED, 10**9))
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_vision_bridge import edits, layout, metrics, referring, scenes, world
+from qwen_vision_bridge.languages import language_cases
+from qwen_vision_bridge.specs import MAX_SEED
 
 ALL = [(group, kind) for group in world.GROUPS for kind in world.KINDS[group]]
 A_KIND = 6
+CROWDED = (6, 15, 17, 18, 41, 55, 58, 99)  # their first draw leaves no room for all of three shapes
+SEEDS = st.integers(0, MAX_SEED)
+SIDES = st.sampled_from((64, 128, 384, 448))  # px: the least, the two families' and the condition image's
 
 
 def bytes_of(cases: list[world.Case]) -> list[tuple]:
@@ -130,6 +138,63 @@ def test_test_picture_shows_a_word_and_three_shapes() -> None:
     assert picture.tobytes() == world.sample_picture().tobytes()
     assert metrics.read_text(picture) in layout.WORDS
     assert len(metrics.find_objects(picture)) == 3
+
+
+def first_draw(seed: int) -> scenes.Scene:
+    return edits.sample_scene(layout.Draw(np.random.default_rng(seed), 128))
+
+
+@pytest.mark.parametrize("seed", CROWDED)
+def test_a_seed_whose_first_draw_has_no_room_draws_again(seed: int) -> None:
+    with pytest.raises(layout.NoRoomError):
+        first_draw(seed)
+    drawn = world.sample_picture(128, seed)
+    assert len(metrics.find_objects(drawn)) == 3
+    assert drawn.tobytes() == world.sample_picture(128, seed).tobytes()
+
+
+def test_a_seed_whose_first_draw_has_room_keeps_its_scene() -> None:
+    for seed in range(5):
+        assert world.sample_picture(128, seed).tobytes() == scenes.render(first_draw(seed)).tobytes()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(seed=SEEDS, size=SIDES)
+@example(seed=6, size=448)
+@example(seed=MAX_SEED, size=64)
+def test_every_seed_draws_a_test_image(seed: int, size: int) -> None:
+    assert world.sample_picture(size, seed).size == (size, size)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(seed=SEEDS, size=SIDES, made=st.sampled_from(ALL), split=st.sampled_from(world.SPLITS))
+@example(seed=MAX_SEED, size=448, made=ALL[0], split="novel")
+def test_every_seed_draws_a_case_of_every_kind(
+    seed: int, size: int, made: tuple[str, str], split: str
+) -> None:
+    group, kind = made
+    (case,) = world.make_cases(group, 1, seed, size, split, (kind,))
+    assert case.image.size == case.target.size == (size, size)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seed=SEEDS, size=st.sampled_from((128, 448)))
+def test_every_seed_draws_cases_in_every_script(seed: int, size: int) -> None:
+    assert all(case.image.size == (size, size) for case in language_cases(4, seed, size)[0])
+
+
+@pytest.mark.parametrize("draw", [
+    lambda seed: world.sample_picture(64, seed),
+    lambda seed: world.make_cases("ocr", 1, seed),
+    lambda seed: language_cases(1, seed),
+])  # fmt: skip
+def test_other_seeds_are_refused_with_the_accepted_range(draw: Callable[[int], object]) -> None:
+    for seed in (-1, MAX_SEED + 1, 2**64):
+        with pytest.raises(ValueError, match=rf"seed is {seed}.*from 0 to {MAX_SEED}"):
+            draw(seed)
+    for strange in (1.0, "1", None, True):
+        with pytest.raises(TypeError, match="seed is a whole number"):
+            draw(strange)
 
 
 # --- what changes ----------------------------------------------------------------------------------------
