@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +35,14 @@ def provenance(seeds: Sequence[int], device: str, **models: Any) -> dict[str, An
 def digest_of(data: Any) -> str:
     """Short digest of plain data, for keys of things made from it."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first key in which two accounts of how something was made differ, in words; "" where none does."""
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            return f"{key} {found.get(key)!r}, now {wanted.get(key)!r}"
+    return ""
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:
