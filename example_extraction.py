@@ -70,17 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def extract_all(arguments: argparse.Namespace) -> int:
     """Every picture of a folder into shards; the rate and what was left out are printed at the end."""
-    if not arguments.folder.is_dir():
-        raise FileNotFoundError(f"no such folder of pictures: {arguments.folder}")
+    from qwen_vision_bridge.feature_index import check_output, list_shards
+
+    encoders = list(ROLES) if arguments.encoder == "both" else [arguments.encoder]
+    shards = list_shards(arguments.folder)
+    for name in encoders:  # before torch is imported
+        check_output(arguments.output / name, arguments.folder, shards)
     from qwen_vision_bridge.extractor import VisionCacheExtractor
     from qwen_vision_bridge.processes import Processes
-    from qwen_vision_bridge.stream import extract_folder
+    from qwen_vision_bridge.stream import extract_folder, folder_provenance
 
     device = Processes().device
     extractor = VisionCacheExtractor(
         choose_models(arguments), device=device, compiled=arguments.compile, feature_cache=False
     )
-    for name in ROLES if arguments.encoder == "both" else [arguments.encoder]:
+    for name in encoders:  # both, before the first takes its hours
+        made_from = folder_provenance(extractor, ROLES[name])
+        check_output(arguments.output / name, arguments.folder, shards, made_from)
+    for name in encoders:
         done = extract_folder(extractor, arguments.folder, arguments.output / name, ROLES[name])
         if done is None:  # the first process tells
             continue

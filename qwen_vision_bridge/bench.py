@@ -166,6 +166,7 @@ class Bench:
 
         source, pipeline = self.settings.folder / "source", self.settings.folder / "editor"
         target, tiny = pipeline / "text_encoder", self.settings.tiny
+        self._claim_weights(source, pipeline)
 
         def report(name: str, write: Callable[[], int]) -> None:
             started = time.perf_counter()
@@ -183,6 +184,19 @@ class Bench:
                 report("Qwen-Image-Edit-2509", lambda: write_editor(pipeline, tiny=tiny))
             roles["editor"] = str(pipeline)
         return roles
+
+    def _claim_weights(self, *folders: Path) -> None:
+        """Mark the folder's checkpoints as this benchmark's, before one is written, used or thinned out.
+
+        Raises:
+            FileExistsError: they are somebody else's.
+        """
+        mark = self.settings.folder / "random-weights.json"
+        if mark.is_file():
+            return
+        for folder in filter(Path.exists, folders):
+            raise FileExistsError(f"{folder} is not this benchmark's: move it away, or give another --folder")
+        write_json(mark, {"format": "qwen-vision-bridge/random-weights/1"})
 
     def _marks(self) -> dict[str, str]:
         path = self.output / "parts.json"

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,10 +41,11 @@ def _folder(bench: Bench) -> Path:
     """Synthetic pictures as PNG files, written once."""
     from .world import sample_picture
 
-    folder = bench.settings.folder / f"pictures-{bench.settings.pictures}"
-    if not (folder / "all").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    place = bench.settings.folder / f"pictures-{bench.settings.pictures}"
+    if not (place / "all").is_file():
+        if place.exists():
+            raise FileExistsError(f"{place} is not this benchmark's: move it away, or give another --folder")
+        folder = _new_folder(bench, "pictures")
         picture = sample_picture(bench.load_family().picture_size)
         for number in range(min(32, bench.settings.pictures)):
             picture.rotate(11 * number).save(folder / f"{number:06d}.png")
@@ -52,13 +54,19 @@ def _folder(bench: Bench) -> Path:
         ):  # copies: features are made of every file all the same
             shutil.copyfile(folder / f"{number % 32:06d}.png", folder / f"{number:06d}.png")
         (folder / "all").touch()
-    return folder
+        os.rename(folder, place)
+    return place
+
+
+def _new_folder(bench: Bench, name: str) -> Path:
+    """An empty folder of this run's own below the user's, in which nobody else's files can be."""
+    bench.settings.folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.settings.folder))
 
 
 def _extraction(bench: Bench, pictures: Path, count: int) -> float:
     """Pictures per second, files to shards, as the command says it at its end."""
-    family, output = bench.load_family(), bench.settings.folder / "features"
-    shutil.rmtree(output, ignore_errors=True)
+    family, output = bench.load_family(), _new_folder(bench, "features")
     roles = ["--source", family.source.repo, "--target", family.target.repo]
     script = ["example_extraction.py", "--models", bench.settings.family, *roles, "--folder", str(pictures),
               "--output", str(output)]  # fmt: skip
@@ -70,11 +78,11 @@ def _extraction(bench: Bench, pictures: Path, count: int) -> float:
 
 def _evaluation(bench: Bench, count: int) -> float:
     """Seconds of an evaluation of the miniature, from its first case to its results."""
-    output = bench.settings.folder / f"evaluation-{count}"
-    shutil.rmtree(output, ignore_errors=True)
+    output = _new_folder(bench, "evaluation")
     script = ["example_end_to_end.py", "--models", "miniature", "--example", "3", "--bridge", "random",
               "--cases", str(bench.settings.cases), "--output", str(output)]  # fmt: skip
     seconds = float(TOOK.findall(_launch(script, count, bench))[-1])
+    shutil.rmtree(output, ignore_errors=True)
     bench.add(f"evaluation of the miniature, {bench.settings.cases} cases, {_named(count)}", seconds, "s")
     return seconds
 

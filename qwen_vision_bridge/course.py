@@ -6,6 +6,7 @@ runs on the same data find again; then the towers are freed, and what stays are 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from .objectives import Study
 from .packs import Pack, build_pack
 from .processes import LONGEST_WAIT
 from .records import digest_of, provenance, write_json
+from .runs import ABOUT, TrainingRun, check_output_dir, open_run
 from .settings import TrainingSettings
 from .specs import Family, cache_home
 
@@ -63,6 +65,8 @@ class Course:
     dataloader_num_workers: int = 0
     load_in_8bit: bool = False
     gradient_checkpointing: bool = False
+    overwrite_output_dir: bool = False
+    """Replace the run that the folder holds; its own files alone are removed."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -87,6 +91,22 @@ class Course:
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of lessons that the method learns from."""
         return ("perceive",) if self.method == "calibrate" else tuple(self.method.split("+"))  # type: ignore[return-value]
+
+    def made_from(self) -> dict[str, Any]:
+        """What makes a run of this course that run and no other; `TrainingSettings` adds how it learns.
+
+        A folder of data is not named by its path, since it may be moved between two parts of a run.
+        """
+        config = self.bridge.config if self.bridge is not None else self.config
+        family, names = self.family, ("method", "features", "rival", "strength", "teacher", "dataset_name",
+                                      "max_train_samples", "validation_samples")  # fmt: skip
+        models = {role: [spec.repo, spec.revision] for role in ("source", "target", "editor")
+                  if (spec := getattr(family, role))}  # fmt: skip
+        return {
+            **json.loads(json.dumps(asdict(config or BridgeConfig.for_family(family)))),
+            **models, **{name: getattr(self, name) for name in names},
+            "own_data": self.train_data_dir is not None,
+        }  # fmt: skip
 
     def lessons(self, kind: Kind) -> tuple[Lessons, Lessons]:
         """Lessons to learn from and to validate on, checked.
@@ -122,15 +142,22 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
 
     Raises:
         FileNotFoundError, ValueError, OSError: of data, models and disk, and of `Trainer`.
+        FileExistsError: the folder holds another run or somebody else's files, see `runs.check_output_dir`.
     """
+    calibrating, made_from = course.method == "calibrate", {**course.made_from(), "seed": settings.seed}
+    if calibrating and resume is not None:
+        raise ValueError("a calibration has no checkpoints: leave --resume_from_checkpoint out")
+    steps = 0 if calibrating else settings.max_train_steps
+    check_output_dir(course.output_dir, resume, course.overwrite_output_dir, made_from, steps)
     lessons = {kind: course.lessons(kind) for kind in course.kinds}
     accelerator = _accelerator(course, **trackers)
     models = FrozenModels(course, accelerator.device)
     packs = {kind: _packs(course, models, kind, *lessons[kind], accelerator) for kind in course.kinds}
     models.free_eyes()
-    if course.method == "calibrate":
+    if calibrating:
+        output, _ = open_run(course.output_dir, accelerator, made_from, overwrite=course.overwrite_output_dir)
         if accelerator.is_main_process:
-            _calibrate(course, settings, models, *packs["perceive"])
+            _calibrate(course, settings, models, *packs["perceive"], output)
         accelerator.wait_for_everyone()
         return course.output_dir
     _train(course, settings, models, packs, lessons, accelerator, resume)
@@ -153,19 +180,22 @@ def _train(
     def look(step: int) -> dict[str, float]:
         with trainer.averaged():
             if "edit" in course.kinds and accelerator.is_main_process:
-                paint_samples(course, models, learner, lessons["edit"][1], step)
+                paint_samples(course, models, learner, lessons["edit"][1], step, trainer.output)
             figures.update(validate(step))
         return figures
 
-    trainer = Trainer(course.output_dir, learner, study, settings, accelerator, look)
-    accelerator.init_trackers("bridge", config={})
+    trainer = Trainer(
+        course.output_dir, learner, study, settings, accelerator, look, course.made_from(),
+        course.overwrite_output_dir,
+    )  # fmt: skip
     trainer.resume(resume)
+    accelerator.init_trackers(trainer.output.tracker(), config={})
     finished = trainer.run()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
         with trainer.averaged():
-            save_result(course.output_dir, learner.save)
-        _write_about(course, settings, figures or look(trainer.step), trainer.step)
+            save_result(course.output_dir, learner.save, trainer.output)
+        _write_about(course, settings, figures or look(trainer.step), trainer.step, trainer.output)
     elif accelerator.is_main_process:
         print(f"stopped after step {trainer.step}: --resume_from_checkpoint latest goes on from there")
 
@@ -229,8 +259,9 @@ def _validation(course: Course, learner: Learner, study: Study, packs: dict[str,
 
 
 def _calibrate(
-    course: Course, settings: TrainingSettings, models: FrozenModels, train: Pack, held: Pack
-) -> None:
+    course: Course, settings: TrainingSettings, models: FrozenModels, train: Pack, held: Pack,
+    output: TrainingRun,
+) -> None:  # fmt: skip
     config = course.config or BridgeConfig.for_family(course.family)
     learner = BridgeLearner(VisionBridge(config), course.features, seed=settings.seed)
     found = calibrate(config, lambda: token_stream(train, learner))
@@ -238,8 +269,8 @@ def _calibrate(
     learner = BridgeLearner(found.bridge.to(models.device), course.features, course.strength, settings.seed)
     gate = choose_gate(learner, study)
     figures = {"gate": gate, **_validation(course, learner, study, {"perceive": held})(0)}
-    save_result(course.output_dir, learner.save)
-    _write_about(course, settings, figures, 0, found)
+    save_result(course.output_dir, learner.save, output)
+    _write_about(course, settings, figures, 0, output, found)
 
 
 def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
@@ -258,7 +289,7 @@ def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
 
 
 def paint_samples(
-    course: Course, models: FrozenModels, learner: Learner, lessons: Lessons, step: int
+    course: Course, models: FrozenModels, learner: Learner, lessons: Lessons, step: int, output: TrainingRun
 ) -> None:
     """Held-out edits without and with the bridge as it is now, into `samples/`; a control paints none."""
     import copy
@@ -273,14 +304,13 @@ def paint_samples(
     )
     for index in range(min(SAMPLES, len(lessons))):
         lesson = lessons[index]
-        sheet = course.output_dir / "samples" / f"step-{step:06d}-{index}.png"
-        pipeline.compare(
-            lesson.image, lesson.prompt, strength=course.strength, seed=index, save_comparison=sheet
-        )
+        sheet = f"samples/step-{step:06d}-{index}.png"
+        output.claim(sheet)
+        pipeline.compare(lesson.image, lesson.prompt, output.folder / sheet, course.strength, seed=index)
 
 
 def _write_about(
-    course: Course, settings: TrainingSettings, figures: dict[str, float], step: int,
+    course: Course, settings: TrainingSettings, figures: dict[str, float], step: int, output: TrainingRun,
     calibration: Calibration | None = None,
 ) -> None:  # fmt: skip
     """`training.json`: what made the bridge beside it, and its figures on held-out lessons."""
@@ -293,5 +323,6 @@ def _write_about(
     about |= {"strength": course.strength, "settings": asdict(settings), "validation": figures}
     if calibration is not None:
         about["calibration"] = {k: v for k, v in calibration._asdict().items() if k != "bridge"}
-    write_json(course.output_dir / "training.json", about)
+    output.claim(ABOUT)
+    write_json(course.output_dir / ABOUT, about)
     print(f"{course.output_dir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))

@@ -40,8 +40,15 @@ def course_of(arguments: argparse.Namespace) -> Course:
 
     Raises:
         ValueError, FileNotFoundError, OSError: what is wrong with a flag, a model or a bridge.
+        FileExistsError: `--output_dir` holds another run or somebody else's files.
     """
     _check_folder(arguments.train_data_dir)  # before torch is imported
+    if not arguments.dry_run:
+        from .runs import check_output_dir
+
+        check_output_dir(
+            arguments.output_dir, arguments.resume_from_checkpoint, arguments.overwrite_output_dir
+        )
     from .bridge import BridgeConfig, check_strength
     from .course import Course
     from .shipped import resolve_bridge
@@ -59,7 +66,7 @@ def course_of(arguments: argparse.Namespace) -> Course:
     }  # fmt: skip
     names = ("method", "output_dir", "features", "rival", "teacher", "train_data_dir", "dataset_name",
              "max_train_samples", "validation_samples", "cache_dir", "dataloader_num_workers", "load_in_8bit",
-             "gradient_checkpointing")  # fmt: skip
+             "gradient_checkpointing", "overwrite_output_dir")  # fmt: skip
     return Course(
         family=family, bridge=resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
         config=BridgeConfig.for_family(family, **changes), strength=check_strength(arguments.strength),
@@ -104,6 +111,10 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
         help="by closed form, or by the loss of answers, of edits, or of both",
     )  # fmt: skip
     group.add_argument("--output_dir", type=Path, required=True, help="bridge, checkpoints and log")
+    group.add_argument(
+        "--overwrite_output_dir", action="store_true",
+        help="replace the run that --output_dir holds; only its own checkpoints and files are removed",
+    )  # fmt: skip
     group.add_argument("--bridge", help="continue from this bridge: folder or hub id")
     group.add_argument("--rank", type=int, help="of a new bridge; default: the family's")
     group.add_argument("--levels", nargs="+", choices=LEVEL_NAMES, default=LEVEL_NAMES)
@@ -142,5 +153,8 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on CUDA")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
     group.add_argument("--load_in_8bit", action="store_true", help="the frozen models; needs CUDA")
-    group.add_argument("--resume_from_checkpoint", metavar="CHECKPOINT", help="path, name or `latest`")
+    group.add_argument(
+        "--resume_from_checkpoint", metavar="CHECKPOINT",
+        help="continue the run in --output_dir: path, name or `latest`",
+    )  # fmt: skip
     group.add_argument("--report_to", choices=["tensorboard"], help="beside log.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 NAME = "results.jsonl"
+PART = re.compile(r"results\.part-\d+\.jsonl")  # `merge` deletes these, and no file of another's naming
 
 
 class Ledger:
@@ -54,7 +56,8 @@ class Ledger:
 
     def _files(self) -> list[Path]:
         own = [self.folder / NAME] if (self.folder / NAME).is_file() else []
-        return own + sorted(self.folder.glob("results.part-*.jsonl"))
+        parts = (path for path in self.folder.glob("results.part-*.jsonl") if PART.fullmatch(path.name))
+        return own + sorted(parts)
 
 
 def _take(known: dict[str, dict[str, Any]], others: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

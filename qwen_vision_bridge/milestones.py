@@ -7,7 +7,6 @@ parameters, the optimiser's moments and their average, and `state.json`.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,97 +18,77 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .records import write_json
+from .runs import STATE, TrainingRun, checkpoints, run_of
 from .specs import read_json
 
-NAME = re.compile(r"checkpoint-(\d+)")
-STATE, TENSORS = "state.json", "state.safetensors"
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = (path for path in Path(folder).glob("checkpoint-*") if NAME.fullmatch(path.name))
-    return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step a checkpoint was saved after."""
-    return int(NAME.fullmatch(checkpoint.name)[1])
+TENSORS = "state.safetensors"
 
 
 def save_checkpoint(
-    folder: str | Path,
+    run: TrainingRun,
     step: int,
     write: Callable[[Path], None],
     tensors: dict[str, Tensor],
     state: dict[str, Any],
     limit: int | None = None,
 ) -> Path:
-    """Write a checkpoint beside its place and rename it in; only then are the oldest beyond `limit` removed.
+    """Write a checkpoint beside its place and rename it in; then remove the run's oldest beyond `limit`.
 
     Raises:
         OSError: it could not be written, a full disk say. Every earlier checkpoint is still there.
+        FileExistsError: another run's is in its place.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"checkpoint-{step}"
-    workshop = Path(tempfile.mkdtemp(prefix=f".checkpoint-{step}-", dir=folder))
+    place = run.folder / f"checkpoint-{step}"
+    if os.path.lexists(place) and run_of(place) != run.run_id:
+        raise FileExistsError(f"{place} is not of this run: move it away, then resume")
+    workshop = run.workshop() / place.name
     try:
         try:
+            workshop.mkdir()
             write(workshop)
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(plain, workshop / TENSORS)
-            write_json(workshop / STATE, {**state, "step": step})
+            about = {"run": run.run_id, "made_from": run.made_from, **state, "step": step}
+            write_json(workshop / STATE, about)
         except (OSError, SafetensorError) as error:
-            kept = checkpoints(folder)
+            kept = checkpoints(run.folder, run.run_id)
             last = f"the last one is {kept[-1]}" if kept else "there is none before it"
             raise OSError(
                 f"the checkpoint of step {step} could not be written ({error}); {last}: make room and go on "
                 "with --resume_from_checkpoint latest"
             ) from error
-        shutil.rmtree(place, ignore_errors=True)  # of a run that was resumed from before it
-        os.chmod(workshop, 0o755)
+        if place.exists():
+            run.discard(place)  # the run was resumed from before it
         os.rename(workshop, place)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
-    for old in checkpoints(folder)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+        shutil.rmtree(workshop.parent, ignore_errors=True)
+    for old in checkpoints(run.folder, run.run_id)[: -limit if limit else 0]:
+        run.discard(old)
     return place
 
 
-def save_result(folder: str | Path, write: Callable[[Path], None]) -> None:
+def save_result(folder: str | Path, write: Callable[[Path], None], run: TrainingRun | None = None) -> None:
     """Let `write` fill a folder beside, and move its files in once all are whole.
+
+    Args:
+        run: whose files they are; None replaces what is there.
 
     Raises:
         OSError: it could not be written; what was there is as it was.
+        FileExistsError: a file of that name is there and not the run's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
+    workshop = run.workshop() if run else Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
     try:
         write(workshop)
+        if run is not None:
+            run.claim(*sorted(path.name for path in workshop.iterdir()))
         for path in sorted(workshop.iterdir()):
             path.chmod(0o644)
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-
-
-def find_checkpoint(folder: str | Path, given: str | None) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a path, a name, or `latest`; None for none.
-
-    Raises:
-        FileNotFoundError: no such checkpoint.
-    """
-    if given is None:
-        return None
-    found = checkpoints(folder)
-    if given == "latest":
-        return found[-1] if found else None
-    for path in (Path(given).expanduser(), Path(folder) / given):
-        if (path / STATE).is_file():
-            return path
-    there = ", ".join(path.name for path in found) or "none"
-    raise FileNotFoundError(f"no checkpoint {given!r}; in {folder} there are: {there}")
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,14 +2,16 @@
 
 A pack is a folder: `<field>.bin` holds a field's rows of all lessons one after the other in bf16, and
 `lessons.jsonl` says for each lesson how many rows it has, its grid and its words. Rows are written before
-the line that counts them, so a run that was stopped goes on behind the last whole lesson. `pack.json`,
-written last, says that the pack is finished.
+the line that counts them, so a run that was stopped goes on behind the last whole lesson. `begun.json` lists
+the fields before their files are made; only those files are ever cut or removed. `pack.json`, written last,
+says that the pack is finished.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +26,7 @@ from .records import write_json
 from .specs import read_json, step_seed
 
 FORMAT = "qwen-vision-bridge/pack/1"
+BEGUN = "begun.json"
 CHUNK = 64  # lessons looked at together
 Seen = dict[str, Any]
 """What frozen models make of a lesson: tensors (rows, width) by field, and plain data by name."""
@@ -42,16 +45,19 @@ def build_pack(
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to; what is whole stays.
+        FileExistsError: the folder holds a file that is not a pack's where one would go.
+        ValueError: its `begun.json` is of another format.
     """
     folder = Path(folder)
     name = {"format": FORMAT, "key": key, "lessons": lessons.digest, "count": len(lessons)}
-    begun = folder / "begun.json"
-    if not (begun.is_file() and read_json(begun) == name):
-        for path in (folder / "pack.json", folder / "lessons.jsonl", *folder.glob("*.bin")):
-            path.unlink(missing_ok=True)
-        write_json(begun, name)
+    begun = _read_begun(folder)
+    if begun is None or {item: begun.get(item) for item in name} != name:
+        for file in () if begun is None else ("pack.json", "lessons.jsonl", *map(_file, begun["fields"])):
+            (folder / file).unlink(missing_ok=True)
+        begun = {**name, "fields": []}
+        write_json(folder / BEGUN, begun)
     if not (folder / "pack.json").is_file():
-        _fill(folder, lessons, see, workers)
+        _fill(folder, begun, lessons, see, workers)
         write_json(folder / "pack.json", {**name, "fields": _fields(folder)})
     return Pack(folder)
 
@@ -153,10 +159,33 @@ def join(packs: Sequence[Pack], device: torch.device | str = "cpu") -> Pack:
     return whole
 
 
-def _fill(folder: Path, lessons: Lessons, see: Callable[[], See], workers: int) -> None:
+def _file(field: str) -> str:
+    return f"{field}.bin"
+
+
+def _read_begun(folder: Path) -> dict[str, Any] | None:
+    """What a pack in a folder was begun as, with its fields; None where there is none."""
+    if not os.path.lexists(folder / BEGUN):
+        for file in ("pack.json", "lessons.jsonl"):
+            if os.path.lexists(folder / file):
+                raise FileExistsError(
+                    f"{folder} holds {file} and no pack: move it away, or give another folder"
+                )
+        return None
+    begun = read_json(folder / BEGUN)
+    if begun.get("format") != FORMAT:
+        raise ValueError(f"{folder / BEGUN} is not of a pack of this version: give another folder")
+    if "fields" not in begun:  # of a version that listed them at the end alone
+        begun["fields"] = list(_fields(folder))
+    return begun
+
+
+def _fill(
+    folder: Path, begun: dict[str, Any], lessons: Lessons, see: Callable[[], See], workers: int
+) -> None:
     from tqdm import tqdm
 
-    done = _recover(folder)
+    done = _recover(folder, begun["fields"])
     looking = see()
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
@@ -168,7 +197,8 @@ def _fill(folder: Path, lessons: Lessons, see: Callable[[], See], workers: int) 
                 rows = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
                 for field, values in rows.items():
                     if field not in files:
-                        files[field] = stack.enter_context((folder / f"{field}.bin").open("ab"))
+                        _list_field(folder, begun, field)
+                        files[field] = stack.enter_context((folder / _file(field)).open("ab"))
                     plain = values.detach().to("cpu", torch.bfloat16).contiguous()
                     files[field].write(plain.view(torch.uint8).numpy().data)
                 seen = {name: value for name, value in seen.items() if name not in rows}
@@ -184,11 +214,24 @@ def _fill(folder: Path, lessons: Lessons, see: Callable[[], See], workers: int) 
             bar.update(len(chunk))
 
 
-def _recover(folder: Path) -> int:
+def _list_field(folder: Path, begun: dict[str, Any], field: str) -> None:
+    """List a field as the pack's, before its file is made."""
+    if field in begun["fields"]:
+        return
+    if os.path.lexists(folder / _file(field)):
+        raise FileExistsError(
+            f"{folder / _file(field)} is not of this pack: move it away, or give another folder"
+        )
+    begun["fields"].append(field)
+    write_json(folder / BEGUN, begun)
+
+
+def _recover(folder: Path, fields: Sequence[str]) -> int:
     """Cut off what a stopped run left half done; how many lessons are whole."""
     path = folder / "lessons.jsonl"
+    files = [folder / _file(field) for field in fields if (folder / _file(field)).exists()]
     if not path.is_file():
-        for left in folder.glob("*.bin"):
+        for left in files:
             left.unlink()
         return 0
     data = path.read_bytes()
@@ -196,7 +239,7 @@ def _recover(folder: Path) -> int:
     lines = [json.loads(line) for line in whole.splitlines()]
     with path.open("r+b") as file:
         file.truncate(len(whole))
-    for left in folder.glob("*.bin"):
+    for left in files:
         numbers = (line["rows"].get(left.stem, 0) * line["widths"].get(left.stem, 0) for line in lines)
         with left.open("r+b") as file:
             file.truncate(2 * sum(numbers))
@@ -204,8 +247,10 @@ def _recover(folder: Path) -> int:
 
 
 def _fields(folder: Path) -> dict[str, int]:
-    with (folder / "lessons.jsonl").open(encoding="utf-8") as file:
-        return json.loads(file.readline())["widths"]
+    """Widths by field, as the first whole lesson says; empty where there is none yet."""
+    path = folder / "lessons.jsonl"
+    first = path.read_text(encoding="utf-8").partition("\n") if path.is_file() else ("", "", "")
+    return json.loads(first[0])["widths"] if first[1] else {}
 
 
 def _chunks(lessons: Lessons, first: int, workers: int) -> Iterator[list[Lesson]]:

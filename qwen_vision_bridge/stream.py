@@ -23,17 +23,14 @@ from safetensors import SafetensorError, safe_open
 from .cache import VisionCache
 from .checkpoints import atomic_save
 from .extractor import Grid, VisionCacheExtractor
+from .feature_index import FORMAT, SHARD_PICTURES, check_output, list_shards, read_index, write_index
 from .images import load_images
 from .memory import GpuMemoryError, free_cuda, is_out_of_memory
 from .processes import Processes
-from .records import write_json
-from .specs import LEVEL_NAMES, read_json
+from .specs import LEVEL_NAMES
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "qwen-vision-bridge/feature-folder/1"
-ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-SHARD_PICTURES = 64
 BATCH_TOKENS = 32 * 256  # merged tokens a batch: 32 pictures of 512²
 READ_AHEAD = 64  # pictures
 NAMES = {"qwen3": LEVEL_NAMES, "qwen25": ("vision",)}
@@ -74,14 +71,16 @@ class FeatureFolder:
     """The features that `extract_folder` wrote, picture by picture.
 
     Raises:
-        FileNotFoundError: the folder has no index: the run did not end.
+        FileNotFoundError: the folder has no complete index: the run did not end.
+        ValueError: its index is of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "index.json").is_file():
-            raise FileNotFoundError(f"{self.folder} has no index.json: run the extraction to its end")
-        self.index = read_json(self.folder / "index.json")
+        index = read_index(self.folder)
+        if index is None or not index["complete"]:
+            raise FileNotFoundError(f"{self.folder} has no complete index: run the extraction to its end")
+        self.index = index
 
     def __len__(self) -> int:
         return len(self.index["pictures"])
@@ -110,8 +109,9 @@ def extract_folder(
 ) -> Streamed | None:
     """Features of every picture below a folder, in safetensors shards with an `index.json`.
 
-    Shards that are there and fit are not made again. Under `accelerate launch` the shards are dealt out to
-    the processes; what they write is what one process writes.
+    Shards that are there and fit are not made again; a file that the output's own index does not list is
+    never touched. Under `accelerate launch` the shards are dealt out to the processes; what they write is
+    what one process writes.
 
     Args:
         role: `qwen3` for the source's levels, `qwen25` for the target's features.
@@ -124,17 +124,24 @@ def extract_folder(
 
     Raises:
         FileNotFoundError: no such folder, or no picture in it.
-        ValueError: the output holds features made by other models or settings.
+        ValueError, FileExistsError: the output is of another folder, of other models or settings, or holds
+            somebody else's file where a shard would go.
     """
     pictures, output, processes = Path(pictures), Path(output), Processes()
-    shards = _shards(pictures, shard_pictures)
+    shards = list_shards(pictures, shard_pictures)
+    made_from = folder_provenance(extractor, role)
+    owned = check_output(output, pictures, shards, made_from)
     output.mkdir(parents=True, exist_ok=True)
-    made_from = _made_from(extractor, role)
-    _check_same_models(output, made_from)
-    pending = [name for name, names in shards.items() if not _is_done(output / name, pictures, names)]
+    pending = [
+        name for name, names in shards.items() if not _is_done(output / name, pictures, names, made_from)
+    ]
     extractor.warm(role)
     extractor.target_grid(Image.new("RGB", (64, 64)))  # its processor too, before many threads ask for it
     processes.wait()  # all have looked before anyone writes, and all towers are there
+    stale = set(owned) - set(shards)
+    if processes.is_main and (pending or stale):
+        write_index(output, pictures, {*owned, *shards}, made_from, NAMES[role])
+    processes.wait()  # no shard is written before the index lists it
     started = time.perf_counter()
     mine = {name: shards[name] for name in processes.share(list(shards)) if name in pending}
     work = _Work(extractor, role, pictures, output, made_from, batch_tokens)
@@ -142,7 +149,11 @@ def extract_folder(
     processes.wait()
     if not processes.is_main:
         return None
-    return _finish(output, shards, pending, made_from, role, time.perf_counter() - started)
+    for name in stale:
+        (output / name).unlink(missing_ok=True)
+    found, skipped, done = _read_back(output, shards, pending)
+    write_index(output, pictures, shards, made_from, NAMES[role], found, skipped)
+    return Streamed(output, len(found), done, skipped, time.perf_counter() - started)
 
 
 class _Work:
@@ -259,35 +270,13 @@ def read_ahead(
         yield begun.popleft().result()
 
 
-def _shards(pictures: Path, size: int) -> dict[str, list[str]]:
-    """Shard file → the pictures in it, as paths below the folder."""
-    if not pictures.is_dir():
-        raise FileNotFoundError(f"no such folder of pictures: {pictures}")
-    names = sorted(
-        path.relative_to(pictures).as_posix()
-        for path in pictures.rglob("*")
-        if path.suffix.lower() in ENDINGS and path.is_file()
-    )
-    if not names:
-        raise FileNotFoundError(f"{pictures} holds no picture ({', '.join(sorted(ENDINGS))})")
-    parts = [names[start : start + size] for start in range(0, len(names), size)]
-    return {f"features-{number:05d}.safetensors": part for number, part in enumerate(parts)}
-
-
-def _made_from(extractor: VisionCacheExtractor, role: Role) -> dict[str, str]:
-    made = extractor.provenance(role)
-    return {**made, "target_grid": extractor.family.target.name}
-
-
-def _check_same_models(output: Path, made_from: dict[str, str]) -> None:
-    for path in sorted(output.glob("features-*.safetensors"))[:1]:
-        found = _header(path).get("made_from", {})
-        if wrong := {key for key in made_from if found and found.get(key) != made_from[key]}:
-            key = sorted(wrong)[0]
-            raise ValueError(
-                f"{output} holds features of other models or settings ({key} {found.get(key)!r}, now "
-                f"{made_from[key]!r}): give another folder"
-            )
+def folder_provenance(extractor: VisionCacheExtractor, role: Role) -> dict[str, str]:
+    """Everything beside the images that decides the features of a folder."""
+    target = extractor.family.target  # its processor decides the grid of the source's features too
+    return {
+        **extractor.provenance(role), "target_grid": target.name, "target_repo": target.repo,
+        "target_revision": str(target.revision),
+    }  # fmt: skip
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -304,29 +293,23 @@ def _stamps(pictures: Path, names: Sequence[str]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _is_done(shard: Path, pictures: Path, names: Sequence[str]) -> bool:
-    """Whether a shard is there in full, made of these very files."""
-    return _header(shard).get("files") == _stamps(pictures, names)
+def _is_done(shard: Path, pictures: Path, names: Sequence[str], made_from: dict[str, str]) -> bool:
+    """Whether a shard is there in full, made of these very files in this very way."""
+    header = _header(shard)
+    return header.get("files") == _stamps(pictures, names) and header.get("made_from") == made_from
 
 
-def _finish(
-    output: Path, shards: dict[str, list[str]], pending: list[str], made_from: dict[str, str], role: Role,
-    seconds: float,
-) -> Streamed:  # fmt: skip
-    """Write the index over all shards, and remove those of an earlier, longer run."""
+def _read_back(
+    output: Path, shards: dict[str, list[str]], pending: list[str]
+) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Image → its shard and grid; the files left out, and why; images of the pending shards."""
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     done = 0
-    for shard in shards:
+    for shard, names in shards.items():
         header = _header(output / shard)
         grids = header["grids"]
-        found |= {name: {"shard": shard, "grid": grids[name]} for name in shards[shard] if name in grids}
+        found |= {name: {"shard": shard, "grid": grids[name]} for name in names if name in grids}
         skipped |= header["skipped"]
         done += len(grids) if shard in pending else 0
-    for path in output.glob("features-*.safetensors"):
-        if path.name not in shards:
-            path.unlink()
-    index = {"format": FORMAT, "features": list(NAMES[role]), "made_from": made_from, "pictures": found,
-             "skipped": skipped}  # fmt: skip
-    write_json(output / "index.json", index)
-    return Streamed(output, len(found), done, skipped, seconds)
+    return found, skipped, done

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from .learners import Learner
-from .milestones import find_checkpoint, load_checkpoint, save_checkpoint
+from .milestones import load_checkpoint, save_checkpoint
 from .objectives import StepPlan, Study
+from .runs import LOG, TrainingRun, open_run
 from .settings import TrainingSettings
 from .stopping import stop_requests
-
-LOG = "log.jsonl"
 
 
 class NotFiniteError(ValueError):
@@ -38,14 +37,21 @@ class Trainer:
     Args:
         accelerator: of `accelerate`: devices, processes, mixed precision, trackers.
         validate: step → plain figures, called as the settings say and after the last step.
+        made_from: what makes the run this one and no other, beside the seed.
+        overwrite: replace the run that the folder holds.
     """
+
+    output: TrainingRun
+    """The run in its folder, from `resume` or `run` on."""
 
     def __init__(
         self, folder: str | Path, learner: Learner, study: Study, settings: TrainingSettings,
         accelerator: Any, validate: Callable[[int], dict[str, float]] | None = None,
+        made_from: Mapping[str, Any] | None = None, overwrite: bool = False,
     ) -> None:  # fmt: skip
         self.folder, self.learner, self.study, self.settings = Path(folder), learner, study, settings
         self.accelerator, self.validate = accelerator, validate
+        self.made_from, self.overwrite = {**(made_from or {}), "seed": settings.seed}, overwrite
         self.parameters = learner.parameters()
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
         rest = [p for p in self.parameters.values() if p.ndim <= 1]
@@ -67,7 +73,10 @@ class Trainer:
         Raises:
             NotFiniteError: a loss or gradient is not finite; the last good checkpoint stays.
             OSError: a checkpoint could not be written; the one before stays.
+            FileExistsError: the folder holds another run, see `runs.check_output_dir`.
         """
+        if not hasattr(self, "output"):
+            self.resume(None)
         settings, since = self.settings, (time.perf_counter(), self.step)
         with stop_requests() as asked:
             while self.step < settings.max_train_steps and not self._any(bool(asked)):
@@ -105,20 +114,26 @@ class Trainer:
 
             state = {"settings": asdict(self.settings), "learnt": sorted(self.parameters)}
             limit = self.settings.checkpoints_total_limit
-            save_checkpoint(self.folder, self.step, write, tensors, state, limit)
+            save_checkpoint(self.output, self.step, write, tensors, state, limit)
         self.accelerator.wait_for_everyone()
 
     def resume(self, given: str | None) -> bool:
-        """Go on from a checkpoint, see `milestones.find_checkpoint`; whether there was one.
+        """Open the folder's run, and go on from a checkpoint (`runs.find_checkpoint`); whether there was one.
 
         Raises:
-            FileNotFoundError: it is not there. ValueError: it is of another learner. OSError: damaged.
+            FileNotFoundError: it is not there. OSError: damaged.
+            ValueError: it is of another run or learner. FileExistsError: the folder is another run's.
         """
-        if (found := find_checkpoint(self.folder, given)) is None:
+        self.output, found = open_run(
+            self.folder, self.accelerator, self.made_from, given, self.overwrite,
+            self.settings.max_train_steps,
+        )  # fmt: skip
+        if found is None:
             return False
         state, tensors = load_checkpoint(found)
         if state["learnt"] != sorted(self.parameters):
             raise ValueError(f"{found} is a checkpoint of something else: its parameters differ in name")
+        self._say_what_changed(state["settings"])
         self.step = state["step"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -132,6 +147,16 @@ class Trainer:
                     count = torch.tensor(float(self.step))
                     self.optimizer.state[parameter] = {"step": count, **moments}
         return True
+
+    def _say_what_changed(self, before: dict[str, Any]) -> None:
+        """A resumed run may go on with other settings, but not in silence."""
+        changes = [
+            f"{name} {before.get(name)} → {value}"
+            for name, value in asdict(self.settings).items()
+            if before.get(name) != value
+        ]
+        if changes and self.accelerator.is_main_process:
+            print(f"resumed with other settings: {', '.join(changes)}", flush=True)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -216,7 +241,7 @@ class Trainer:
     def _report(self, figures: dict[str, float]) -> None:
         self.accelerator.log(figures, step=self.step)
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.output.claim(LOG)
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **figures}) + "\n")
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import benchmark
-from qwen_vision_bridge import bench_edits, bench_parts
+from qwen_vision_bridge import bench_devices, bench_edits, bench_parts
 from qwen_vision_bridge.bench import Bench, Settings, meets, table
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.random_checkpoints import (
@@ -180,6 +180,28 @@ def test_a_part_in_a_process_of_its_own_gets_the_same_settings() -> None:
     assert bench_parts._without(argv, "--parts", "--minutes") == [
         "benchmark.py", "--family", "qwen", "--steps", "4",
     ]  # fmt: skip
+
+
+def test_files_below_the_folder_that_are_not_its_own_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies where measurements or random weights would go is left alone, or refused."""
+    said = "9.5 pictures/s\nTook 3 s"
+    monkeypatch.setattr(bench_devices, "_launch", lambda *_: said)
+    for name in ("features", "evaluation-1", "pictures-2", "source", "editor"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").write_text("{}")
+    made = bench(tmp_path, pictures=2)
+    assert bench_devices._extraction(made, tmp_path, 1) == 9.5
+    assert bench_devices._evaluation(made, 1) == 3
+    with pytest.raises(FileExistsError, match="pictures-2"):
+        bench_devices._folder(made)
+    with pytest.raises(FileExistsError, match="source"):
+        made._write(editor=True, whole=False)
+    left = sorted(path.relative_to(tmp_path / "models").as_posix() for path in tmp_path.glob("models/**/*.*"))
+    assert left == [
+        f"{name}/config.json" for name in ("editor", "evaluation-1", "features", "pictures-2", "source")
+    ]
 
 
 def test_every_number_that_has_to_be_shown_has_a_part() -> None:

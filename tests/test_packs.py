@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from qwen_vision_bridge.lessons import WorldLessons
@@ -39,6 +41,47 @@ def test_a_pack_that_was_cut_off_is_finished_and_equal(tmp_path: Path) -> None:
     assert calls == [64, 6, 60]  # finished: nothing is seen again
     build_pack(half, WorldLessons("perceive", "train", 3), see, "k")
     assert len(Pack(half)) == 3  # other lessons: made anew
+
+
+def constant(chunk: Any) -> list[dict[str, Any]]:
+    return [{"early": torch.ones(2, 3), "grid": [1, 2]} for _ in chunk]
+
+
+def test_a_pack_removes_and_cuts_its_own_files_alone(tmp_path: Path) -> None:
+    """Made anew for other lessons, after a kill before the first lesson, and after one between two."""
+    (tmp_path / "pytorch_model.bin").write_bytes(b"mine")
+    for count in (5, 3):
+        build_pack(tmp_path, WorldLessons("perceive", "train", count), lambda: constant, "k")
+    for lines in (None, ""):
+        (tmp_path / "pack.json").unlink()
+        (tmp_path / "lessons.jsonl").unlink()
+        if lines is not None:
+            (tmp_path / "lessons.jsonl").write_text(lines)
+        pack = build_pack(tmp_path, WorldLessons("perceive", "train", 3), lambda: constant, "k")
+        assert len(pack) == 3
+        assert torch.equal(pack.fields["early"].float(), torch.ones(6, 3))
+    assert (tmp_path / "pytorch_model.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["early.bin", "lessons.jsonl", "pack.json"])
+def test_a_pack_refuses_files_that_are_not_its_own(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=name):
+        build_pack(tmp_path, WorldLessons("perceive", "train", 3), lambda: constant, "k")
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_a_pack_begun_without_its_fields_goes_on(tmp_path: Path) -> None:
+    """As packs were until their fields were listed first."""
+    calls: list[int] = []
+    lessons = WorldLessons("perceive", "train", 3)
+    build_pack(tmp_path, lessons, lambda: constant, "k")
+    begun = json.loads((tmp_path / "begun.json").read_text())
+    (tmp_path / "begun.json").write_text(json.dumps({k: v for k, v in begun.items() if k != "fields"}))
+    build_pack(tmp_path, lessons, lambda: calls.append(1), "k")  # type: ignore[arg-type, return-value]
+    assert not calls
+    build_pack(tmp_path, WorldLessons("perceive", "train", 2), lambda: constant, "k")
+    assert len(Pack(tmp_path).fields["early"]) == 4
 
 
 def test_joined_packs_are_the_pack_of_all_their_lessons(tmp_path: Path) -> None:

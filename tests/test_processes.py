@@ -102,6 +102,15 @@ def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -
     assert not part.exists()
 
 
+def test_a_merge_leaves_other_peoples_files(tmp_path: Path) -> None:
+    mine = tmp_path / "results.part-mine.jsonl"
+    mine.write_text('{"key": "x"}\n')
+    ledger = Ledger(tmp_path)
+    assert not ledger.records
+    ledger.merge()
+    assert mine.exists()
+
+
 def test_a_job_that_was_done_again_replaces_its_error_and_no_error_replaces_a_result(tmp_path: Path) -> None:
     first, second = Ledger(tmp_path), Ledger(tmp_path, process=1)
     first.append({"key": "a", "error": "lost"})

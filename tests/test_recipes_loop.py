@@ -94,6 +94,21 @@ def numbers(broken: int, first: int, count: int) -> dict[str, np.ndarray]:
     return {"index": np.arange(first, first + count)}
 
 
+def test_a_checkpoint_removes_the_one_before_alone(tmp_path: Path) -> None:
+    from checkpoint import read_checkpoint, write_checkpoint
+
+    mine = tmp_path / "model-mine.safetensors"
+    mine.write_bytes(b"mine")
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, {"model": {"x": torch.full((2,), float(step))}}, {"step": step})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "state.json", mine.name, "model-0000003-00.safetensors",
+    }  # fmt: skip
+    state, kinds = read_checkpoint(tmp_path)
+    assert state["step"] == 3
+    assert kinds["model"]["x"].tolist() == [3, 3]
+
+
 def test_an_ordered_feed_gives_every_item_in_order_and_cleans_up() -> None:
     from feed import Feed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,137 @@ def test_other_models_features_are_not_mixed_in(
         extract_folder(extractor, pictures, tmp_path / "out", "qwen25")
 
 
+@pytest.fixture
+def used(extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path) -> Path:
+    """An output with the features of the seven images, two a shard."""
+    extract_folder(extractor, pictures, tmp_path / "used", shard_pictures=2)
+    return tmp_path / "used"
+
+
+def test_files_that_no_run_wrote_stay_as_they_are(
+    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+) -> None:
+    """Beside the shards they are left alone; where a shard would go they are refused before a model loads."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("features-mine.safetensors", "features-00007.safetensors"):
+        (out / name).write_bytes(b"mine")
+    extract_folder(extractor, pictures, out, shard_pictures=2)
+    for number in (5, 6):
+        (pictures / f"{number}.png").unlink()
+    extract_folder(extractor, pictures, out, shard_pictures=2)
+    assert (out / "features-mine.safetensors").read_bytes() == b"mine"
+    assert (out / "features-00007.safetensors").read_bytes() == b"mine"
+    assert len(list(out.glob("*.safetensors"))) == 2 + 3
+    clash = tmp_path / "clash"
+    clash.mkdir()
+    (clash / "features-00002.safetensors").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="holds features-00002"):
+        extract_folder(cold(), pictures, clash, shard_pictures=2)
+    assert contents(clash) == {"features-00002.safetensors": b"mine"}
+
+
+def cold() -> VisionCacheExtractor:
+    """An extractor that fails where a model would be loaded."""
+    made = VisionCacheExtractor("miniature", feature_cache=False, device="cpu")
+    made.warm = lambda role: pytest.fail("a model was loaded")  # type: ignore[method-assign]
+    return made
+
+
+def test_another_folders_features_are_not_overwritten(
+    pictures: Path, used: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (64, 64), "red").save(other / "0.png")
+    before = contents(used)
+    with pytest.raises(ValueError, match=r"of the images in .*pictures: give another"):
+        extract_folder(cold(), other, used, shard_pictures=2)
+    (tmp_path / "out").mkdir()
+    used.rename(tmp_path / "out" / "target")
+    monkeypatch.setattr(stream, "extract_folder", lambda *_: pytest.fail("the first one was begun"))
+    with pytest.raises(ValueError, match="give another --output"):  # the second encoder's, before the first
+        example_extraction.main(
+            ["--models", "miniature", "--folder", str(other), "--output", str(tmp_path / "out"),
+             "--encoder", "both"]
+        )  # fmt: skip
+    assert contents(tmp_path / "out" / "target") == before
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format": "qwen-vision-bridge/feature-folder/1"}', '{"mine": 1}', "no"]
+)
+def test_an_index_of_another_kind_or_version_is_refused(content: str, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        extract_folder(cold(), pictures, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"index\.json"):
+        FeatureFolder(tmp_path / "out")
+    assert contents(tmp_path / "out") == {"index.json": content.encode()}
+
+
+def test_an_index_names_shards_and_nothing_else(used: Path, pictures: Path, tmp_path: Path) -> None:
+    """What an index that was tampered with names is not removed."""
+    index = json.loads((used / "index.json").read_text())
+    (tmp_path / "precious").write_text("mine")
+    (used / "index.json").write_text(json.dumps({**index, "shards": ["../precious"]}))
+    with pytest.raises(ValueError, match=r"index\.json"):
+        extract_folder(cold(), pictures, used, shard_pictures=2)
+    assert (tmp_path / "precious").exists()
+
+
+@pytest.mark.parametrize("kept", range(0, 12, 2))
+def test_a_run_killed_after_any_file_goes_on(
+    kept: int, extractor: VisionCacheExtractor, pictures: Path, used: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The run over fewer images dies before its `kept`-th change to the disk, and is started again."""
+
+    class Killed(BaseException):
+        pass
+
+    for number in (4, 5, 6):
+        (pictures / f"{number}.png").unlink()
+    Image.new("RGB", (64, 64)).save(pictures / "0.png")
+    left = [kept]
+
+    def until_killed(change: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return change(*arguments, **options)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "atomic_save", until_killed(stream.atomic_save))
+        patch.setattr(stream, "write_index", until_killed(stream.write_index))
+        patch.setattr(Path, "unlink", until_killed(Path.unlink))
+        with suppress(Killed):
+            extract_folder(extractor, pictures, used, shard_pictures=2)
+    extract_folder(extractor, pictures, used, shard_pictures=2)
+    extract_folder(extractor, pictures, tmp_path / "fresh", shard_pictures=2)
+    assert contents(used) == contents(tmp_path / "fresh")
+
+
+def test_added_and_removed_images_are_followed(
+    extractor: VisionCacheExtractor, pictures: Path, used: Path
+) -> None:
+    Image.new("RGB", (64, 64)).save(pictures / "8.png")
+    (pictures / "0.png").unlink()
+    extract_folder(extractor, pictures, used, shard_pictures=2)
+    names = set(FeatureFolder(used).names)
+    assert "8.png" in names
+    assert "0.png" not in names
+    for path in pictures.rglob("[2-8].png"):
+        path.unlink()
+    extract_folder(extractor, pictures, used, shard_pictures=2)
+    assert FeatureFolder(used).names == ["1.png"]
+    assert len(list(used.glob("*.safetensors"))) == 1
+
+
 def test_no_more_than_the_depth_is_read_ahead() -> None:
     taken, most = 0, 0
     begun = []
@@ -176,11 +308,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_two_processes_write_what_one_writes(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The two one after the other, the last first; test_processes.py starts real ones."""
+    """The second runs while the first waits for it; test_processes.py starts real ones."""
 
     class Rank(Processes):
         def __init__(self, index: int) -> None:
-            self.rank = index
+            self.rank, self.waits = index, 0
 
         index, count, device = (
             property(lambda self: self.rank),
@@ -189,18 +321,24 @@ def test_two_processes_write_what_one_writes(
         )
 
         def wait(self) -> None:
-            pass
+            self.waits += 1
+            if self.rank == 0 and self.waits == 2:  # the index lists the shards that are to come
+                monkeypatch.setattr(stream, "Processes", lambda: Rank(1))
+                example_extraction.main([*arguments, str(tmp_path / "two")])
+                said.append(capsys.readouterr().out)
+                shards.append(len(list((tmp_path / "two" / "source").glob("*.safetensors"))))
 
     arguments = ["--models", "miniature", "--folder", str(pictures), "--output"]
+    said: list[str] = []
+    shards: list[int] = []
     monkeypatch.setattr(extract_folder, "__defaults__", ("qwen3", 2, 8192, None))  # two pictures a shard
     example_extraction.main([*arguments, str(tmp_path / "one")])
     assert capsys.readouterr().out.count("pictures/s") == 1
-    for rank, shards in ((1, 2), (0, 4)):
-        monkeypatch.setattr(stream, "Processes", lambda rank=rank: Rank(rank))
-        example_extraction.main([*arguments, str(tmp_path / "two")])
-        said = capsys.readouterr().out
-        assert len(list((tmp_path / "two" / "source").glob("*.safetensors"))) == shards
-        assert ("pictures/s" in said, "left out: cut.png" in said) == (rank == 0, rank == 0)
+    monkeypatch.setattr(stream, "Processes", lambda: Rank(0))
+    example_extraction.main([*arguments, str(tmp_path / "two")])
+    said.append(capsys.readouterr().out)
+    assert [*shards, len(list((tmp_path / "two" / "source").glob("*.safetensors")))] == [2, 4]
+    assert [("pictures/s" in out, "left out: cut.png" in out) for out in said] == [(False,) * 2, (True,) * 2]
     one, two = (contents(tmp_path / name / "source") for name in ("one", "two"))
     assert len(one) == 5
     assert one == two

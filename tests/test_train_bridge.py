@@ -190,6 +190,7 @@ config = BridgeConfig(source_dim=16, target_dim=12, rank=8, query_dim=8, init="r
 settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2, anchor=0.1)
 trainer = Trainer(folder, BridgeLearner(VisionBridge(config)), Study(StandIn(), pack), settings, accelerator)
 trainer.run()
+open(f"{folder}-id-{accelerator.process_index}", "w").write(trainer.output.run_id)
 """
 
 
@@ -203,6 +204,9 @@ def test_two_processes_equal_one_within_rounding(tmp_path: Path) -> None:
         subprocess.run(
             [*command, str(script), str(tmp_path / name), batch], env=environment, check=True, timeout=240
         )
+    ids = {path.read_text() for path in tmp_path.glob("two-id-*")}
+    assert ids == {json.loads((tmp_path / "two" / "run.json").read_text())["run"]}
+    assert len(list(tmp_path.glob("two-id-*"))) == 2
     one, two = (load_file(tmp_path / name / "checkpoint-5" / "state.safetensors") for name in ("one", "two"))
     fresh = dict(VisionBridge.from_pretrained(tmp_path / "one" / "checkpoint-5").named_parameters())
     assert fresh.keys() == {name.partition("/")[2] for name in one}

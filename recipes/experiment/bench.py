@@ -181,7 +181,7 @@ class Bench:
             if not trainer.run():
                 raise KeyboardInterrupt
             with trainer.averaged():
-                save_result(folder, learner.save)
+                save_result(folder, learner.save, trainer.output)
         else:
             save_result(folder, learner.save)
         write_json(folder / "done.json", {"design": design.name, "seed": seed})

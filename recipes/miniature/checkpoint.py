@@ -18,12 +18,17 @@ SHARD_BYTES = 14_000_000
 def write_checkpoint(folder: Path, kinds: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write tensors of each kind as `kind-step-number.safetensors`, and state.json, which makes them count.
 
-    Files of earlier checkpoints are removed at the end, so that one is whole at every moment.
+    Files of the checkpoint before are removed at the end, so that one is whole at every moment. Those that no
+    state.json names are left alone, whatever their names.
 
     Args:
         kinds: kind → name → tensor, in the dtype to store.
         state: plain data, with the `step`.
     """
+    path = folder / "state.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    named = {name for names in before.get("files", {}).values() for name in names}
+    old = named | set(before.get("replaced", []))  # a kill may have left some of the one before that
     files = {
         kind: [
             _write_shard(folder / f"{kind}-{state['step']:07d}-{number:02d}.safetensors", shard)
@@ -31,12 +36,11 @@ def write_checkpoint(folder: Path, kinds: dict[str, dict[str, Tensor]], state: d
         ]
         for kind, tensors in kinds.items()
     }
-    write_json(folder / "state.json", {**state, "files": files})
     current = {name for names in files.values() for name in names}
-    for kind in kinds:
-        for path in folder.glob(f"{kind}-*.safetensors"):
-            if path.name not in current:
-                path.unlink()
+    replaced = sorted(name for name in old - current if (folder / name).exists())
+    write_json(path, {**state, "files": files, "replaced": replaced})
+    for name in replaced:
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor] | None]] | None:
