@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from .calls import LevelAttention
-from .checkpoints import not_finite
-from .locks import exclusive, replaced
+from .loading.checkpoints import not_finite
+from .loading.locks import exclusive, replaced
 
 LARGE = 512 * 512  # px²: pictures above it are decoded one by one, since a batch would not fit beside the DiT
 

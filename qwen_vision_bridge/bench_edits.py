@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from .bench import Bench
-from .editors import MEMORY_MODES, MemoryMode
 from .injection import batched_vision, mrope_positions
-from .memory import GpuMemoryError, free_cuda
+from .loading.editors import MEMORY_MODES, MemoryMode
+from .loading.memory import GpuMemoryError, free_cuda
+from .loading.placement import CARDS_GB, best_mode
 from .pipeline import EnhancedQwenImageEdit
-from .placement import CARDS_GB, best_mode
 from .sizes import picture_sizes
 from .timing import Stages, in_turn, peak_memory, summarise, timed
 

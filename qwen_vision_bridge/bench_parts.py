@@ -15,7 +15,7 @@ import torch
 
 from . import bench_devices, bench_edits, bench_towers
 from .bench import Bench, Settings, table
-from .memory import free_cuda
+from .loading.memory import free_cuda
 from .records import write_picture
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attention import tower_attention
 from .bench import Bench
 from .bridge import BridgeConfig, VisionBridge, count_parameters
 from .extractor import VisionCacheExtractor
-from .memory import free_cuda
+from .loading.memory import free_cuda
+from .loading.tower_attention import tower_attention
+from .loading.towers import compile_blocks, load_tower
 from .specs import Family, ModelSpec
 from .timing import in_turn, peak_memory, timed
-from .towers import compile_blocks, load_tower
 
 BATCHES = (1, 8, 32, 64)
 SEED_LINES = (  # of the notes that this toolkit was made from, at the released shapes

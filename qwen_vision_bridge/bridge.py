@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from .checkpoints import broken_weight
-from .hub import hub_errors
-from .locks import exclusive
+from .loading.checkpoints import broken_weight
+from .loading.hub import hub_errors
+from .loading.locks import exclusive
 from .specs import LEVEL_NAMES, Family, check_seed
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoints import atomic_save
+from .loading.checkpoints import atomic_save
 from .specs import LEVEL_NAMES, cache_home
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from .images import load_images
-from .memory import is_out_of_memory
+from .loading.memory import is_out_of_memory
 from .specs import FAMILIES, Family, check_seed, resolve_family
 
 OUTPUT = Path("examples_output")
@@ -99,8 +99,8 @@ def choose_models(arguments: argparse.Namespace) -> Family:
 def quieten_libraries() -> None:
     """Leave the screen to the script: warnings in one line, no bars for files of a few MB, no telemetry."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("qwen_vision_bridge.towers").setLevel(logging.INFO)  # how many bytes were read
-    logging.getLogger("qwen_vision_bridge.placement").setLevel(logging.INFO)  # what will lie where
+    logging.getLogger("qwen_vision_bridge.loading.towers").setLevel(logging.INFO)  # how many bytes were read
+    logging.getLogger("qwen_vision_bridge.loading.placement").setLevel(logging.INFO)  # what will lie where
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .editors import MEMORY_MODES
-from .placement import best_mode, plan_for
+from .loading.editors import MEMORY_MODES
+from .loading.placement import best_mode, plan_for
 from .specs import FAMILIES, cache_home
 
 MINIATURE_RAM_GB = 2.0

@@ -11,15 +11,15 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from .attention import VisionAttention, check_vision_attention, tower_attention
 from .cache import CacheComparison, FeatureCache, VisionCache, compare
-from .checkpoints import not_finite, open_checkpoint
 from .images import ImageLike, image_digest, load_images, on_grids
-from .locks import exclusive, model_lock
-from .processors import load_processor
+from .loading.checkpoints import not_finite, open_checkpoint
+from .loading.locks import exclusive, model_lock
+from .loading.processors import load_processor
+from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
+from .loading.towers import compile_blocks, load_tower, load_whole, require_cuda_for_8bit
 from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
 from .states import source_states
-from .towers import compile_blocks, load_tower, load_whole, require_cuda_for_8bit
 
 logger = logging.getLogger(__name__)
 

@@ -56,7 +56,7 @@ class FrozenModels:
         if "edit" in self.course.kinds:
             return self.pipe.text_encoder
         if self._target is None:
-            from .towers import load_whole
+            from .loading.towers import load_whole
 
             self._target = load_whole(
                 self.course.family.target, self.device, self.dtype, self.course.load_in_8bit
@@ -65,7 +65,7 @@ class FrozenModels:
 
     def reader(self) -> Reader:
         """What reads features: the target's language model."""
-        from .processors import load_processor
+        from .loading.processors import load_processor
         from .readers import Reader
 
         spec, course = self.course.family.target, self.course

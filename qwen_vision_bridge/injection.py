@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from .attention import VisionAttention, check_vision_attention, tower_attention
 from .bridge import VisionBridge, check_strength
 from .cache import VisionCache
-from .locks import model_lock, replaced
+from .loading.locks import model_lock, replaced
+from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
 
 logger = logging.getLogger(__name__)
 

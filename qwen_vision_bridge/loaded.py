@@ -15,7 +15,7 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from .locks import exclusive
+from .loading.locks import exclusive
 from .records import digest_of
 
 SAMPLES = 4096  # values of a tensor that enter with their positions

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .lessons import Lesson, Lessons
-from .memory import usable_gpu_bytes
+from .loading.memory import usable_gpu_bytes
 from .records import write_json
 from .specs import read_json, step_seed
 

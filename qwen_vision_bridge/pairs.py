@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .images import image_digest
-from .locks import model_lock
+from .loading.locks import model_lock
 from .records import digest_of, write_json, write_picture
 from .specs import read_json
 

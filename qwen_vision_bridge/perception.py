@@ -18,7 +18,7 @@ from . import metrics
 from .arms import Arm
 from .cache import VisionCache
 from .injection import Levels, batched_vision, inject, mrope_positions
-from .locks import model_lock
+from .loading.locks import model_lock
 from .sizes import condition_size
 from .world import Case, locate_question, read_question
 

@@ -12,20 +12,27 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from .attention import VisionAttention, check_vision_attention
 from .batching import Prepared, denoise, finished, prepare
 from .bridge import VisionBridge, bridge_digest
 from .cache import VisionCache
 from .calls import Comparison, LevelAttention, check_call
-from .editors import check_device, editor_revision, find_mode, free_gpu_gb, load_pipeline, out_of_memory_named
 from .extractor import VisionCacheExtractor
 from .images import ImageLike
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .loaded import changed_parts, loaded_state
-from .locks import exclusive, model_lock
+from .loading.editors import (
+    check_device,
+    editor_revision,
+    find_mode,
+    free_gpu_gb,
+    load_pipeline,
+    out_of_memory_named,
+)
+from .loading.locks import exclusive, model_lock
+from .loading.placement import MemoryPlan, card_gb, say
+from .loading.processors import load_processor
+from .loading.tower_attention import VisionAttention, check_vision_attention
 from .pairs import run_pairs
-from .placement import MemoryPlan, card_gb, say
-from .processors import load_processor
 from .records import provenance, write_picture
 from .shipped import resolve_bridge
 from .sizes import condition_grids, effective_sizes, picture_sizes, takes_several

@@ -14,8 +14,8 @@ import torch
 
 from .bridge import BridgeConfig, VisionBridge, count_parameters
 from .course import WORLD_SAMPLES, Course
-from .editors import BYTES, UNQUANTISED_ENCODER_B
-from .memory import usable_gpu_bytes
+from .loading.editors import BYTES, UNQUANTISED_ENCODER_B
+from .loading.memory import usable_gpu_bytes
 from .miniature import TARGET_PX
 from .settings import TrainingSettings
 from .specs import Family, cache_home

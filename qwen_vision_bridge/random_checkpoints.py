@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from .locks import model_lock
+from .loading.locks import model_lock
+from .loading.towers import TOWER_PREFIX
 from .miniature import SCHEDULER, write_model_index
 from .specs import check_seed
 from .tokens import CHAT_TEMPLATE, build_tokenizer
-from .towers import TOWER_PREFIX
 
 SHARD_BYTES = 4_900_000_000
 NOISE = 8 * 2**20  # values in the block of noise

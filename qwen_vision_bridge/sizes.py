@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from .locks import model_lock, replaced
+from .loading.locks import model_lock, replaced
 from .specs import EditorSpec
 
 STOCK_AREA = 1024 * 1024  # px², the default of both pipelines' outputs

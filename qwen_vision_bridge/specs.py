@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .hub import hub_file
+from .loading.hub import hub_file
 
 BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniature.py
 LEVEL_NAMES = ("early", "mid", "late")

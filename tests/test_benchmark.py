@@ -15,6 +15,7 @@ from safetensors import safe_open
 import benchmark
 from qwen_vision_bridge import bench_devices, bench_edits, bench_parts
 from qwen_vision_bridge.bench import Bench, Settings, meets, table
+from qwen_vision_bridge.loading.towers import load_tower
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.random_checkpoints import (
     CONFIGS,
@@ -27,7 +28,6 @@ from qwen_vision_bridge.random_checkpoints import (
 )
 from qwen_vision_bridge.specs import MODELS, resolve_family
 from qwen_vision_bridge.timing import Measured, Stages, in_turn, peak_memory, summarise
-from qwen_vision_bridge.towers import load_tower
 
 CPU = torch.device("cpu")
 COLUMNS = {"name", "value", "unit", "bar", "spread", "n", "device", "command", "date"}

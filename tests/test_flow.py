@@ -11,9 +11,9 @@ from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import CHANGED, Flow
 from qwen_vision_bridge.learners import BridgeLearner
 from qwen_vision_bridge.lessons import WorldLessons
+from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.objectives import StepPlan, Study, distance, strangeness
 from qwen_vision_bridge.packs import build_pack
-from qwen_vision_bridge.processors import load_processor
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.specs import FAMILIES

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_vision_bridge import fused
-from qwen_vision_bridge.attention import tower_attention
-from qwen_vision_bridge.fused import fused_layers, padded_feed_forward, rotated
+from qwen_vision_bridge.loading import fused
+from qwen_vision_bridge.loading.fused import fused_layers, padded_feed_forward, rotated
+from qwen_vision_bridge.loading.tower_attention import tower_attention
 
 CALLS = ("fused_attention", "fused_norm", "padded_feed_forward")
 
@@ -132,8 +132,8 @@ def test_layers_that_are_moved_to_the_gpu_one_by_one_keep_their_hooks(offload: s
 
 def test_the_sources_attention_is_fused_and_gives_the_same(seen: list[str]) -> None:
     """Its norms are PyTorch's and its widths even: they are left."""
+    from qwen_vision_bridge.loading.towers import load_tower
     from qwen_vision_bridge.specs import MODELS
-    from qwen_vision_bridge.towers import load_tower
 
     tower = load_tower(MODELS["miniature-source"]).model
     check_fused(tower, [[1, 4, 4], [1, 6, 10]])

@@ -16,15 +16,15 @@ import pytest
 from conftest import shard_checkpoint
 from loopback_hub import LoopbackHub
 
-from qwen_vision_bridge.towers import TOWER_PREFIX
+from qwen_vision_bridge.loading.towers import TOWER_PREFIX
 
 CLIENT = """
 import hashlib, json, logging, os, resource, sys, time
 from dataclasses import replace
 from pathlib import Path
-from qwen_vision_bridge.checkpoints import HubCheckpoint, open_checkpoint
+from qwen_vision_bridge.loading.checkpoints import HubCheckpoint, open_checkpoint
 from qwen_vision_bridge.specs import MODELS, resolve_family
-from qwen_vision_bridge.towers import load_tower
+from qwen_vision_bridge.loading.towers import load_tower
 
 home = Path(os.environ["QWEN_VISION_BRIDGE_HOME"])
 
@@ -128,8 +128,8 @@ def test_only_the_towers_bytes_and_the_headers_cross_the_wire(visit: Visit) -> N
 def test_the_fetched_tower_is_the_local_one_bit_for_bit(visit: Visit, source_folder: Path) -> None:
     import hashlib
 
+    from qwen_vision_bridge.loading.towers import load_tower
     from qwen_vision_bridge.specs import MODELS
-    from qwen_vision_bridge.towers import load_tower
 
     digest = hashlib.sha256()
     for name, tensor in sorted(load_tower(MODELS["miniature-source"]).model.state_dict().items()):

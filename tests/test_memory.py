@@ -14,10 +14,10 @@ from PIL import Image
 
 import check_environment
 from qwen_vision_bridge import pipeline as pipeline_module
-from qwen_vision_bridge.editors import MEMORY_MODES, PREFERENCE, find_mode, free_gpu_gb
-from qwen_vision_bridge.memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
+from qwen_vision_bridge.loading.editors import MEMORY_MODES, PREFERENCE, find_mode, free_gpu_gb
+from qwen_vision_bridge.loading.memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
+from qwen_vision_bridge.loading.placement import CARDS_GB, MemoryPlan, card_gb, plan_for
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.placement import CARDS_GB, MemoryPlan, card_gb, plan_for
 from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
@@ -112,7 +112,7 @@ def test_a_cap_on_the_processs_memory_counts(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_smallest_mode_says_that_there_is_no_smaller_one() -> None:
-    from qwen_vision_bridge.editors import out_of_memory_named
+    from qwen_vision_bridge.loading.editors import out_of_memory_named
 
     smallest = min(MEMORY_MODES, key=lambda mode: mode.gpu_gb(QWEN.editor))
     with pytest.raises(GpuMemoryError, match="the smallest there is"):  # noqa: SIM117

@@ -12,8 +12,14 @@ import torch
 from PIL import Image
 
 from qwen_vision_bridge.bridge import VisionBridge
-from qwen_vision_bridge.editors import MEMORY_MODES, GpuMemoryError, MemoryMode, check_device, find_mode
 from qwen_vision_bridge.injection import mrope_positions
+from qwen_vision_bridge.loading.editors import (
+    MEMORY_MODES,
+    GpuMemoryError,
+    MemoryMode,
+    check_device,
+    find_mode,
+)
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.sizes import picture_sizes
 from qwen_vision_bridge.specs import FAMILIES

@@ -15,10 +15,10 @@ from PIL import Image
 import example_extraction
 from qwen_vision_bridge import stream
 from qwen_vision_bridge.extractor import VisionCacheExtractor
-from qwen_vision_bridge.memory import GpuMemoryError
+from qwen_vision_bridge.loading.memory import GpuMemoryError
+from qwen_vision_bridge.loading.towers import compile_blocks, load_tower
 from qwen_vision_bridge.processes import Processes
 from qwen_vision_bridge.stream import FeatureFolder, extract_folder, read_ahead
-from qwen_vision_bridge.towers import compile_blocks, load_tower
 
 SIZES = [(128, 128), (96, 160), (128, 128), (160, 96), (128, 128), (96, 160), (64, 64)]
 
@@ -354,7 +354,7 @@ def test_the_command_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_compiled_blocks_compute_the_same() -> None:
-    from qwen_vision_bridge.attention import tower_attention
+    from qwen_vision_bridge.loading.tower_attention import tower_attention
     from qwen_vision_bridge.specs import MODELS
 
     tower = load_tower(MODELS["miniature-source"]).model

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from qwen_vision_bridge import EnhancedQwenImageEdit, VisionBridge, VisionCacheExtractor
-from qwen_vision_bridge.locks import replaced
+from qwen_vision_bridge.loading.locks import replaced
 from qwen_vision_bridge.world import sample_picture
 
 PROMPT = 'Change the text to "FOX".'

@@ -12,9 +12,8 @@ import torch
 from conftest import shard_checkpoint
 from safetensors.torch import load_file, save_file
 
-from qwen_vision_bridge.checkpoints import LocalCheckpoint
-from qwen_vision_bridge.specs import MODELS, resolve_family
-from qwen_vision_bridge.towers import (
+from qwen_vision_bridge.loading.checkpoints import LocalCheckpoint
+from qwen_vision_bridge.loading.towers import (
     TOWER_PREFIX,
     load_tower,
     load_whole,
@@ -22,6 +21,7 @@ from qwen_vision_bridge.towers import (
     quantise_blocks,
     require_cuda_for_8bit,
 )
+from qwen_vision_bridge.specs import MODELS, resolve_family
 
 SOURCE, TARGET = MODELS["miniature-source"], MODELS["miniature-target"]
 

@@ -23,9 +23,9 @@ from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
 from qwen_vision_bridge.learners import BridgeLearner, rival_of
 from qwen_vision_bridge.lessons import WorldLessons
+from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.objectives import StepPlan, Study, find_hard
 from qwen_vision_bridge.packs import Pack, build_pack
-from qwen_vision_bridge.processors import load_processor
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.runs import checkpoints, find_checkpoint
 from qwen_vision_bridge.settings import TrainingSettings

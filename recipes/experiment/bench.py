@@ -22,13 +22,13 @@ from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
 from qwen_vision_bridge.learners import BridgeLearner, Learner, rival_of
 from qwen_vision_bridge.lessons import Lesson, WorldLessons
+from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.measuring import Measurer
 from qwen_vision_bridge.milestones import save_result
 from qwen_vision_bridge.objectives import Study
 from qwen_vision_bridge.packs import Pack, See, build_pack, join
 from qwen_vision_bridge.perception import questions_of
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.processors import load_processor
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.records import digest_of, write_json
 from qwen_vision_bridge.settings import TrainingSettings

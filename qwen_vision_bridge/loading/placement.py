@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..specs import Family
 from .editors import MEMORY_MODES, PREFERENCE, WORKING_GB, MemoryMode
 from .memory import usable_gpu_bytes
-from .specs import Family
 
 logger = logging.getLogger(__name__)
 

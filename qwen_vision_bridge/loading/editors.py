@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..miniature import locate
+from ..specs import EditorSpec, Family, read_json
 from .checkpoints import check_tensors, folder_digest, without_loading_reports
 from .hub import hub_file
 from .locks import exclusive
 from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory, usable_gpu_bytes
-from .miniature import locate
 from .quantisation import ENCODER_KEPT, quantisation_config, quantise_to_4_bit
-from .specs import EditorSpec, Family, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..miniature import locate
 from .hub import hub_file
-from .miniature import locate
 
 
 def load_processor(

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..specs import ModelSpec
 from .checkpoints import Checkpoint, check_tensors, open_checkpoint, without_loading_reports
 from .locks import exclusive
 from .memory import is_out_of_memory
-from .specs import ModelSpec
 
 logger = logging.getLogger(__name__)
 

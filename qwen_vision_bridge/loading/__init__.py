@@ -1,0 +1,1 @@
+"""Models from folders and the hub: towers, whole editors, quantisation, memory plans."""
