@@ -182,7 +182,7 @@ class Session:
     def cases(self, groups: Sequence[str]) -> tuple[list[Any], list[str], list[Any] | None]:
         """The cases of these groups, what they leave out, and the arms; the user's own where given."""
         from qwen_vision_bridge.comparisons import cases_needed
-        from qwen_vision_bridge.languages import cases_for
+        from qwen_vision_bridge.synthetic.multilingual import cases_for
 
         if self.arguments.image is not None:
             return self.photographs(groups)
@@ -226,7 +226,7 @@ class Session:
         if self.arguments.image is not None:
             return self.arguments.image
         from qwen_vision_bridge.records import write_picture
-        from qwen_vision_bridge.world import sample_picture
+        from qwen_vision_bridge.synthetic.cases import sample_picture
 
         picture = sample_picture(self.pipeline.family.picture_size, self.arguments.seed)
         return write_picture(self.output / "test_input.png", picture)

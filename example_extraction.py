@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
     from qwen_vision_bridge.extractor import VisionCacheExtractor
     from qwen_vision_bridge.records import write_picture
-    from qwen_vision_bridge.world import sample_picture
+    from qwen_vision_bridge.synthetic.cases import sample_picture
 
     family = choose_models(arguments)
     image, prompt = arguments.image, arguments.prompt or PROMPT

@@ -16,8 +16,8 @@ from PIL import Image
 
 from . import metrics
 from .reading import Picture, pixels_of
-from .scenes import Scene, SceneObject, corners_of
-from .world import Case, words_of
+from .synthetic.cases import Case, words_of
+from .synthetic.scene import Scene, SceneObject, corners_of
 
 VISIBLE = 24  # grey levels in some channel: less is no change, but the codec's
 

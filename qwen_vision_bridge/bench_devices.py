@@ -39,7 +39,7 @@ def devices(bench: Bench) -> None:
 
 def _folder(bench: Bench) -> Path:
     """Synthetic pictures as PNG files, written once."""
-    from .world import sample_picture
+    from .synthetic.cases import sample_picture
 
     place = bench.settings.folder / f"pictures-{bench.settings.pictures}"
     if not (place / "all").is_file():

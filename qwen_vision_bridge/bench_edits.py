@@ -219,7 +219,7 @@ def _import_pipeline(bench: Bench) -> None:
 
 
 def _picture(bench: Bench) -> Image.Image:
-    from .world import sample_picture
+    from .synthetic.cases import sample_picture
 
     return sample_picture(bench.settings.side)
 

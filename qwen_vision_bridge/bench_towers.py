@@ -65,7 +65,7 @@ def extraction(bench: Bench) -> None:
 
 
 def _one_picture_both_ways(bench: Bench, family: Family, seeds_way: VisionCacheExtractor) -> None:
-    from .world import sample_picture
+    from .synthetic.cases import sample_picture
 
     side = family.picture_size
     picture = sample_picture(side)

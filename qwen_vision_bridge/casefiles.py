@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from .images import load_images
-from .scenes import COLOURS
-from .world import GROUPS
+from .synthetic.cases import GROUPS
+from .synthetic.scene import COLOURS
 
 OTHER = "other"
 FIELDS = {

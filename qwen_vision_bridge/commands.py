@@ -80,7 +80,7 @@ def check_inputs(arguments: argparse.Namespace) -> None:
 def choose_models(arguments: argparse.Namespace) -> Family:
     """Print which family is used, why, and how to get the other; return it with its replaced roles."""
     from .environment import choose_family
-    from .miniature import is_shipped
+    from .synthetic.miniature import is_shipped
 
     name, line = choose_family(arguments.models)
     replaced = {

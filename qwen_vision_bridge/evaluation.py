@@ -23,7 +23,7 @@ from .measuring import METRICS, Measurer, unmeasured
 from .pipeline import EnhancedQwenImageEdit
 from .processes import Processes
 from .specs import check_seed
-from .world import GROUPS
+from .synthetic.cases import GROUPS
 
 logger = logging.getLogger(__name__)
 

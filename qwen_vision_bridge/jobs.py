@@ -19,7 +19,7 @@ from .images import image_digest
 from .perception import Question, questions_of, supports
 from .pipeline import EnhancedQwenImageEdit
 from .records import digest_of
-from .world import GROUPS
+from .synthetic.cases import GROUPS
 
 SAFE_ID = re.compile(r"[\w][\w.-]{0,120}")
 OTHER = "other"  # the group of cases from files that name none

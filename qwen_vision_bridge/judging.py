@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from . import metrics
-from .edits import Edit
-from .scenes import COLOURS, Scene, SceneObject, TextBlock, render
-from .world import Case
+from .synthetic.cases import Case
+from .synthetic.instructions import Edit
+from .synthetic.scene import COLOURS, Scene, SceneObject, TextBlock, render
 
 # Kinds whose result is read, and kinds whose result is a background; the others show by their scenes.
 WRITTEN = (

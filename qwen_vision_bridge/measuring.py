@@ -19,11 +19,11 @@ from .casefiles import OTHER, FileCase
 from .comparisons import Metric
 from .drift import measure_drift
 from .judging import judge
-from .languages import LanguageCase
 from .perceptual import WEIGHTS, lpips, lpips_missing
 from .published import Word, masked_scores, region_scores
-from .scenes import COLOURS
-from .world import Case
+from .synthetic.cases import Case
+from .synthetic.multilingual import LanguageCase
+from .synthetic.scene import COLOURS
 
 METRICS = {
     "right": Metric(True, True),

@@ -18,7 +18,7 @@ import numpy as np
 from .reading import Picture
 from .reading import pixels_of as _pixels
 from .reading import read_text as read_text
-from .scenes import COLOURS, RGB, SceneObject
+from .synthetic.scene import COLOURS, RGB, SceneObject
 
 SSIM_REACH = 5  # px: half the window of the structural similarity
 

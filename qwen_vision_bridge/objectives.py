@@ -13,7 +13,7 @@ from .packs import Pack
 from .readers import Reader, Rows
 from .settings import TrainingSettings
 from .specs import step_seed
-from .tokens import TEMPLATE_PREFIX_TOKENS
+from .synthetic.tokenizer import TEMPLATE_PREFIX_TOKENS
 
 
 @dataclass

@@ -20,7 +20,7 @@ from .cache import VisionCache
 from .injection import Levels, batched_vision, inject, mrope_positions
 from .loading.locks import model_lock
 from .sizes import condition_size
-from .world import Case, locate_question, read_question
+from .synthetic.cases import Case, locate_question, read_question
 
 if TYPE_CHECKING:
     from .pipeline import EnhancedQwenImageEdit

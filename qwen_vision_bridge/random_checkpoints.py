@@ -19,9 +19,9 @@ import torch
 
 from .loading.locks import model_lock
 from .loading.towers import TOWER_PREFIX
-from .miniature import SCHEDULER, write_model_index
 from .specs import check_seed
-from .tokens import CHAT_TEMPLATE, build_tokenizer
+from .synthetic.miniature import SCHEDULER, write_model_index
+from .synthetic.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 SHARD_BYTES = 4_900_000_000
 NOISE = 8 * 2**20  # values in the block of noise

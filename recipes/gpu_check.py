@@ -27,7 +27,7 @@ from qwen_vision_bridge.loading.editors import MEMORY_MODES
 from qwen_vision_bridge.loading.towers import load_tower, load_whole
 from qwen_vision_bridge.random_checkpoints import write_checkpoint
 from qwen_vision_bridge.specs import resolve_family
-from qwen_vision_bridge.world import sample_picture
+from qwen_vision_bridge.synthetic.cases import sample_picture
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -12,8 +12,8 @@ from qwen_vision_bridge.agreement import agreement, colour_off, edit_agreement, 
 from qwen_vision_bridge.casefiles import FileCase
 from qwen_vision_bridge.measuring import measure
 from qwen_vision_bridge.metrics import iou_by_object
-from qwen_vision_bridge.scenes import COLOURS, SceneObject
-from qwen_vision_bridge.world import make_cases
+from qwen_vision_bridge.synthetic.cases import make_cases
+from qwen_vision_bridge.synthetic.scene import COLOURS, SceneObject
 
 GREY = (128, 128, 128)
 

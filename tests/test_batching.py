@@ -12,7 +12,7 @@ from PIL import Image
 from qwen_vision_bridge.arms import Arm
 from qwen_vision_bridge.batching import Prepared
 from qwen_vision_bridge.evaluation import evaluate
-from qwen_vision_bridge.world import make_cases
+from qwen_vision_bridge.synthetic.cases import make_cases
 
 SHORT = {"num_inference_steps": 3}
 CLOSE = 2  # grey levels of 255: how far a picture of a batch may be from the one made alone

@@ -8,7 +8,7 @@ from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 
 from qwen_vision_bridge.drift import measure_drift
-from qwen_vision_bridge.world import make_cases
+from qwen_vision_bridge.synthetic.cases import make_cases
 
 
 def moved(picture: Image.Image, right: float, down: float, scale: float, degrees: float) -> Image.Image:

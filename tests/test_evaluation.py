@@ -18,7 +18,7 @@ from qwen_vision_bridge.jobs import Run, content_key
 from qwen_vision_bridge.measuring import METRICS, measure
 from qwen_vision_bridge.perception import Question, questions_of, score
 from qwen_vision_bridge.summaries import as_table, write_results
-from qwen_vision_bridge.world import GROUPS, make_cases
+from qwen_vision_bridge.synthetic.cases import GROUPS, make_cases
 
 SHORT = {"num_inference_steps": 2}
 

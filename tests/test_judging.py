@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageFilter
 
-from qwen_vision_bridge import judging, metrics, referring, world
-from qwen_vision_bridge.edits import retext
+from qwen_vision_bridge import judging, metrics
 from qwen_vision_bridge.judging import judge
-from qwen_vision_bridge.scenes import COLOURS, Scene, SceneObject, TextBlock, render
+from qwen_vision_bridge.synthetic import cases as world
+from qwen_vision_bridge.synthetic import referring
+from qwen_vision_bridge.synthetic.instructions import retext
+from qwen_vision_bridge.synthetic.scene import COLOURS, Scene, SceneObject, TextBlock, render
 
 ALL = [(group, kind) for group in world.GROUPS for kind in world.KINDS[group]]
 

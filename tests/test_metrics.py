@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from qwen_vision_bridge import metrics, scenes, world
+from qwen_vision_bridge import metrics
+from qwen_vision_bridge.synthetic import cases as world
+from qwen_vision_bridge.synthetic import scene as scenes
 
 WORDS = st.text(alphabet="ABCab ß3Éé", max_size=12)
 

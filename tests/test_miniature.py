@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_vision_bridge import miniature, tokens
+from qwen_vision_bridge.synthetic import miniature
+from qwen_vision_bridge.synthetic import tokenizer as tokens
 
 
 def test_the_template_prefix_is_exactly_64_tokens(shared_pipe: Any) -> None:
@@ -52,7 +53,7 @@ def test_the_package_ships_trained_weights_with_their_card(source_folder: Path, 
     from diffusers import AutoencoderKLQwenImage
 
     from qwen_vision_bridge.metrics import masked_psnr
-    from qwen_vision_bridge.world import make_cases
+    from qwen_vision_bridge.synthetic.cases import make_cases
 
     assert miniature.is_shipped()
     assert {source_folder.parent, editor_folder.parent} == {miniature.SHIPPED}
@@ -117,7 +118,7 @@ def test_other_locations_pass_unchanged() -> None:
 def test_the_shipped_miniature_does_what_it_is_told(kind: str, pipe: Any) -> None:
     from qwen_vision_bridge.judging import judge
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-    from qwen_vision_bridge.world import make_cases
+    from qwen_vision_bridge.synthetic.cases import make_cases
 
     group, name = kind.split("/")
     (case,) = make_cases(group, 1, seed=3, kinds=(name,))

@@ -14,7 +14,7 @@ from PIL import Image
 from qwen_vision_bridge import perceptual
 from qwen_vision_bridge.evaluation import evaluate
 from qwen_vision_bridge.measuring import measure
-from qwen_vision_bridge.world import make_cases
+from qwen_vision_bridge.synthetic.cases import make_cases
 
 
 @pytest.fixture

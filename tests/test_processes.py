@@ -21,7 +21,7 @@ from qwen_vision_bridge.bridge import VisionBridge, BridgeConfig
 from qwen_vision_bridge.evaluation import evaluate
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.summaries import write_results
-from qwen_vision_bridge.world import make_cases
+from qwen_vision_bridge.synthetic.cases import make_cases
 
 
 class StandIn:

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from qwen_vision_bridge.casefiles import FileCase
-from qwen_vision_bridge.languages import language_cases
 from qwen_vision_bridge.measuring import measure, unmeasured
 from qwen_vision_bridge.published import RegionScores, Word, masked_scores, region_scores
+from qwen_vision_bridge.synthetic.multilingual import language_cases
 
 
 def line(text: str, top: float, left: float = 0) -> Word:

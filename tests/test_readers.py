@@ -17,7 +17,7 @@ from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.perception import Question, ask
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.specs import FAMILIES
-from qwen_vision_bridge.world import make_cases
+from qwen_vision_bridge.synthetic.cases import make_cases
 
 FAMILY = FAMILIES["miniature"]
 CASES = make_cases("ocr", 3, seed=4, split="validation")

@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vision_bridge import miniature, tokens, world
+from qwen_vision_bridge.synthetic import cases as world
+from qwen_vision_bridge.synthetic import miniature
+from qwen_vision_bridge.synthetic import tokenizer as tokens
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "miniature"
 

@@ -21,9 +21,9 @@ import check_environment
 import example_end_to_end
 import example_extraction
 from qwen_vision_bridge.commands import run
-from qwen_vision_bridge.miniature import TARGET_PX
 from qwen_vision_bridge.specs import FAMILIES
-from qwen_vision_bridge.world import GROUPS
+from qwen_vision_bridge.synthetic.cases import GROUPS
+from qwen_vision_bridge.synthetic.miniature import TARGET_PX
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")

@@ -16,7 +16,7 @@ from torch import nn
 
 from qwen_vision_bridge import EnhancedQwenImageEdit, VisionBridge, VisionCacheExtractor
 from qwen_vision_bridge.loading.locks import replaced
-from qwen_vision_bridge.world import sample_picture
+from qwen_vision_bridge.synthetic.cases import sample_picture
 
 PROMPT = 'Change the text to "FOX".'
 SHORT = {

@@ -13,9 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen_vision_bridge import edits, layout, metrics, referring, scenes, world
-from qwen_vision_bridge.languages import language_cases
+from qwen_vision_bridge import metrics
 from qwen_vision_bridge.specs import MAX_SEED
+from qwen_vision_bridge.synthetic import cases as world
+from qwen_vision_bridge.synthetic import instructions as edits
+from qwen_vision_bridge.synthetic import referring
+from qwen_vision_bridge.synthetic import sampler as layout
+from qwen_vision_bridge.synthetic import scene as scenes
+from qwen_vision_bridge.synthetic.multilingual import language_cases
 
 ALL = [(group, kind) for group in world.GROUPS for kind in world.KINDS[group]]
 A_KIND = 6

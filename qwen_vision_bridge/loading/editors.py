@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..miniature import locate
 from ..specs import EditorSpec, Family, read_json
+from ..synthetic.miniature import locate
 from .checkpoints import check_tensors, folder_digest, without_loading_reports
 from .hub import hub_file
 from .locks import exclusive

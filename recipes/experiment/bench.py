@@ -32,8 +32,8 @@ from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.records import digest_of, write_json
 from qwen_vision_bridge.settings import TrainingSettings
+from qwen_vision_bridge.synthetic.cases import Case, make_cases
 from qwen_vision_bridge.training import Trainer
-from qwen_vision_bridge.world import Case, make_cases
 
 PART = 6000  # lessons whose features are made by one process
 FEWER = 4  # times fewer edits than questions to learn from: a step through the transformer costs more

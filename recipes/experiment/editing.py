@@ -23,7 +23,7 @@ from qwen_vision_bridge.comparisons import BASELINE
 from qwen_vision_bridge.jobs import Run
 from qwen_vision_bridge.loading.towers import cast_weights
 from qwen_vision_bridge.records import write_whole
-from qwen_vision_bridge.world import Case, make_cases
+from qwen_vision_bridge.synthetic.cases import Case, make_cases
 
 SITES = ("tower", "deepstack", "prompt_embeds")  # every bridge is trained at the first
 WEIGHTS = "level-weights.json"

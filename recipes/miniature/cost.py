@@ -46,7 +46,7 @@ def once(source: str, editor: str, steps: int) -> dict[str, float]:
     )
 
     from qwen_vision_bridge import EnhancedQwenImageEdit
-    from qwen_vision_bridge.world import sample_picture
+    from qwen_vision_bridge.synthetic.cases import sample_picture
 
     picture = sample_picture(128)
     start = time.perf_counter()

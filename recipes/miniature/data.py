@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen_vision_bridge import miniature, tokens, world
-from qwen_vision_bridge.edits import Edit
-from qwen_vision_bridge.scenes import render
 from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.synthetic import cases as world
+from qwen_vision_bridge.synthetic import miniature
+from qwen_vision_bridge.synthetic import tokenizer as tokens
+from qwen_vision_bridge.synthetic.instructions import Edit
+from qwen_vision_bridge.synthetic.scene import render
 
 PICTURE = 128  # px a side: what source, VAE and cases have
 CONDITION = isqrt(FAMILIES["miniature"].editor.condition_area or 0)  # px: to what the pipeline reduces it,

@@ -17,7 +17,8 @@ from data import PROMPT_TOKENS, closing, encode, opening
 from fast import FastModel, compile_modules
 from torch import Tensor, nn
 
-from qwen_vision_bridge import miniature, tokens
+from qwen_vision_bridge.synthetic import miniature
+from qwen_vision_bridge.synthetic import tokenizer as tokens
 
 SIDE = 16  # tokens a side of a packed latent
 TOKENS = SIDE * SIDE  # of a picture

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from data import opening
 from torch import Tensor, nn
 
-from qwen_vision_bridge.miniature import SOURCE_VISION, TARGET_VISION
+from qwen_vision_bridge.synthetic.miniature import SOURCE_VISION, TARGET_VISION
 
 GRID = 8  # merged tokens a side
 
@@ -218,7 +218,7 @@ def build(role: str, seed: int, folder: str | None = None) -> FastModel:
     """
     import transformers
 
-    from qwen_vision_bridge import miniature
+    from qwen_vision_bridge.synthetic import miniature
 
     processor = miniature.source_processor() if role == "source" else miniature.target_processor()
     kind = "Qwen3VL" if role == "source" else "Qwen2_5_VL"

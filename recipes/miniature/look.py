@@ -27,7 +27,7 @@ from single_frame import as_images
 from torch import Tensor
 from train_dit import load
 
-from qwen_vision_bridge import world
+from qwen_vision_bridge.synthetic import cases as world
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qwen_vision_bridge import world
 from qwen_vision_bridge.comparisons import bootstrap_interval
 from qwen_vision_bridge.records import write_json
 from qwen_vision_bridge.sizes import condition_size
+from qwen_vision_bridge.synthetic import cases as world
 
 PARTS = {"vae": "VAE:", "reading": "reading:", "cost": "cost:", "edits": ""}  # how their figures' names begin
 EXPLICIT = ("change_text",)

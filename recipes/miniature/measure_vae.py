@@ -13,7 +13,7 @@ import torch
 from single_frame import as_images
 from torch import Tensor, nn
 
-from qwen_vision_bridge import miniature
+from qwen_vision_bridge.synthetic import miniature
 
 RESAMPLES = 2000
 

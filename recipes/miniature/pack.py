@@ -10,7 +10,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from qwen_vision_bridge import miniature
+from qwen_vision_bridge.synthetic import miniature
 
 MOST, MOST_IN_FILE = 40e6, 15e6  # bytes
 

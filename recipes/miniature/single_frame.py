@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qwen_vision_bridge import miniature
+from qwen_vision_bridge.synthetic import miniature
 
 TOLERANCE = 1e-3
 

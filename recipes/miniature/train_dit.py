@@ -25,7 +25,7 @@ from stepper import compile_if_possible
 from supply import Supply, settings_of, stage_parser
 from torch import Tensor
 
-from qwen_vision_bridge import miniature
+from qwen_vision_bridge.synthetic import miniature
 
 SAVE_EVERY = 4000  # steps: a machine that is lent can be taken back
 DROPPED = 0.1  # of the prompts, for guidance

@@ -26,7 +26,9 @@ from stepper import compile_if_possible
 from supply import Supply, settings_of, stage_parser
 from torch import Tensor
 
-from qwen_vision_bridge import miniature, tokens, world
+from qwen_vision_bridge.synthetic import cases as world
+from qwen_vision_bridge.synthetic import miniature
+from qwen_vision_bridge.synthetic import tokenizer as tokens
 
 PICTURES = {"source": "full", "target": "small"}
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from .layout import Draw
-from .reading import can_read
-from .scenes import BACKDROPS, PLATES, ink_on, render
-from .specs import Family, check_seed
-from .world import Case, make_cases
+from ..reading import can_read
+from ..specs import Family, check_seed
+from .cases import Case, make_cases
+from .sampler import Draw
+from .scene import BACKDROPS, PLATES, ink_on, render
 
 SYSTEM_FONTS = Path("/usr/share/fonts")
 DEJAVU, CJK = "DejaVuSans-Bold.ttf", "NotoSansCJK-Bold.ttc"

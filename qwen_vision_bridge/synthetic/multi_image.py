@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .edits import LARGE, Edit, phrase, recolour_background, retext, sample, square, the, with_words
-from .layout import Draw, objects_at
-from .scenes import BACKDROPS, Scene, ink_on
+from .instructions import LARGE, Edit, phrase, recolour_background, retext, sample, square, the, with_words
+from .sampler import Draw, objects_at
+from .scene import BACKDROPS, Scene, ink_on
 
 
 def _on_backdrop(scene: Scene, backdrop: str) -> Scene:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .layout import LETTERS, PAIR_BACKDROPS, PAIR_COLOURS, WORDS, Draw, objects_at
-from .scenes import BACKDROPS, Scene, SceneObject, ink_on
+from .sampler import LETTERS, PAIR_BACKDROPS, PAIR_COLOURS, WORDS, Draw, objects_at
+from .scene import BACKDROPS, Scene, SceneObject, ink_on
 
 PLACES = {"left": "left side", "right": "right side", "top": "top", "bottom": "bottom", "centre": "centre"}
 CORNERS = ("top left", "top right", "bottom left", "bottom right")

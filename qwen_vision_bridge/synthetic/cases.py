@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from . import consistency, edits, referring
-from .edits import Edit, square
-from .layout import Draw, NoRoomError, is_held_out
-from .scenes import Scene, SceneObject, TextBlock, edit_mask, render
-from .specs import check_seed
+from ..specs import check_seed
+from . import instructions as edits
+from . import multi_image as consistency
+from . import referring
+from .instructions import Edit, square
+from .sampler import Draw, NoRoomError, is_held_out
+from .scene import Scene, SceneObject, TextBlock, edit_mask, render
 
 SPLITS = ("train", "validation", "test", "novel")
 EASY: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {

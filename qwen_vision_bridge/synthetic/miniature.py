@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .specs import BUILTIN, cache_home
-from .tokens import CHAT_TEMPLATE, VOCABULARY, build_tokenizer
+from ..specs import BUILTIN, cache_home
+from .tokenizer import CHAT_TEMPLATE, VOCABULARY, build_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEED = 0
-SHIPPED = Path(__file__).parent / "weights" / "miniature"
+SHIPPED = Path(__file__).parents[1] / "weights" / "miniature"
 MAX_SHARD = "12MB"
 
 # fmt: off
@@ -91,7 +91,7 @@ def fingerprint() -> str:
     """Short digest of everything the random weights depend on."""
     made_of = [SEED, SOURCE_VISION, SOURCE_TEXT, TARGET_VISION, TARGET_TEXT, VAE, TRANSFORMER, SCHEDULER]
     made_of += [
-        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("miniature.py", "tokens.py")
+        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("miniature.py", "tokenizer.py")
     ]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import (
+from .scene import (
     BACKDROPS,
     CAP_HEIGHT,
     COLOURS,

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .edits import PLACES, SMALL, Edit, goal_of, phrase, square, the, with_words
-from .layout import LETTERS, PAIR_COLOURS, Disc, Draw, objects_at
-from .scenes import CAP_HEIGHT, COLOURS, MARKS, SceneObject, TextBlock, corners_of, ink_on
+from .instructions import PLACES, SMALL, Edit, goal_of, phrase, square, the, with_words
+from .sampler import LETTERS, PAIR_COLOURS, Disc, Draw, objects_at
+from .scene import CAP_HEIGHT, COLOURS, MARKS, SceneObject, TextBlock, corners_of, ink_on
 
 ROWS = {2: ("at the top", "at the bottom"), 3: ("at the top", "in the middle", "at the bottom")}
 PLAIN = ("circle", "square")  # shapes with room for a letter
