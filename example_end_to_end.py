@@ -91,10 +91,10 @@ class Session:
     """The arguments and the pipeline they ask for, loaded once for any number of examples."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from qwen_vision_bridge.arms import BASELINE, Arm, parse_arm
-        from qwen_vision_bridge.benchmarks import load_cases
         from qwen_vision_bridge.bridge import check_strength
         from qwen_vision_bridge.calls import check_steps
+        from qwen_vision_bridge.evaluation.arms import BASELINE, Arm, parse_arm
+        from qwen_vision_bridge.evaluation.public_datasets import load_cases
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
         from qwen_vision_bridge.processes import Processes
 
@@ -157,9 +157,9 @@ class Session:
 
     def evaluate(self, groups: Sequence[str], folder: str) -> None:
         """Examples 2 to 5: every case in every arm, measured and compared in one report."""
-        from qwen_vision_bridge.evaluation import evaluate
-        from qwen_vision_bridge.report import write_page
-        from qwen_vision_bridge.summaries import TITLES, as_table, write_results
+        from qwen_vision_bridge.evaluation.evaluate import evaluate
+        from qwen_vision_bridge.evaluation.report.html import write_page
+        from qwen_vision_bridge.evaluation.report.tables import TITLES, as_table, write_results
 
         print(f"\n=== {' · '.join(TITLES[group] for group in groups)} ===")
         path, arguments, options = self.output / folder, self.arguments, self.common()
@@ -181,7 +181,7 @@ class Session:
 
     def cases(self, groups: Sequence[str]) -> tuple[list[Any], list[str], list[Any] | None]:
         """The cases of these groups, what they leave out, and the arms; the user's own where given."""
-        from qwen_vision_bridge.comparisons import cases_needed
+        from qwen_vision_bridge.evaluation.statistics import cases_needed
         from qwen_vision_bridge.synthetic.multilingual import cases_for
 
         if self.arguments.image is not None:
@@ -199,11 +199,11 @@ class Session:
 
     def photographs(self, groups: Sequence[str]) -> tuple[list[Any], list[str], list[Any]]:
         """The user's picture with its prompt, or with some of each group, as the baseline and the bridge."""
-        from qwen_vision_bridge.arms import default_arms
-        from qwen_vision_bridge.casefiles import OTHER, photo_cases
+        from qwen_vision_bridge.evaluation.arms import default_arms
+        from qwen_vision_bridge.evaluation.folder_dataset import OTHER, photo_cases
+        from qwen_vision_bridge.evaluation.report.tables import PHOTO_PROMPTS
         from qwen_vision_bridge.images import load_images
         from qwen_vision_bridge.sizes import STOCK_AREA
-        from qwen_vision_bridge.summaries import PHOTO_PROMPTS
 
         prompts: dict[str, Sequence[str]] = {group: PHOTO_PROMPTS[group] for group in groups}
         if self.arguments.prompt:
@@ -234,7 +234,7 @@ class Session:
 
 def mean_difference(result: Any) -> float:
     """Mean absolute difference of a comparison's two pictures, 0 to 255."""
-    from qwen_vision_bridge.metrics import mean_abs_difference
+    from qwen_vision_bridge.evaluation.metrics.pixels import mean_abs_difference
 
     return mean_abs_difference(result.baseline, result.enhanced)
 

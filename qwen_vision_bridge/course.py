@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from .arms import Features
 from .bridge import BridgeConfig, VisionBridge
 from .calibration import FOLDS, Calibration, Tokens, calibrate
+from .evaluation.arms import Features
 from .examining import choose_gate, edit_error, examine, predict, summary
 from .frozen import FrozenModels
 from .learners import BridgeLearner, Learner, rival_of

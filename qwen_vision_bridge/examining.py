@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import metrics
+from .evaluation.metrics import pixels as metrics
 from .learners import BridgeLearner, Learner
 from .objectives import StepPlan, Study
 from .packs import Pack

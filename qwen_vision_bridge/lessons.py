@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 from PIL import Image
 
+from .evaluation.vqa import EXPLAINED
 from .images import load_images
-from .perception import EXPLAINED
 from .records import digest_of
 from .synthetic import cases as world
 

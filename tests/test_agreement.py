@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.agreement import agreement, colour_off, edit_agreement, inside, pair_records
-from qwen_vision_bridge.casefiles import FileCase
-from qwen_vision_bridge.measuring import measure
-from qwen_vision_bridge.metrics import iou_by_object
+from qwen_vision_bridge.evaluation.folder_dataset import FileCase
+from qwen_vision_bridge.evaluation.metrics.consistency import (
+    agreement,
+    colour_off,
+    edit_agreement,
+    inside,
+    pair_records,
+)
+from qwen_vision_bridge.evaluation.metrics.pixels import iou_by_object
+from qwen_vision_bridge.evaluation.scoring import measure
 from qwen_vision_bridge.synthetic.cases import make_cases
 from qwen_vision_bridge.synthetic.scene import COLOURS, SceneObject
 

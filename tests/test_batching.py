@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.arms import Arm
 from qwen_vision_bridge.batching import Prepared
-from qwen_vision_bridge.evaluation import evaluate
+from qwen_vision_bridge.evaluation.arms import Arm
+from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 SHORT = {"num_inference_steps": 3}

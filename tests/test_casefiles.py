@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.benchmarks import decode_runs, load_gedit, load_pie, load_textedit
-from qwen_vision_bridge.casefiles import CaseFileError, load_folder
-from qwen_vision_bridge.measuring import measure
+from qwen_vision_bridge.evaluation.folder_dataset import CaseFileError, load_folder
+from qwen_vision_bridge.evaluation.public_datasets import decode_runs, load_gedit, load_pie, load_textedit
+from qwen_vision_bridge.evaluation.scoring import measure
 
 GOOD = {"id": "a", "image": "a.png", "prompt": "<script>alert(1)</script>"}
 

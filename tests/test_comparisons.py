@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vision_bridge import comparisons
-from qwen_vision_bridge.comparisons import Metric, bootstrap_interval, compare_arms
+from qwen_vision_bridge.evaluation.evaluate import statistics as comparisons
+from qwen_vision_bridge.evaluation.statistics import Metric, bootstrap_interval, compare_arms
 
 METRICS = {"right": Metric(True, True), "error_px": Metric(False)}
 GROUPS = ("ocr", "space")

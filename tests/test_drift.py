@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 
-from qwen_vision_bridge.drift import measure_drift
+from qwen_vision_bridge.evaluation.metrics.registration import measure_drift
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 

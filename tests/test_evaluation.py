@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.arms import Arm, default_arms, find_partners, parse_arm, target_levels
-from qwen_vision_bridge.evaluation import evaluate
-from qwen_vision_bridge.jobs import Run, content_key
-from qwen_vision_bridge.measuring import METRICS, measure
-from qwen_vision_bridge.perception import Question, questions_of, score
-from qwen_vision_bridge.summaries import as_table, write_results
+from qwen_vision_bridge.evaluation.arms import Arm, default_arms, find_partners, parse_arm, target_levels
+from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.report.tables import as_table, write_results
+from qwen_vision_bridge.evaluation.scoring import METRICS, measure
+from qwen_vision_bridge.evaluation.tasks import Run, content_key
+from qwen_vision_bridge.evaluation.vqa import Question, questions_of, score
 from qwen_vision_bridge.synthetic.cases import GROUPS, make_cases
 
 SHORT = {"num_inference_steps": 2}

@@ -191,7 +191,7 @@ def test_edits_are_drawn_by_the_pipeline_and_measured_later(
     from editing import Edits, draw, measure
     from PIL import Image
 
-    from qwen_vision_bridge.jobs import Run
+    from qwen_vision_bridge.evaluation.tasks import Run
 
     monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home"))
     bench, edits = Bench(tmp_path, samples=4, workers=0), Edits("test", "space", 1, 2, 1)

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qwen_vision_bridge.evaluation.evaluate.metrics import pixels as metrics
 
-from qwen_vision_bridge import metrics
-from qwen_vision_bridge.arms import Arm
-from qwen_vision_bridge.evaluation import evaluate
-from qwen_vision_bridge.measuring import measure
-from qwen_vision_bridge.perception import questions_of
-from qwen_vision_bridge.reading import can_read
-from qwen_vision_bridge.report import write_page
+from qwen_vision_bridge.evaluation.arms import Arm
+from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.metrics.ocr import can_read
+from qwen_vision_bridge.evaluation.report.html import write_page
+from qwen_vision_bridge.evaluation.report.tables import kind_rows, write_results
+from qwen_vision_bridge.evaluation.scoring import measure
+from qwen_vision_bridge.evaluation.vqa import questions_of
 from qwen_vision_bridge.specs import FAMILIES
-from qwen_vision_bridge.summaries import kind_rows, write_results
 from qwen_vision_bridge.synthetic import multilingual as languages
 from qwen_vision_bridge.synthetic.multilingual import SCRIPTS, cases_for, find_font, language_cases
 

@@ -52,7 +52,7 @@ def test_the_package_ships_trained_weights_with_their_card(source_folder: Path, 
     import numpy as np
     from diffusers import AutoencoderKLQwenImage
 
-    from qwen_vision_bridge.metrics import masked_psnr
+    from qwen_vision_bridge.evaluation.metrics.pixels import masked_psnr
     from qwen_vision_bridge.synthetic.cases import make_cases
 
     assert miniature.is_shipped()
@@ -116,7 +116,7 @@ def test_other_locations_pass_unchanged() -> None:
 
 @pytest.mark.parametrize("kind", ["ocr/change_text", "space/move_corner", "detail/recolour_object"])
 def test_the_shipped_miniature_does_what_it_is_told(kind: str, pipe: Any) -> None:
-    from qwen_vision_bridge.judging import judge
+    from qwen_vision_bridge.evaluation.correctness import judge
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
     from qwen_vision_bridge.synthetic.cases import make_cases
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qwen_vision_bridge.evaluation.evaluate.metrics import lpips as perceptual
 
-from qwen_vision_bridge import perceptual
-from qwen_vision_bridge.evaluation import evaluate
-from qwen_vision_bridge.measuring import measure
+from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.scoring import measure
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 

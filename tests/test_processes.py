@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_vision_bridge.ledger import Ledger
+from qwen_vision_bridge.evaluation.record_log import Ledger
 
 RUN = """
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 import torch
-from qwen_vision_bridge.arms import Arm
+from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.bridge import VisionBridge, BridgeConfig
-from qwen_vision_bridge.evaluation import evaluate
+from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.specs import FAMILIES
-from qwen_vision_bridge.summaries import write_results
+from qwen_vision_bridge.evaluation.report.tables import write_results
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 

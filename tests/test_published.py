@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vision_bridge.casefiles import FileCase
-from qwen_vision_bridge.measuring import measure, unmeasured
-from qwen_vision_bridge.published import RegionScores, Word, masked_scores, region_scores
+from qwen_vision_bridge.evaluation.benchmark_metrics import RegionScores, Word, masked_scores, region_scores
+from qwen_vision_bridge.evaluation.folder_dataset import FileCase
+from qwen_vision_bridge.evaluation.scoring import measure, unmeasured
 from qwen_vision_bridge.synthetic.multilingual import language_cases
 
 

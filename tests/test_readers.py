@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_vision_bridge.arms import Arm
+from qwen_vision_bridge.evaluation.arms import Arm
+from qwen_vision_bridge.evaluation.vqa import Question, ask
 from qwen_vision_bridge.extractor import VisionCacheExtractor
 from qwen_vision_bridge.eyes import Eyes, pooled
 from qwen_vision_bridge.injection import mrope_positions
 from qwen_vision_bridge.lessons import Lesson
 from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.perception import Question, ask
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.cases import make_cases

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.comparisons import compare_arms
-from qwen_vision_bridge.evaluation import Evaluation
-from qwen_vision_bridge.figures import SPREAD, case_differences, evaluation_figures
-from qwen_vision_bridge.measuring import METRICS
-from qwen_vision_bridge.report import EACH, write_page
-from qwen_vision_bridge.summaries import write_results
+from qwen_vision_bridge.evaluation.evaluate import Evaluation
+from qwen_vision_bridge.evaluation.report.figures import SPREAD, case_differences, evaluation_figures
+from qwen_vision_bridge.evaluation.report.html import EACH, write_page
+from qwen_vision_bridge.evaluation.report.tables import write_results
+from qwen_vision_bridge.evaluation.scoring import METRICS
+from qwen_vision_bridge.evaluation.statistics import compare_arms
 
 FIGURES = ("differences", "wins", "expectations", "cases")
 CHROMIUM = shutil.which("chromium")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from qwen_vision_bridge.evaluation.evaluate.metrics import pixels as metrics
 
-from qwen_vision_bridge import metrics
 from qwen_vision_bridge.specs import MAX_SEED
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import instructions as edits

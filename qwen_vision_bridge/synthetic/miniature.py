@@ -91,7 +91,8 @@ def fingerprint() -> str:
     """Short digest of everything the random weights depend on."""
     made_of = [SEED, SOURCE_VISION, SOURCE_TEXT, TARGET_VISION, TARGET_TEXT, VAE, TRANSFORMER, SCHEDULER]
     made_of += [
-        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("miniature.py", "tokenizer.py")
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("miniature.py", "tokenizer.py")
     ]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from ..reading import can_read
+from ..evaluation.metrics.ocr import can_read
 from ..specs import Family, check_seed
 from .cases import Case, make_cases
 from .sampler import Draw

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from bench import Bench, Untouched
 from designs import EXTRA
 
-from qwen_vision_bridge.comparisons import BASELINE
+from qwen_vision_bridge.evaluation.statistics import BASELINE
+from qwen_vision_bridge.evaluation.vqa import score
 from qwen_vision_bridge.examining import Answer, examine
 from qwen_vision_bridge.learners import BridgeLearner
-from qwen_vision_bridge.perception import score
 from qwen_vision_bridge.records import write_whole
 
 Record = dict[str, Any]

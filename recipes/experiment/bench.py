@@ -17,17 +17,17 @@ from qwen_vision_bridge import VisionBridge
 from qwen_vision_bridge.bridge import BridgeConfig
 from qwen_vision_bridge.calibration import calibrate
 from qwen_vision_bridge.course import pack_name, token_stream
+from qwen_vision_bridge.evaluation.scoring import Measurer
+from qwen_vision_bridge.evaluation.vqa import questions_of
 from qwen_vision_bridge.examining import choose_gate
 from qwen_vision_bridge.eyes import Eyes
 from qwen_vision_bridge.flow import Flow
 from qwen_vision_bridge.learners import BridgeLearner, Learner, rival_of
 from qwen_vision_bridge.lessons import Lesson, WorldLessons
 from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.measuring import Measurer
 from qwen_vision_bridge.milestones import save_result
 from qwen_vision_bridge.objectives import Study
 from qwen_vision_bridge.packs import Pack, See, build_pack, join
-from qwen_vision_bridge.perception import questions_of
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.records import digest_of, write_json

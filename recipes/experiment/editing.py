@@ -17,10 +17,10 @@ from designs import EXTRA, Design
 from PIL import Image
 
 from qwen_vision_bridge import VisionBridge
-from qwen_vision_bridge.arms import Arm, target_levels
 from qwen_vision_bridge.calls import LevelAttention
-from qwen_vision_bridge.comparisons import BASELINE
-from qwen_vision_bridge.jobs import Run
+from qwen_vision_bridge.evaluation.arms import Arm, target_levels
+from qwen_vision_bridge.evaluation.statistics import BASELINE
+from qwen_vision_bridge.evaluation.tasks import Run
 from qwen_vision_bridge.loading.towers import cast_weights
 from qwen_vision_bridge.records import write_whole
 from qwen_vision_bridge.synthetic.cases import Case, make_cases

@@ -25,7 +25,7 @@ from editing import SITES, Edits, draw, measure
 from hands import Hands, Job
 from results import CONTROLS, draw_curve, draw_differences, level_shares, rows_of, table
 
-from qwen_vision_bridge.comparisons import BASELINE
+from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.records import provenance, write_json, write_whole
 from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.specs import read_json

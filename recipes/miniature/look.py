@@ -142,7 +142,7 @@ def _stack(arrays: Any) -> Tensor:
 
 
 def _right(group: str, kind: str, split: str, index: int, picture: np.ndarray) -> bool:
-    from qwen_vision_bridge.judging import judge
+    from qwen_vision_bridge.evaluation.correctness import judge
 
     case = world.make_cases(group, 1, seed=0, split=split, kinds=(kind,), first=index)[0]
     return judge(case, Image.fromarray(picture)).right

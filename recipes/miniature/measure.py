@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qwen_vision_bridge.comparisons import bootstrap_interval
+from qwen_vision_bridge.evaluation.statistics import bootstrap_interval
 from qwen_vision_bridge.records import write_json
 from qwen_vision_bridge.sizes import condition_size
 from qwen_vision_bridge.synthetic import cases as world
@@ -187,8 +187,8 @@ def _start(arguments: argparse.Namespace, started: Any) -> None:
 def _edit(job: Job) -> dict[str, Any]:
     from contextlib import nullcontext
 
+    from qwen_vision_bridge.evaluation.correctness import judge
     from qwen_vision_bridge.injection import replace_vision
-    from qwen_vision_bridge.judging import judge
 
     pipeline = _editor(_settings["folder"], _settings["device"])
     case, other = (

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .reading import Picture, pixels_of
+from .ocr import Picture, pixels_of
 
 WEIGHTS = {"alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 """File of each network; PIE-Bench measures with `squeeze`."""

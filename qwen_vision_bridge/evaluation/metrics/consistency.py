@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import metrics
-from .reading import Picture, pixels_of
-from .synthetic.cases import Case, words_of
-from .synthetic.scene import Scene, SceneObject, corners_of
+from ...synthetic.cases import Case, words_of
+from ...synthetic.scene import Scene, SceneObject, corners_of
+from . import pixels as metrics
+from .ocr import Picture, pixels_of
 
 VISIBLE = 24  # grey levels in some channel: less is no change, but the codec's
 

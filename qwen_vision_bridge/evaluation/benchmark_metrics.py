@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .metrics import edit_similarity
-from .reading import Picture, pixels_of
+from .metrics.ocr import Picture, pixels_of
+from .metrics.pixels import edit_similarity
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, px
 SAME_LINE = 10.0  # px between the middles of neighbours on a line

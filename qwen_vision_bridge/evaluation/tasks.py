@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ..images import image_digest
+from ..pipeline import EnhancedQwenImageEdit
+from ..records import digest_of
+from ..synthetic.cases import GROUPS
 from .arms import Arm, find_partners
-from .images import image_digest
-from .perception import Question, questions_of, supports
-from .pipeline import EnhancedQwenImageEdit
-from .records import digest_of
-from .synthetic.cases import GROUPS
+from .vqa import Question, questions_of, supports
 
 SAFE_ID = re.compile(r"[\w][\w.-]{0,120}")
 OTHER = "other"  # the group of cases from files that name none

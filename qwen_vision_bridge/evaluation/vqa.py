@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import metrics
+from ..cache import VisionCache
+from ..injection import Levels, batched_vision, inject, mrope_positions
+from ..loading.locks import model_lock
+from ..sizes import condition_size
+from ..synthetic.cases import Case, locate_question, read_question
 from .arms import Arm
-from .cache import VisionCache
-from .injection import Levels, batched_vision, inject, mrope_positions
-from .loading.locks import model_lock
-from .sizes import condition_size
-from .synthetic.cases import Case, locate_question, read_question
+from .metrics import pixels as metrics
 
 if TYPE_CHECKING:
-    from .pipeline import EnhancedQwenImageEdit
+    from ..pipeline import EnhancedQwenImageEdit
 
 LONGEST_REPLY = 32  # tokens: three words of six letters and their slashes, a token a letter at worst
 BOARD = "abcdefgh"

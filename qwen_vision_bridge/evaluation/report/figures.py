@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .comparisons import BASELINE, Difference, Expectation, bootstrap_interval
-from .plots import DPI, to_picture
+from ...plots import DPI, to_picture
+from ..statistics import BASELINE, Difference, Expectation, bootstrap_interval
 
 SPREAD = {
     "ocr": "edit_similarity", "space": "iou_by_object", "detail": "edited_ssim", "consistency": "edited_ssim",

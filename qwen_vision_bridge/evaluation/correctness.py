@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from . import metrics
-from .synthetic.cases import Case
-from .synthetic.instructions import Edit
-from .synthetic.scene import COLOURS, Scene, SceneObject, TextBlock, render
+from ..synthetic.cases import Case
+from ..synthetic.instructions import Edit
+from ..synthetic.scene import COLOURS, Scene, SceneObject, TextBlock, render
+from .metrics import pixels as metrics
 
 # Kinds whose result is read, and kinds whose result is a background; the others show by their scenes.
 WRITTEN = (

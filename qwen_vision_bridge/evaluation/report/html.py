@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from .comparisons import BASELINE
-from .evaluation import Evaluation
+from ...records import write_picture, write_whole
+from ..evaluate import Evaluation
+from ..statistics import BASELINE
 from .figures import evaluation_figures
-from .records import write_picture, write_whole
-from .summaries import expectations, headline_rows, kind_rows, warning
+from .tables import expectations, headline_rows, kind_rows, warning
 
 EACH = 4  # worst and best cases shown of every group and arm: a page of 500 cases would weigh too much
 THUMB = 256  # px: the longer side of a picture in the page

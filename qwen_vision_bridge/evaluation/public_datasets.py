@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .casefiles import (
+from ..images import load_images
+from .folder_dataset import (
     OTHER,
     FileCase,
     Makers,
@@ -31,7 +32,6 @@ from .casefiles import (
     sized,
     text_of,
 )
-from .images import load_images
 
 PIE_SIDE = 512  # px: PIE-Bench's pictures and masks
 LAYOUTS = ("own", "textedit", "textedit-full", "pie", "gedit", "gedit-cn")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .comparisons import BASELINE, Difference, Expectation, caution, judge_expectations
-from .evaluation import Evaluation
-from .measuring import HEADLINES, METRICS
-from .records import write_json, write_whole
+from ...records import write_json, write_whole
+from ..evaluate import Evaluation
+from ..scoring import HEADLINES, METRICS
+from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
 
 PLAIN = (
     "level", "case_id", "group", "kind", "difficulty", "arm", "prompt", "seed", "seconds", "picture", "reply",

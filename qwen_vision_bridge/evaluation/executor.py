@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..batching import Prepared
+from ..cache import VisionCache
+from ..calls import LevelAttention
+from ..images import load_images
+from ..records import write_picture
+from ..specs import cache_home
 from .arms import target_levels
-from .batching import Prepared
-from .cache import VisionCache
-from .calls import LevelAttention
-from .images import load_images
-from .jobs import Job, Run, content_key
-from .ledger import Ledger
-from .measuring import Measurer
-from .perception import ask, score
-from .records import write_picture
-from .specs import cache_home
+from .record_log import Ledger
+from .scoring import Measurer
+from .tasks import Job, Run, content_key
+from .vqa import ask, score
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .reading import Picture
-from .reading import pixels_of as _pixels
-from .reading import read_text as read_text
-from .synthetic.scene import COLOURS, RGB, SceneObject
+from ...synthetic.scene import COLOURS, RGB, SceneObject
+from .ocr import Picture
+from .ocr import pixels_of as _pixels
+from .ocr import read_text as read_text
 
 SSIM_REACH = 5  # px: half the window of the structural similarity
 

@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from .bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength
-from .cache import VisionCache
-from .comparisons import BASELINE
-from .injection import SITES, Grids, Levels, Site
-from .records import digest_of
-from .shipped import resolve_bridge
-from .specs import Family
+from ..bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength
+from ..cache import VisionCache
+from ..injection import SITES, Grids, Levels, Site
+from ..records import digest_of
+from ..shipped import resolve_bridge
+from ..specs import Family
+from .statistics import BASELINE
 
 Features = Literal["own", "shuffled", "target"]
 FORM = "NAME=BRIDGE[,strength=S][,site=SITE][,features=own|shuffled|target]"

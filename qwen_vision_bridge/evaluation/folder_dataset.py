@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .images import load_images
-from .synthetic.cases import GROUPS
-from .synthetic.scene import COLOURS
+from ..images import load_images
+from ..synthetic.cases import GROUPS
+from ..synthetic.scene import COLOURS
 
 OTHER = "other"
 FIELDS = {

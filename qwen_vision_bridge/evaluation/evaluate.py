@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .agreement import pair_records
+from ..pipeline import EnhancedQwenImageEdit
+from ..processes import Processes
+from ..specs import check_seed
+from ..synthetic.cases import GROUPS
 from .arms import Arm, check_arms, default_arms
-from .casefiles import FileCase
-from .comparisons import Difference, compare_arms
-from .jobs import OTHER, Job, Run, check_ids, failures, plan
-from .ledger import Ledger
-from .making import Maker
-from .measuring import METRICS, Measurer, unmeasured
-from .pipeline import EnhancedQwenImageEdit
-from .processes import Processes
-from .specs import check_seed
-from .synthetic.cases import GROUPS
+from .executor import Maker
+from .folder_dataset import FileCase
+from .metrics.consistency import pair_records
+from .record_log import Ledger
+from .scoring import METRICS, Measurer, unmeasured
+from .statistics import Difference, compare_arms
+from .tasks import OTHER, Job, Run, check_ids, failures, plan
 
 logger = logging.getLogger(__name__)
 

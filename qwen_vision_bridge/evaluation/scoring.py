@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import metrics, reading
-from .agreement import agreement
-from .casefiles import OTHER, FileCase
-from .comparisons import Metric
-from .drift import measure_drift
-from .judging import judge
-from .perceptual import WEIGHTS, lpips, lpips_missing
-from .published import Word, masked_scores, region_scores
-from .synthetic.cases import Case
-from .synthetic.multilingual import LanguageCase
-from .synthetic.scene import COLOURS
+from ..synthetic.cases import Case
+from ..synthetic.multilingual import LanguageCase
+from ..synthetic.scene import COLOURS
+from .benchmark_metrics import Word, masked_scores, region_scores
+from .correctness import judge
+from .folder_dataset import OTHER, FileCase
+from .metrics import ocr as reading
+from .metrics import pixels as metrics
+from .metrics.consistency import agreement
+from .metrics.lpips import WEIGHTS, lpips, lpips_missing
+from .metrics.registration import measure_drift
+from .statistics import Metric
 
 METRICS = {
     "right": Metric(True, True),

@@ -1,0 +1,1 @@
+"""Run cases in arms, measure what comes out, compare arms, and report."""

@@ -1,0 +1,1 @@
+"""Results of an evaluation as tables, figures and one HTML page."""
