@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_vision_bridge import commands
-from qwen_vision_bridge.course_options import course_of, parse, settings_of
+from qwen_vision_bridge.training.cli import course_of, parse, settings_of
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -22,11 +22,11 @@ def main(given: Sequence[str] | None = None) -> int:
     settings = settings_of(arguments)
     course = course_of(arguments)
     if arguments.dry_run:
-        from qwen_vision_bridge.plans import plan
+        from qwen_vision_bridge.training.memory_plan import plan
 
         print(plan(course, settings))
         return 0
-    from qwen_vision_bridge.course import run
+    from qwen_vision_bridge.training.run import run
 
     run(
         course, settings, arguments.resume_from_checkpoint,

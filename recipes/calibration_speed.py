@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from qwen_vision_bridge.bridge import BridgeConfig
-from qwen_vision_bridge.calibration import Tokens, calibrate
+from qwen_vision_bridge.training.calibration import Tokens, calibrate
 
 CHUNK = 4096
 

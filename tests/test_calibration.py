@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
-from qwen_vision_bridge.calibration import Calibration, Tokens, calibrate, chunks_of, fit, normalised
+from qwen_vision_bridge.training.calibration import Calibration, Tokens, calibrate, chunks_of, fit, normalised
 
 CONFIG = BridgeConfig(source_dim=24, target_dim=20, rank=8, heads=4, query_dim=8)
 

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_vision_bridge.eyes import Eyes
-from qwen_vision_bridge.flow import CHANGED, Flow
-from qwen_vision_bridge.learners import BridgeLearner
-from qwen_vision_bridge.lessons import WorldLessons
 from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.objectives import StepPlan, Study, distance, strangeness
-from qwen_vision_bridge.packs import build_pack
-from qwen_vision_bridge.readers import Reader
-from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.training.config import TrainingSettings
+from qwen_vision_bridge.training.data import WorldLessons
+from qwen_vision_bridge.training.features import Eyes
+from qwen_vision_bridge.training.flow_matching import CHANGED, Flow
+from qwen_vision_bridge.training.frozen_lm import Reader
+from qwen_vision_bridge.training.losses import StepPlan, Study, distance, strangeness
+from qwen_vision_bridge.training.packs import build_pack
+from qwen_vision_bridge.training.trainable import BridgeLearner
 
 FAMILY = FAMILIES["miniature"]
 LESSONS = WorldLessons("edit", "validation", 4)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge import lessons as module
-from qwen_vision_bridge.lessons import (
+from qwen_vision_bridge.training.data import (
     DatasetLessons,
     FolderLessons,
     LessonFileError,
     WorldLessons,
     held_out,
 )
+from qwen_vision_bridge.training.trainer import data as module
 
 GOOD = {"image": "a.png", "question": "What does it say?", "answer": "HELLO"}
 EDIT = {"file_name": "a.png", "instruction": "Make it red.", "target": "b.png"}

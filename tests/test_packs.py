@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_vision_bridge.lessons import WorldLessons
-from qwen_vision_bridge.packs import Pack, build_pack, join
+from qwen_vision_bridge.training.data import WorldLessons
+from qwen_vision_bridge.training.packs import Pack, build_pack, join
 
 
 def test_a_pack_that_was_cut_off_is_finished_and_equal(tmp_path: Path) -> None:

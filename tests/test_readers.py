@@ -11,13 +11,13 @@ import torch
 from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.vqa import Question, ask
 from qwen_vision_bridge.extractor import VisionCacheExtractor
-from qwen_vision_bridge.eyes import Eyes, pooled
 from qwen_vision_bridge.injection import mrope_positions
-from qwen_vision_bridge.lessons import Lesson
 from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.cases import make_cases
+from qwen_vision_bridge.training.data import Lesson
+from qwen_vision_bridge.training.features import Eyes, pooled
+from qwen_vision_bridge.training.frozen_lm import Reader
 
 FAMILY = FAMILIES["miniature"]
 CASES = make_cases("ocr", 3, seed=4, split="validation")

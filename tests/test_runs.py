@@ -39,7 +39,7 @@ def used(places: tuple[Path, list[str]], tmp_path: Path) -> Path:
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where a model would be loaded."""
     monkeypatch.setattr(
-        "qwen_vision_bridge.course.FrozenModels", lambda *_: pytest.fail("models were loaded")
+        "qwen_vision_bridge.training.run.FrozenModels", lambda *_: pytest.fail("models were loaded")
     )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train_bridge
 from qwen_vision_bridge.bridge import VisionBridge
 from qwen_vision_bridge.commands import run
-from qwen_vision_bridge.course_options import course_of, parse, settings_of
+from qwen_vision_bridge.training.cli import course_of, parse, settings_of
 
 SMALL = [
     "--max_train_samples",
@@ -91,7 +91,7 @@ def test_a_dry_run_plans_the_released_models_and_downloads_nothing(
 def test_bad_flags_and_data_end_in_one_line(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_vision_bridge.course_options.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_vision_bridge.training.cli.find_spec", lambda name: None)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.jsonl").write_text(
         '{"image": "gone.png", "question": "Q", "answer": "A"}\n'
@@ -147,14 +147,14 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
-from qwen_vision_bridge.learners import BridgeLearner
-from qwen_vision_bridge.lessons import WorldLessons
-from qwen_vision_bridge.objectives import Study
-from qwen_vision_bridge.settings import TrainingSettings
-from qwen_vision_bridge.packs import build_pack
-from qwen_vision_bridge.readers import Rows
+from qwen_vision_bridge.training.trainable import BridgeLearner
+from qwen_vision_bridge.training.data import WorldLessons
+from qwen_vision_bridge.training.losses import Study
+from qwen_vision_bridge.training.config import TrainingSettings
+from qwen_vision_bridge.training.packs import build_pack
+from qwen_vision_bridge.training.frozen_lm import Rows
 from qwen_vision_bridge import training
-from qwen_vision_bridge.training import Trainer
+from qwen_vision_bridge.training.trainer import Trainer
 
 training._schedule = lambda *_: lambda step: 1.0  # transformers' costs an import of half a minute
 

@@ -16,21 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_vision_bridge import milestones
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
-from qwen_vision_bridge.examining import GATES, choose_gate, examine, predict, summary
-from qwen_vision_bridge.eyes import Eyes
-from qwen_vision_bridge.flow import Flow
-from qwen_vision_bridge.learners import BridgeLearner, rival_of
-from qwen_vision_bridge.lessons import WorldLessons
 from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.objectives import StepPlan, Study, find_hard
-from qwen_vision_bridge.packs import Pack, build_pack
-from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.runs import checkpoints, find_checkpoint
-from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
-from qwen_vision_bridge.training import NotFiniteError, Trainer
+from qwen_vision_bridge.training.config import TrainingSettings
+from qwen_vision_bridge.training.data import WorldLessons
+from qwen_vision_bridge.training.features import Eyes
+from qwen_vision_bridge.training.flow_matching import Flow
+from qwen_vision_bridge.training.frozen_lm import Reader
+from qwen_vision_bridge.training.losses import StepPlan, Study, find_hard
+from qwen_vision_bridge.training.packs import Pack, build_pack
+from qwen_vision_bridge.training.trainable import BridgeLearner, rival_of
+from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
+from qwen_vision_bridge.training.trainer import checkpointing as milestones
+from qwen_vision_bridge.training.validation import GATES, choose_gate, examine, predict, summary
 
 FAMILY = FAMILIES["miniature"]
 SETTINGS = TrainingSettings(
@@ -363,7 +363,7 @@ def test_what_is_examined_is_scored_letter_by_letter(questions: Study) -> None:
     answers = examine(None, questions.reader, questions.perceive, "read")
     assert answers
     assert all(answer.kind == "read" for answer in answers)
-    from qwen_vision_bridge.examining import Answer
+    from qwen_vision_bridge.training.validation import Answer
 
     one = Answer(0, "What does it say?", "DTOV/AB", "DTXV")
     assert one.letters == [[True, True, False, True], [False, False]]

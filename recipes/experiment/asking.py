@@ -12,9 +12,9 @@ from designs import EXTRA
 
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.evaluation.vqa import score
-from qwen_vision_bridge.examining import Answer, examine
-from qwen_vision_bridge.learners import BridgeLearner
 from qwen_vision_bridge.records import write_whole
+from qwen_vision_bridge.training.trainable import BridgeLearner
+from qwen_vision_bridge.training.validation import Answer, examine
 
 Record = dict[str, Any]
 

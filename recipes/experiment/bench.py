@@ -15,25 +15,25 @@ from torch import Tensor
 
 from qwen_vision_bridge import VisionBridge
 from qwen_vision_bridge.bridge import BridgeConfig
-from qwen_vision_bridge.calibration import calibrate
-from qwen_vision_bridge.course import pack_name, token_stream
 from qwen_vision_bridge.evaluation.scoring import Measurer
 from qwen_vision_bridge.evaluation.vqa import questions_of
-from qwen_vision_bridge.examining import choose_gate
-from qwen_vision_bridge.eyes import Eyes
-from qwen_vision_bridge.flow import Flow
-from qwen_vision_bridge.learners import BridgeLearner, Learner, rival_of
-from qwen_vision_bridge.lessons import Lesson, WorldLessons
 from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.milestones import save_result
-from qwen_vision_bridge.objectives import Study
-from qwen_vision_bridge.packs import Pack, See, build_pack, join
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.readers import Reader
 from qwen_vision_bridge.records import digest_of, write_json
-from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.synthetic.cases import Case, make_cases
-from qwen_vision_bridge.training import Trainer
+from qwen_vision_bridge.training.calibration import calibrate
+from qwen_vision_bridge.training.checkpointing import save_result
+from qwen_vision_bridge.training.config import TrainingSettings
+from qwen_vision_bridge.training.data import Lesson, WorldLessons
+from qwen_vision_bridge.training.features import Eyes
+from qwen_vision_bridge.training.flow_matching import Flow
+from qwen_vision_bridge.training.frozen_lm import Reader
+from qwen_vision_bridge.training.losses import Study
+from qwen_vision_bridge.training.packs import Pack, See, build_pack, join
+from qwen_vision_bridge.training.run import pack_name, token_stream
+from qwen_vision_bridge.training.trainable import BridgeLearner, Learner, rival_of
+from qwen_vision_bridge.training.trainer import Trainer
+from qwen_vision_bridge.training.validation import choose_gate
 
 PART = 6000  # lessons whose features are made by one process
 FEWER = 4  # times fewer edits than questions to learn from: a step through the transformer costs more

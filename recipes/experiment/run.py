@@ -27,9 +27,9 @@ from results import CONTROLS, draw_curve, draw_differences, level_shares, rows_o
 
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.records import provenance, write_json, write_whole
-from qwen_vision_bridge.settings import TrainingSettings
 from qwen_vision_bridge.specs import read_json
 from qwen_vision_bridge.synthetic.cases import GROUPS
+from qwen_vision_bridge.training.config import TrainingSettings
 
 TINY = {"samples": 24, "cases": 6, "edits": 2, "steps": 2, "batch": 2, "seeds": [0], "edit_steps": 2}
 

@@ -24,7 +24,7 @@ from muon import is_hidden
 from stepper import Loss, Stepper
 from torch import Tensor, nn
 
-from qwen_vision_bridge.stopping import stop_requests
+from qwen_vision_bridge.training.stopping import stop_requests
 
 __all__ = ["Loop", "Settings", "plot_log"]
 

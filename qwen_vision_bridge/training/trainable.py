@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .bridge import BridgeConfig, VisionBridge, count_parameters
-from .evaluation.arms import Features, target_levels
+from ..bridge import BridgeConfig, VisionBridge, count_parameters
+from ..evaluation.arms import Features, target_levels
 from .packs import Pack
 
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from .bridge import BridgeConfig, VisionBridge, count_parameters
-from .course import WORLD_SAMPLES, Course
-from .loading.editors import BYTES, UNQUANTISED_ENCODER_B
-from .loading.memory import usable_gpu_bytes
-from .settings import TrainingSettings
-from .specs import Family, cache_home
-from .synthetic.miniature import TARGET_PX
+from ..bridge import BridgeConfig, VisionBridge, count_parameters
+from ..loading.editors import BYTES, UNQUANTISED_ENCODER_B
+from ..loading.memory import usable_gpu_bytes
+from ..specs import Family, cache_home
+from ..synthetic.miniature import TARGET_PX
+from .config import TrainingSettings
+from .run import WORLD_SAMPLES, Course
 
 SOURCE_TOWER_B, TARGET_TOWER_B, VAE_B = 0.576, 0.676, 0.127  # 10⁹ parameters of the released models
 AREA = 384 * 384  # px² that the released editors show to the target

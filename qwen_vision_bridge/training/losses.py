@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .flow import Flow
-from .learners import Learner
+from ..specs import step_seed
+from ..synthetic.tokenizer import TEMPLATE_PREFIX_TOKENS
+from .config import TrainingSettings
+from .flow_matching import Flow
+from .frozen_lm import Reader, Rows
 from .packs import Pack
-from .readers import Reader, Rows
-from .settings import TrainingSettings
-from .specs import step_seed
-from .synthetic.tokenizer import TEMPLATE_PREFIX_TOKENS
+from .trainable import Learner
 
 
 @dataclass

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .lessons import Lesson, Lessons
-from .loading.memory import usable_gpu_bytes
-from .records import write_json
-from .specs import read_json, step_seed
+from ..loading.memory import usable_gpu_bytes
+from ..records import write_json
+from ..specs import read_json, step_seed
+from .data import Lesson, Lessons
 
 FORMAT = "qwen-vision-bridge/pack/1"
 BEGUN = "begun.json"

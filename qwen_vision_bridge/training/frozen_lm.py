@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .specs import Family
-from .synthetic.tokenizer import TEMPLATE_PREFIX
+from ..specs import Family
+from ..synthetic.tokenizer import TEMPLATE_PREFIX
 
 ROOM = 512  # tokens after the picture that positions are worked out for
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lessons import Lesson
+from ..sizes import vae_size
+from ..specs import EditorSpec
+from .data import Lesson
 from .packs import Seen
-from .sizes import vae_size
-from .specs import EditorSpec
 
 TIMES = (0.4, 1.2)  # mean and spread of the logit of the time, 1 being noise
 CHANGED = 3.0  # how much more a latent token counts that the edit changes

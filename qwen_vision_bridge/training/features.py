@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .extractor import FEATURES_VERSION, VisionCacheExtractor
-from .lessons import Lesson
+from ..extractor import FEATURES_VERSION, VisionCacheExtractor
+from ..records import digest_of
+from ..sizes import condition_size
+from ..specs import LEVEL_NAMES, Family
+from .data import Lesson
 from .packs import Seen
-from .records import digest_of
-from .sizes import condition_size
-from .specs import LEVEL_NAMES, Family
 
 FINER = 2  # times the grid a side: what a teacher sees
 

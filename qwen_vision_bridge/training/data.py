@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 from PIL import Image
 
-from .evaluation.vqa import EXPLAINED
-from .images import load_images
-from .records import digest_of
-from .synthetic import cases as world
+from ..evaluation.vqa import EXPLAINED
+from ..images import load_images
+from ..records import digest_of
+from ..synthetic import cases as world
 
 Kind = Literal["perceive", "edit"]
 METADATA = "metadata.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .specs import check_seed
+from ..specs import check_seed
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bridge import BridgeConfig, VisionBridge
+from ..bridge import BridgeConfig, VisionBridge
 
 COMPONENTS = 512  # of each level's basis and of the features'
 SUBSET = 16_384  # tokens that the bases are found from

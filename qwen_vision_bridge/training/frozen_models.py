@@ -9,10 +9,10 @@ import torch
 from .packs import See
 
 if TYPE_CHECKING:
-    from .course import Course
-    from .eyes import Eyes
-    from .flow import Flow
-    from .readers import Reader
+    from .features import Eyes
+    from .flow_matching import Flow
+    from .frozen_lm import Reader
+    from .run import Course
 
 
 class FrozenModels:
@@ -28,7 +28,7 @@ class FrozenModels:
     @property
     def eyes(self) -> Eyes:
         """Both vision towers."""
-        from .eyes import Eyes
+        from .features import Eyes
 
         if self._eyes is None:
             self._eyes = Eyes(self.course.family, self.device, self.dtype, self.course.teacher)
@@ -42,7 +42,7 @@ class FrozenModels:
     @property
     def pipe(self) -> Any:
         """The stock edit pipeline, for edits alone."""
-        from .pipeline import EnhancedQwenImageEdit
+        from ..pipeline import EnhancedQwenImageEdit
 
         if self._pipeline is None:
             self._pipeline = EnhancedQwenImageEdit(
@@ -56,7 +56,7 @@ class FrozenModels:
         if "edit" in self.course.kinds:
             return self.pipe.text_encoder
         if self._target is None:
-            from .loading.towers import load_whole
+            from ..loading.towers import load_whole
 
             self._target = load_whole(
                 self.course.family.target, self.device, self.dtype, self.course.load_in_8bit
@@ -65,8 +65,8 @@ class FrozenModels:
 
     def reader(self) -> Reader:
         """What reads features: the target's language model."""
-        from .loading.processors import load_processor
-        from .readers import Reader
+        from ..loading.processors import load_processor
+        from .frozen_lm import Reader
 
         spec, course = self.course.family.target, self.course
         processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
@@ -75,7 +75,7 @@ class FrozenModels:
 
     def flow(self) -> Flow:
         """What edits are learnt through: the pipeline's transformer."""
-        from .flow import Flow
+        from .flow_matching import Flow
 
         return Flow(self.pipe, self.course.family.editor, self.course.gradient_checkpointing)
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .learners import Learner
-from .milestones import load_checkpoint, save_checkpoint
-from .objectives import StepPlan, Study
-from .runs import LOG, TrainingRun, open_run
-from .settings import TrainingSettings
+from ..runs import LOG, TrainingRun, open_run
+from .checkpointing import load_checkpoint, save_checkpoint
+from .config import TrainingSettings
+from .losses import StepPlan, Study
 from .stopping import stop_requests
+from .trainable import Learner
 
 
 class NotFiniteError(ValueError):

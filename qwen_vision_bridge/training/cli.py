@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .specs import FAMILIES, LEVEL_NAMES, resolve_family
+from ..specs import FAMILIES, LEVEL_NAMES, resolve_family
 
 METADATA = "metadata.jsonl"  # as in `lessons`, which imports torch
 
 if TYPE_CHECKING:
-    from .course import Course
-    from .settings import TrainingSettings
+    from .config import TrainingSettings
+    from .run import Course
 
 
 def parse(given: Sequence[str], description: str | None) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
     Raises:
         ValueError: a number out of its range.
     """
-    from .settings import TrainingSettings
+    from .config import TrainingSettings
 
     given = {item.name: getattr(arguments, item.name, None) for item in fields(TrainingSettings)}
     return TrainingSettings(**{name: value for name, value in given.items() if value is not None})
@@ -44,14 +44,14 @@ def course_of(arguments: argparse.Namespace) -> Course:
     """
     _check_folder(arguments.train_data_dir)  # before torch is imported
     if not arguments.dry_run:
-        from .runs import check_output_dir
+        from ..runs import check_output_dir
 
         check_output_dir(
             arguments.output_dir, arguments.resume_from_checkpoint, arguments.overwrite_output_dir
         )
-    from .bridge import BridgeConfig, check_strength
-    from .course import Course
-    from .shipped import resolve_bridge
+    from ..bridge import BridgeConfig, check_strength
+    from ..shipped import resolve_bridge
+    from .run import Course
 
     if arguments.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise ValueError(
@@ -139,7 +139,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
-    from .settings import SCHEDULES, TrainingSettings
+    from .config import SCHEDULES, TrainingSettings
 
     chosen = {"lr_scheduler": SCHEDULES}
     for item in fields(TrainingSettings):

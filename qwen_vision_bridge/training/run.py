@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 import torch
 
-from .bridge import BridgeConfig, VisionBridge
+from ..bridge import BridgeConfig, VisionBridge
+from ..evaluation.arms import Features
+from ..processes import LONGEST_WAIT
+from ..records import digest_of, provenance, write_json
+from ..runs import ABOUT, TrainingRun, check_output_dir, open_run
+from ..specs import Family, cache_home
 from .calibration import FOLDS, Calibration, Tokens, calibrate
-from .evaluation.arms import Features
-from .examining import choose_gate, edit_error, examine, predict, summary
-from .frozen import FrozenModels
-from .learners import BridgeLearner, Learner, rival_of
-from .lessons import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
-from .milestones import save_result
-from .objectives import Study
+from .checkpointing import save_result
+from .config import TrainingSettings
+from .data import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
+from .frozen_models import FrozenModels
+from .losses import Study
 from .packs import Pack, build_pack
-from .processes import LONGEST_WAIT
-from .records import digest_of, provenance, write_json
-from .runs import ABOUT, TrainingRun, check_output_dir, open_run
-from .settings import TrainingSettings
-from .specs import Family, cache_home
+from .trainable import BridgeLearner, Learner, rival_of
+from .validation import choose_gate, edit_error, examine, predict, summary
 
 Method = Literal["calibrate", "perceive", "edit", "perceive+edit"]
 METHODS = ("calibrate", "perceive", "edit", "perceive+edit")
@@ -168,7 +168,7 @@ def _train(
     course: Course, settings: TrainingSettings, models: FrozenModels, packs: dict[str, tuple[Pack, Pack]],
     lessons: dict[str, tuple[Lessons, Lessons]], accelerator: Any, resume: str | None,
 ) -> None:  # fmt: skip
-    from .training import Trainer
+    from .trainer import Trainer
 
     learner = _learner(course, settings, models, accelerator.device)
     trained, validated = ({kind: pair[n] for kind, pair in packs.items()} for n in (0, 1))
@@ -294,7 +294,7 @@ def paint_samples(
     """Held-out edits without and with the bridge as it is now, into `samples/`; a control paints none."""
     import copy
 
-    from .pipeline import EnhancedQwenImageEdit
+    from ..pipeline import EnhancedQwenImageEdit
 
     if not isinstance(learner, BridgeLearner) or course.features != "own":
         return

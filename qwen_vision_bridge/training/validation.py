@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .evaluation.metrics import pixels as metrics
-from .learners import BridgeLearner, Learner
-from .objectives import StepPlan, Study
+from ..evaluation.metrics import pixels as metrics
+from .config import TrainingSettings
+from .frozen_lm import Reader
+from .losses import StepPlan, Study
 from .packs import Pack
-from .readers import Reader
-from .settings import TrainingSettings
+from .trainable import BridgeLearner, Learner
 
 GATES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 BATCH = {"cpu": 64, "cuda": 512}  # pictures

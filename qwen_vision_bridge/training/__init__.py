@@ -1,0 +1,1 @@
+"""Train and calibrate bridges: data, frozen models, losses, trainer, checkpoints, validation."""
