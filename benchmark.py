@@ -23,7 +23,7 @@ RANDOM = "write random checkpoints in the released layout where there are none"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts that are asked for, in order of value; 1 where one failed."""
     arguments = parser().parse_args(argv)
-    from qwen_vision_bridge.bench_parts import run_parts
+    from benchmarks.parts import run_parts
 
     return run_parts(arguments)
 

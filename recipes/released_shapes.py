@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_vision_bridge.random_checkpoints import CONFIGS, EDITOR, write_checkpoint, write_editor
+from benchmarks.random_checkpoints import CONFIGS, EDITOR, write_checkpoint, write_editor
 
 
 def main() -> None:

@@ -13,11 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import benchmark
-from qwen_vision_bridge import bench_devices, bench_edits, bench_parts
-from qwen_vision_bridge.bench import Bench, Settings, meets, table
-from qwen_vision_bridge.loading.towers import load_tower
-from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.random_checkpoints import (
+from benchmarks import devices as bench_devices
+from benchmarks import edits as bench_edits
+from benchmarks import parts as bench_parts
+from benchmarks.random_checkpoints import (
     CONFIGS,
     TRANSFORMER,
     drop_language_shards,
@@ -26,8 +25,11 @@ from qwen_vision_bridge.random_checkpoints import (
     vision_language_shapes,
     write_checkpoint,
 )
+from benchmarks.runner import Bench, Settings, meets, table
+from benchmarks.timing import Measured, Stages, in_turn, peak_memory, summarise
+from qwen_vision_bridge.loading.towers import load_tower
+from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import MODELS, resolve_family
-from qwen_vision_bridge.timing import Measured, Stages, in_turn, peak_memory, summarise
 
 CPU = torch.device("cpu")
 COLUMNS = {"name", "value", "unit", "bar", "spread", "n", "device", "command", "date"}
@@ -230,7 +232,7 @@ def test_random_checkpoints_have_the_released_sizes() -> None:
 def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_vision_bridge.random_checkpoints.SHARD_BYTES", 8_000_000)
+    monkeypatch.setattr("benchmarks.random_checkpoints.SHARD_BYTES", 8_000_000)
     total = write_checkpoint("Qwen3-VL-8B", tmp_path, tiny=True)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == total
@@ -252,7 +254,7 @@ def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
 
 
 def test_the_figure_shows_both_arms(tmp_path: Path) -> None:
-    from qwen_vision_bridge.bench_figure import stage_figure
+    from benchmarks.figure import stage_figure
 
     rows = [
         {"name": f"stage, {stage}, {arm}{memory}", "value": 3.0}

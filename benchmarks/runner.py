@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from .records import digest_of, write_json
-from .specs import Family, resolve_family
+from qwen_vision_bridge.records import digest_of, write_json
+from qwen_vision_bridge.specs import Family, resolve_family
+
 from .timing import Measured, summarise
 
 logger = logging.getLogger(__name__)

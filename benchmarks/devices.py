@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .bench import Bench
+from .runner import Bench
 
 ROOT = Path(__file__).parents[1]
 RATE = re.compile(r"([\d.]+) pictures/s")
@@ -39,7 +39,7 @@ def devices(bench: Bench) -> None:
 
 def _folder(bench: Bench) -> Path:
     """Synthetic pictures as PNG files, written once."""
-    from .synthetic.cases import sample_picture
+    from qwen_vision_bridge.synthetic.cases import sample_picture
 
     place = bench.settings.folder / f"pictures-{bench.settings.pictures}"
     if not (place / "all").is_file():

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import bench_devices, bench_edits, bench_towers
-from .bench import Bench, Settings, table
-from .loading.memory import free_cuda
-from .records import write_picture
+from qwen_vision_bridge.loading.memory import free_cuda
+from qwen_vision_bridge.records import write_picture
+
+from . import devices as bench_devices
+from . import edits as bench_edits
+from . import towers as bench_towers
+from .runner import Bench, Settings, table
 
 
 class Part(NamedTuple):
@@ -129,7 +132,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _draw(bench: Bench) -> None:
     """The figure of the stages, where they were measured."""
-    from .bench_figure import stage_figure
+    from .figure import stage_figure
 
     for device in dict.fromkeys(row["device"] for row in bench.rows):
         rows = [row for row in bench.rows if row["device"] == device and row["name"].startswith("stage, ")]

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .plots import DPI, to_picture
+from qwen_vision_bridge.plots import DPI, to_picture
 
 
 def stage_figure(rows: Sequence[dict[str, Any]], caption: str) -> Image.Image:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .bench import Bench
-from .injection import batched_vision, mrope_positions
-from .loading.editors import MEMORY_MODES, MemoryMode
-from .loading.memory import GpuMemoryError, free_cuda
-from .loading.placement import CARDS_GB, best_mode
-from .pipeline import EnhancedQwenImageEdit
-from .sizes import picture_sizes
+from qwen_vision_bridge.injection import batched_vision, mrope_positions
+from qwen_vision_bridge.loading.editors import MEMORY_MODES, MemoryMode
+from qwen_vision_bridge.loading.memory import GpuMemoryError, free_cuda
+from qwen_vision_bridge.loading.placement import CARDS_GB, best_mode
+from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+from qwen_vision_bridge.sizes import picture_sizes
+
+from .runner import Bench
 from .timing import Stages, in_turn, peak_memory, summarise, timed
 
 PROMPT = "Change the background to blue"
@@ -219,7 +220,7 @@ def _import_pipeline(bench: Bench) -> None:
 
 
 def _picture(bench: Bench) -> Image.Image:
-    from .synthetic.cases import sample_picture
+    from qwen_vision_bridge.synthetic.cases import sample_picture
 
     return sample_picture(bench.settings.side)
 

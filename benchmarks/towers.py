@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .bench import Bench
-from .bridge import BridgeConfig, VisionBridge, count_parameters
-from .extractor import VisionCacheExtractor
-from .loading.memory import free_cuda
-from .loading.tower_attention import tower_attention
-from .loading.towers import compile_blocks, load_tower
-from .specs import Family, ModelSpec
+from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
+from qwen_vision_bridge.extractor import VisionCacheExtractor
+from qwen_vision_bridge.loading.memory import free_cuda
+from qwen_vision_bridge.loading.tower_attention import tower_attention
+from qwen_vision_bridge.loading.towers import compile_blocks, load_tower
+from qwen_vision_bridge.specs import Family, ModelSpec
+
+from .runner import Bench
 from .timing import in_turn, peak_memory, timed
 
 BATCHES = (1, 8, 32, 64)
@@ -65,7 +66,7 @@ def extraction(bench: Bench) -> None:
 
 
 def _one_picture_both_ways(bench: Bench, family: Family, seeds_way: VisionCacheExtractor) -> None:
-    from .synthetic.cases import sample_picture
+    from qwen_vision_bridge.synthetic.cases import sample_picture
 
     side = family.picture_size
     picture = sample_picture(side)
