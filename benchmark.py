@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_vision_bridge.commands import run
+from qwen_vision_bridge.cli import run
 
 LAYOUT = argparse.RawDescriptionHelpFormatter
 FOLDER = Path("/dev/shm/qwen-vision-bridge")

@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from qwen_vision_bridge.commands import run
+from qwen_vision_bridge.cli import run
 from qwen_vision_bridge.environment import inspect_machine
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_vision_bridge.commands import check_inputs, choose_models, parser, run
+from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
 
 PROMPT = 'Change the text to "FOX".'
 GROUPS = {2: ("ocr", "ocr_tests"), 3: ("space", "spatial_tests"), 4: ("detail", "detail_tests")}
@@ -93,10 +93,10 @@ class Session:
     def __init__(self, arguments: argparse.Namespace) -> None:
         from qwen_vision_bridge.bridge import check_strength
         from qwen_vision_bridge.calls import check_steps
+        from qwen_vision_bridge.distributed import Processes
         from qwen_vision_bridge.evaluation.arms import BASELINE, Arm, parse_arm
         from qwen_vision_bridge.evaluation.public_datasets import load_cases
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-        from qwen_vision_bridge.processes import Processes
 
         check_strength(arguments.strength)
         self.arguments, self.output = arguments, Path(arguments.output)
@@ -143,8 +143,8 @@ class Session:
     def attention(self) -> None:
         """Example 6: the level weights over the picture."""
         from qwen_vision_bridge.images import load_images
+        from qwen_vision_bridge.io import write_picture
         from qwen_vision_bridge.plots import attention_figure
-        from qwen_vision_bridge.records import write_picture
 
         print("\n=== Attention visualization ===")
         image = load_images(self.image())[0]
@@ -203,7 +203,7 @@ class Session:
         from qwen_vision_bridge.evaluation.folder_dataset import OTHER, photo_cases
         from qwen_vision_bridge.evaluation.report.tables import PHOTO_PROMPTS
         from qwen_vision_bridge.images import load_images
-        from qwen_vision_bridge.sizes import STOCK_AREA
+        from qwen_vision_bridge.patches import STOCK_AREA
 
         prompts: dict[str, Sequence[str]] = {group: PHOTO_PROMPTS[group] for group in groups}
         if self.arguments.prompt:
@@ -225,7 +225,7 @@ class Session:
         """The user's picture, or the synthetic one, which is written out first."""
         if self.arguments.image is not None:
             return self.arguments.image
-        from qwen_vision_bridge.records import write_picture
+        from qwen_vision_bridge.io import write_picture
         from qwen_vision_bridge.synthetic.cases import sample_picture
 
         picture = sample_picture(self.pipeline.family.picture_size, self.arguments.seed)

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_vision_bridge.commands import check_inputs, choose_models, parser, run
+from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
 
 PROMPT = "Describe the picture."
 ROLES = {"source": "qwen3", "target": "qwen25"}
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return extract_all(arguments)
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
     from qwen_vision_bridge.extractor import VisionCacheExtractor
-    from qwen_vision_bridge.records import write_picture
+    from qwen_vision_bridge.io import write_picture
     from qwen_vision_bridge.synthetic.cases import sample_picture
 
     family = choose_models(arguments)
@@ -76,8 +76,8 @@ def extract_all(arguments: argparse.Namespace) -> int:
     shards = list_shards(arguments.folder)
     for name in encoders:  # before torch is imported
         check_output(arguments.output / name, arguments.folder, shards)
+    from qwen_vision_bridge.distributed import Processes
     from qwen_vision_bridge.extractor import VisionCacheExtractor
-    from qwen_vision_bridge.processes import Processes
     from qwen_vision_bridge.stream import extract_folder, folder_provenance
 
     device = Processes().device

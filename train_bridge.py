@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qwen_vision_bridge import commands
+from qwen_vision_bridge import cli as commands
 from qwen_vision_bridge.training.cli import course_of, parse, settings_of
 
 

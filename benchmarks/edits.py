@@ -15,8 +15,8 @@ from qwen_vision_bridge.injection import batched_vision, mrope_positions
 from qwen_vision_bridge.loading.editors import MEMORY_MODES, MemoryMode
 from qwen_vision_bridge.loading.memory import GpuMemoryError, free_cuda
 from qwen_vision_bridge.loading.placement import CARDS_GB, best_mode
+from qwen_vision_bridge.patches import picture_sizes
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.sizes import picture_sizes
 
 from .runner import Bench
 from .timing import Stages, in_turn, peak_memory, summarise, timed

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qwen_vision_bridge.io import write_picture
 from qwen_vision_bridge.loading.memory import free_cuda
-from qwen_vision_bridge.records import write_picture
 
 from . import devices as bench_devices
 from . import edits as bench_edits

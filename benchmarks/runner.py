@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qwen_vision_bridge.records import digest_of, write_json
+from qwen_vision_bridge.io import digest_of, write_json
 from qwen_vision_bridge.specs import Family, resolve_family
 
 from .timing import Measured, summarise

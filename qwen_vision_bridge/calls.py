@@ -10,7 +10,7 @@ from PIL import Image
 
 from .bridge import check_strength
 from .images import load_images
-from .sizes import takes_several
+from .patches import takes_several
 from .specs import Family, check_seed
 
 RESERVED = (

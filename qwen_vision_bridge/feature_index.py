@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .records import first_difference, write_json
+from .io import first_difference, write_json
 from .specs import read_json
 
 FORMAT = "qwen-vision-bridge/feature-folder/2"

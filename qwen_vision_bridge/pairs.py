@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from .images import image_digest
+from .io import digest_of, write_json, write_picture
 from .loading.locks import model_lock
-from .records import digest_of, write_json, write_picture
 from .specs import read_json
 
 FORMAT = "qwen-vision-bridge/pairs/2"

@@ -17,9 +17,10 @@ from .bridge import VisionBridge, bridge_digest
 from .cache import VisionCache
 from .calls import Comparison, LevelAttention, check_call
 from .extractor import VisionCacheExtractor
+from .fingerprint import changed_parts, loaded_state
 from .images import ImageLike
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
-from .loaded import changed_parts, loaded_state
+from .io import provenance, write_picture
 from .loading.editors import (
     check_device,
     editor_revision,
@@ -33,9 +34,8 @@ from .loading.placement import MemoryPlan, card_gb, say
 from .loading.processors import load_processor
 from .loading.tower_attention import VisionAttention, check_vision_attention
 from .pairs import run_pairs
-from .records import provenance, write_picture
+from .patches import condition_grids, effective_sizes, picture_sizes, takes_several
 from .shipped import resolve_bridge
-from .sizes import condition_grids, effective_sizes, picture_sizes, takes_several
 from .specs import Family, resolve_family
 
 Made = TypeVar("Made")

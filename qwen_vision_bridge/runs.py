@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .records import first_difference, write_json
+from .io import first_difference, write_json
 from .specs import read_json
 
 FORMAT = "qwen-vision-bridge/run/1"

@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from .cache import VisionCache
+from .distributed import Processes
 from .extractor import Grid, VisionCacheExtractor
 from .feature_index import FORMAT, SHARD_PICTURES, check_output, list_shards, read_index, write_index
 from .images import load_images
 from .loading.checkpoints import atomic_save
 from .loading.memory import GpuMemoryError, free_cuda, is_out_of_memory
-from .processes import Processes
 from .specs import LEVEL_NAMES
 
 logger = logging.getLogger(__name__)

@@ -189,8 +189,8 @@ def test_strength_zero_is_the_pipeline_with_the_same_attention(
 ) -> None:
     """The pipeline called by hand, and both arms of the toolkit, use one and the same attention."""
     from qwen_vision_bridge.injection import batched_vision, mrope_positions
+    from qwen_vision_bridge.patches import picture_sizes
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-    from qwen_vision_bridge.sizes import picture_sizes
 
     used = []
     stock = attention.batched_attention

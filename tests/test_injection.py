@@ -18,7 +18,7 @@ from qwen_vision_bridge.injection import (
     mrope_positions,
     replace_vision,
 )
-from qwen_vision_bridge.sizes import condition_grids, picture_sizes
+from qwen_vision_bridge.patches import condition_grids, picture_sizes
 from qwen_vision_bridge.specs import FAMILIES
 
 FAMILY = FAMILIES["miniature"]

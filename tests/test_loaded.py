@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 from qwen_vision_bridge import EnhancedQwenImageEdit
-from qwen_vision_bridge.loaded import changed_parts, loaded_state, weights_digest
-from qwen_vision_bridge.records import digest_of
+from qwen_vision_bridge.fingerprint import changed_parts, loaded_state, weights_digest
+from qwen_vision_bridge.io import digest_of
 
 LORA = {"r": 2, "lora_alpha": 2, "init_lora_weights": False}
 PROMPT, SHORT = (
@@ -89,7 +89,7 @@ def test_everything_a_user_can_change_changes_the_key() -> None:
 
 
 def test_sizes_set_in_diffusers_itself_are_in_the_key(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_vision_bridge.sizes import effective_sizes
+    from qwen_vision_bridge.patches import effective_sizes
     from qwen_vision_bridge.specs import EDITORS
 
     released = EDITORS["Qwen-Image-Edit-2509"]
@@ -175,7 +175,7 @@ def test_results_of_another_kind_are_not_overwritten(editor: Any, photo: Image.I
 
 def test_an_older_version_of_the_key_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest_of(["x"])
-    monkeypatch.setattr("qwen_vision_bridge.records.KEY_VERSION", 1)
+    monkeypatch.setattr("qwen_vision_bridge.io.KEY_VERSION", 1)
     assert digest_of(["x"]) != before
 
 

@@ -171,7 +171,7 @@ def test_check_environment_plans_for_a_card_that_is_not_here(capsys: pytest.Capt
 def test_a_script_says_out_of_memory_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_vision_bridge.commands import run
+    from qwen_vision_bridge.cli import run
 
     def exhausted(_: Any) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")

@@ -20,8 +20,8 @@ from qwen_vision_bridge.loading.editors import (
     check_device,
     find_mode,
 )
+from qwen_vision_bridge.patches import picture_sizes
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.sizes import picture_sizes
 from qwen_vision_bridge.specs import FAMILIES
 
 PROMPT = "make the suit blue"

@@ -51,7 +51,7 @@ cases = make_cases("space", 5) + make_cases("detail", 4)
 found = evaluate(StandIn(), cases, sys.argv[1], arms, perception=False)
 if found is not None:
     from pathlib import Path
-    from qwen_vision_bridge.processes import Processes
+    from qwen_vision_bridge.distributed import Processes
     Path(sys.argv[1], "dealt").write_text(f"dealt to {Processes().count}")
     write_results(sys.argv[1], found)
 """
@@ -132,7 +132,7 @@ def test_one_process_where_more_were_asked_for_is_said(tmp_path: Path) -> None:
     """A plain launch on a CPU starts one process, however many it is asked for."""
     script = tmp_path / "alone.py"
     script.write_text(
-        "from qwen_vision_bridge.processes import Processes; print('there are', Processes().count)"
+        "from qwen_vision_bridge.distributed import Processes; print('there are', Processes().count)"
     )
     for asked in (1, 3):
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(asked)]

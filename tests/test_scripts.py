@@ -20,7 +20,7 @@ from PIL import Image
 import check_environment
 import example_end_to_end
 import example_extraction
-from qwen_vision_bridge.commands import run
+from qwen_vision_bridge.cli import run
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.cases import GROUPS
 from qwen_vision_bridge.synthetic.miniature import TARGET_PX

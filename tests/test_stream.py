@@ -14,10 +14,10 @@ from PIL import Image
 
 import example_extraction
 from qwen_vision_bridge import stream
+from qwen_vision_bridge.distributed import Processes
 from qwen_vision_bridge.extractor import VisionCacheExtractor
 from qwen_vision_bridge.loading.memory import GpuMemoryError
 from qwen_vision_bridge.loading.towers import compile_blocks, load_tower
-from qwen_vision_bridge.processes import Processes
 from qwen_vision_bridge.stream import FeatureFolder, extract_folder, read_ahead
 
 SIZES = [(128, 128), (96, 160), (128, 128), (160, 96), (128, 128), (96, 160), (64, 64)]

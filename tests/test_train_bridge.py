@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_bridge
 from qwen_vision_bridge.bridge import VisionBridge
-from qwen_vision_bridge.commands import run
+from qwen_vision_bridge.cli import run
 from qwen_vision_bridge.training.cli import course_of, parse, settings_of
 
 SMALL = [

@@ -13,7 +13,7 @@ import torch
 from ..bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength
 from ..cache import VisionCache
 from ..injection import SITES, Grids, Levels, Site
-from ..records import digest_of
+from ..io import digest_of
 from ..shipped import resolve_bridge
 from ..specs import Family
 from .statistics import BASELINE

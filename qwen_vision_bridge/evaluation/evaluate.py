@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..distributed import Processes
 from ..pipeline import EnhancedQwenImageEdit
-from ..processes import Processes
 from ..specs import check_seed
 from ..synthetic.cases import GROUPS
 from .arms import Arm, check_arms, default_arms

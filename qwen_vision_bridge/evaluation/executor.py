@@ -17,7 +17,7 @@ from ..batching import Prepared
 from ..cache import VisionCache
 from ..calls import LevelAttention
 from ..images import load_images
-from ..records import write_picture
+from ..io import write_picture
 from ..specs import cache_home
 from .arms import target_levels
 from .record_log import Ledger

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..images import image_digest
+from ..io import digest_of
 from ..pipeline import EnhancedQwenImageEdit
-from ..records import digest_of
 from ..synthetic.cases import GROUPS
 from .arms import Arm, find_partners
 from .vqa import Question, questions_of, supports

@@ -17,7 +17,7 @@ from PIL import Image
 from ..cache import VisionCache
 from ..injection import Levels, batched_vision, inject, mrope_positions
 from ..loading.locks import model_lock
-from ..sizes import condition_size
+from ..patches import condition_size
 from ..synthetic.cases import Case, locate_question, read_question
 from .arms import Arm
 from .metrics import pixels as metrics

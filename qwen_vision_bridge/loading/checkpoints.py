@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
-from ..records import write_whole
+from ..io import write_whole
 from ..specs import ModelSpec, cache_home, read_json
 from ..synthetic.miniature import locate
 from .hub import hub_file, hub_range, hub_size

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..records import write_json
+from ..io import write_json
 from ..runs import STATE, TrainingRun, checkpoints, run_of
 from ..specs import read_json
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..evaluation.vqa import EXPLAINED
 from ..images import load_images
-from ..records import digest_of
+from ..io import digest_of
 from ..synthetic import cases as world
 
 Kind = Literal["perceive", "edit"]

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..extractor import FEATURES_VERSION, VisionCacheExtractor
-from ..records import digest_of
-from ..sizes import condition_size
+from ..io import digest_of
+from ..patches import condition_size
 from ..specs import LEVEL_NAMES, Family
 from .data import Lesson
 from .packs import Seen

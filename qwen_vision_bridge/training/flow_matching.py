@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sizes import vae_size
+from ..patches import vae_size
 from ..specs import EditorSpec
 from .data import Lesson
 from .packs import Seen

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..io import write_json
 from ..loading.memory import usable_gpu_bytes
-from ..records import write_json
 from ..specs import read_json, step_seed
 from .data import Lesson, Lessons
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from ..bridge import BridgeConfig, VisionBridge
+from ..distributed import LONGEST_WAIT
 from ..evaluation.arms import Features
-from ..processes import LONGEST_WAIT
-from ..records import digest_of, provenance, write_json
+from ..io import digest_of, provenance, write_json
 from ..runs import ABOUT, TrainingRun, check_output_dir, open_run
 from ..specs import Family, cache_home
 from .calibration import FOLDS, Calibration, Tokens, calibrate

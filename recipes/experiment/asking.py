@@ -12,7 +12,7 @@ from designs import EXTRA
 
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.evaluation.vqa import score
-from qwen_vision_bridge.records import write_whole
+from qwen_vision_bridge.io import write_whole
 from qwen_vision_bridge.training.trainable import BridgeLearner
 from qwen_vision_bridge.training.validation import Answer, examine
 

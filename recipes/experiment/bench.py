@@ -17,9 +17,9 @@ from qwen_vision_bridge import VisionBridge
 from qwen_vision_bridge.bridge import BridgeConfig
 from qwen_vision_bridge.evaluation.scoring import Measurer
 from qwen_vision_bridge.evaluation.vqa import questions_of
+from qwen_vision_bridge.io import digest_of, write_json
 from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.records import digest_of, write_json
 from qwen_vision_bridge.synthetic.cases import Case, make_cases
 from qwen_vision_bridge.training.calibration import calibrate
 from qwen_vision_bridge.training.checkpointing import save_result

@@ -21,8 +21,8 @@ from qwen_vision_bridge.calls import LevelAttention
 from qwen_vision_bridge.evaluation.arms import Arm, target_levels
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.evaluation.tasks import Run
+from qwen_vision_bridge.io import write_whole
 from qwen_vision_bridge.loading.towers import cast_weights
-from qwen_vision_bridge.records import write_whole
 from qwen_vision_bridge.synthetic.cases import Case, make_cases
 
 SITES = ("tower", "deepstack", "prompt_embeds")  # every bridge is trained at the first

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen_vision_bridge.evaluation.statistics import BASELINE, bootstrap_interval
-from qwen_vision_bridge.records import write_whole
+from qwen_vision_bridge.io import write_whole
 
 Record = dict[str, Any]
 Row = dict[str, Any]

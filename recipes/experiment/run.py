@@ -26,7 +26,7 @@ from hands import Hands, Job
 from results import CONTROLS, draw_curve, draw_differences, level_shares, rows_of, table
 
 from qwen_vision_bridge.evaluation.statistics import BASELINE
-from qwen_vision_bridge.records import provenance, write_json, write_whole
+from qwen_vision_bridge.io import provenance, write_json, write_whole
 from qwen_vision_bridge.specs import read_json
 from qwen_vision_bridge.synthetic.cases import GROUPS
 from qwen_vision_bridge.training.config import TrainingSettings

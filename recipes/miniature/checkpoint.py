@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_vision_bridge.records import write_json, write_whole
+from qwen_vision_bridge.io import write_json, write_whole
 
 SHARD_BYTES = 14_000_000
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from qwen_vision_bridge.evaluation.statistics import bootstrap_interval
-from qwen_vision_bridge.records import write_json
-from qwen_vision_bridge.sizes import condition_size
+from qwen_vision_bridge.io import write_json
+from qwen_vision_bridge.patches import condition_size
 from qwen_vision_bridge.synthetic import cases as world
 
 PARTS = {"vae": "VAE:", "reading": "reading:", "cost": "cost:", "edits": ""}  # how their figures' names begin

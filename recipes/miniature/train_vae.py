@@ -27,7 +27,7 @@ from single_frame import as_images, prepare
 from stepper import Loss, compiles
 from torch import Tensor, nn
 
-from qwen_vision_bridge.records import write_json
+from qwen_vision_bridge.io import write_json
 
 CHUNK = 64  # pictures
 FIRST_BATCHES = 64  # as many batches of pictures are there before training begins

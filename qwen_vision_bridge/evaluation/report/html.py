@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...records import write_picture, write_whole
+from ...io import write_picture, write_whole
 from ..evaluate import Evaluation
 from ..statistics import BASELINE
 from .figures import evaluation_figures

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ...records import write_json, write_whole
+from ...io import write_json, write_whole
 from ..evaluate import Evaluation
 from ..scoring import HEADLINES, METRICS
 from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
