@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import Bench, Untouched
-from designs import EXTRA
-
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.evaluation.vqa import score
 from qwen_vision_bridge.io import write_whole
 from qwen_vision_bridge.training.trainable import BridgeLearner
 from qwen_vision_bridge.training.validation import Answer, examine
+
+from .bench import Bench, Untouched
+from .designs import EXTRA
 
 Record = dict[str, Any]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from designs import EXTRA, Design
 from torch import Tensor
 
 from qwen_vision_bridge import VisionBridge
@@ -34,6 +33,8 @@ from qwen_vision_bridge.training.run import pack_name, token_stream
 from qwen_vision_bridge.training.trainable import BridgeLearner, Learner, rival_of
 from qwen_vision_bridge.training.trainer import Trainer
 from qwen_vision_bridge.training.validation import choose_gate
+
+from .designs import EXTRA, Design
 
 PART = 6000  # lessons whose features are made by one process
 FEWER = 4  # times fewer edits than questions to learn from: a step through the transformer costs more

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import ZipFile
 
-from asking import keep_records, read_records
-from bench import Bench
-from designs import EXTRA, Design
 from PIL import Image
 
 from qwen_vision_bridge import VisionBridge
@@ -24,6 +21,10 @@ from qwen_vision_bridge.evaluation.tasks import Run
 from qwen_vision_bridge.io import write_whole
 from qwen_vision_bridge.loading.towers import cast_weights
 from qwen_vision_bridge.synthetic.cases import Case, make_cases
+
+from .asking import keep_records, read_records
+from .bench import Bench
+from .designs import EXTRA, Design
 
 SITES = ("tower", "deepstack", "prompt_embeds")  # every bridge is trained at the first
 WEIGHTS = "level-weights.json"

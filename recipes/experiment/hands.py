@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing import util
 from typing import Any
 
-from bench import Bench
+from .bench import Bench
 
 _bench: Bench | None = None  # of a process that does jobs for another
 

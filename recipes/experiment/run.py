@@ -18,18 +18,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from asking import Exam, ask
-from bench import Bench, lessons_parts
-from designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design, with_starts
-from editing import SITES, Edits, draw, measure
-from hands import Hands, Job
-from results import CONTROLS, draw_curve, draw_differences, level_shares, rows_of, table
-
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.io import provenance, write_json, write_whole
 from qwen_vision_bridge.specs import read_json
 from qwen_vision_bridge.synthetic.cases import GROUPS
 from qwen_vision_bridge.training.config import TrainingSettings
+
+from .asking import Exam, ask
+from .bench import Bench, lessons_parts
+from .designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design, with_starts
+from .editing import SITES, Edits, draw, measure
+from .hands import Hands, Job
+from .results import CONTROLS, draw_curve, draw_differences, level_shares, rows_of, table
 
 TINY = {"samples": 24, "cases": 6, "edits": 2, "steps": 2, "batch": 2, "seeds": [0], "edit_steps": 2}
 

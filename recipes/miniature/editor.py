@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import PROMPT_TOKENS, closing, encode, opening
-from fast import FastModel, compile_modules
 from torch import Tensor, nn
 
 from qwen_vision_bridge.synthetic import miniature
 from qwen_vision_bridge.synthetic import tokenizer as tokens
+
+from .data import PROMPT_TOKENS, closing, encode, opening
+from .fast import FastModel, compile_modules
 
 SIDE = 16  # tokens a side of a packed latent
 TOKENS = SIDE * SIDE  # of a picture

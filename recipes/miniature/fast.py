@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from data import opening
 from torch import Tensor, nn
 
 from qwen_vision_bridge.synthetic.miniature import SOURCE_VISION, TARGET_VISION
+
+from .data import opening
 
 GRID = 8  # merged tokens a side
 

@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data import prompt_row, small
-from editor import Editor
 from PIL import Image
-from single_frame import as_images
 from torch import Tensor
-from train_dit import load
 
 from qwen_vision_bridge.synthetic import cases as world
+
+from .data import prompt_row, small
+from .editor import Editor
+from .single_frame import as_images
+from .train_dit import load
 
 
 def main() -> None:

@@ -16,15 +16,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import peers
 import torch
-from checkpoint import fill, read_checkpoint, write_checkpoint
-from journal import plot_log, write_row
-from muon import is_hidden
-from stepper import Loss, Stepper
 from torch import Tensor, nn
 
 from qwen_vision_bridge.training.stopping import stop_requests
+
+from . import peers
+from .checkpoint import fill, read_checkpoint, write_checkpoint
+from .journal import plot_log, write_row
+from .muon import is_hidden
+from .stepper import Loss, Stepper
 
 __all__ = ["Loop", "Settings", "plot_log"]
 

@@ -175,7 +175,7 @@ def _start(arguments: argparse.Namespace, started: Any) -> None:
         options["true_cfg_scale"] = arguments.scale
     _settings.update(folder=arguments.editor, device=arguments.device, options=options)
     if arguments.device == "cuda":
-        from look import one_core
+        from .look import one_core
 
         one_core()
         torch.set_num_threads(1)
@@ -270,9 +270,10 @@ def room_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def vae_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """How well the VAE gives held-out pictures back, through stock code."""
-    from data import pictures
     from diffusers import AutoencoderKLQwenImage
-    from measure_vae import psnr_of
+
+    from .data import pictures
+    from .measure_vae import psnr_of
 
     vae = AutoencoderKLQwenImage.from_pretrained(arguments.editor, subfolder="vae", torch_dtype=torch.float32)
     held_out = torch.from_numpy(pictures(arguments.split, 0, arguments.cases)).to(arguments.device)
@@ -281,8 +282,8 @@ def vae_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def reading_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Letters of held-out pictures that source and target read right."""
-    from fast import build
-    from train_vlm import read_letters
+    from .fast import build
+    from .train_vlm import read_letters
 
     rows = []
     for role, folder in (("source", arguments.source), ("target", f"{arguments.editor}/text_encoder")):
@@ -295,7 +296,7 @@ def reading_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def cost_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Loading, time and memory of an edit on two threads of this machine's processor."""
-    from cost import named, repeated
+    from .cost import named, repeated
 
     found = repeated(arguments.source, arguments.editor, arguments.steps)
     return [row_of(name, values) for name, values in named(found).items()]

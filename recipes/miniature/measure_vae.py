@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from single_frame import as_images
 from torch import Tensor, nn
 
 from qwen_vision_bridge.synthetic import miniature
+
+from .single_frame import as_images
 
 RESAMPLES = 2000
 

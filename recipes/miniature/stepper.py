@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from checkpoint import fill
-from muon import Muon
 from torch import Tensor, nn
+
+from .checkpoint import fill
+from .muon import Muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 WARM_RUNS = 3  # real steps before a capture: they make the optimiser's state and choose the kernels

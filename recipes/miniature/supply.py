@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers
 import torch
-from feed import Feed, Pool
-from loop import Settings
 from torch import Tensor
+
+from . import peers
+from .feed import Feed, Pool
+from .loop import Settings
 
 Rows = dict[str, np.ndarray]
 CHUNK = 1024  # items

@@ -14,18 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
-from data import edit_pairs
-from editor import Editor, build_transformer, fast_transformer
-from fast import build
-from loop import Loop, plot_log
-from single_frame import as_images
-from stepper import compile_if_possible
-from supply import Supply, settings_of, stage_parser
 from torch import Tensor
 
 from qwen_vision_bridge.synthetic import miniature
+
+from . import peers
+from .data import edit_pairs
+from .editor import Editor, build_transformer, fast_transformer
+from .fast import build
+from .loop import Loop, plot_log
+from .single_frame import as_images
+from .stepper import compile_if_possible
+from .supply import Supply, settings_of, stage_parser
 
 SAVE_EVERY = 4000  # steps: a machine that is lent can be taken back
 DROPPED = 0.1  # of the prompts, for guidance

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from feed import Feed, Pool
-from loop import Loop, Settings, plot_log
-from measure_vae import finish, psnr_of, to_range, worst_percentile
-from single_frame import as_images, prepare
-from stepper import Loss, compiles
 from torch import Tensor, nn
 
 from qwen_vision_bridge.io import write_json
+
+from .feed import Feed, Pool
+from .loop import Loop, Settings, plot_log
+from .measure_vae import finish, psnr_of, to_range, worst_percentile
+from .single_frame import as_images, prepare
+from .stepper import Loss, compiles
 
 CHUNK = 64  # pictures
 FIRST_BATCHES = 64  # as many batches of pictures are there before training begins
@@ -92,7 +93,7 @@ def _arguments() -> argparse.Namespace:
 
 def make_pictures(split: str, first: int, count: int) -> dict[str, np.ndarray]:
     """One chunk of training data: `picture` uint8 (count, 128, 128, 3)."""
-    from data import pictures
+    from .data import pictures
 
     return {"picture": pictures(split, first, count)}
 

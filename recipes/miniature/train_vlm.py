@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from data import CONDITION, PICTURE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
-from fast import FastModel, build
-from loop import Loop, plot_log
-from stepper import compile_if_possible
-from supply import Supply, settings_of, stage_parser
 from torch import Tensor
 
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import miniature
 from qwen_vision_bridge.synthetic import tokenizer as tokens
+
+from .data import CONDITION, PICTURE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
+from .fast import FastModel, build
+from .loop import Loop, plot_log
+from .stepper import compile_if_possible
+from .supply import Supply, settings_of, stage_parser
 
 PICTURES = {"source": "full", "target": "small"}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vision_bridge.evaluation.evaluate import statistics as comparisons
+from qwen_vision_bridge.evaluation import statistics as comparisons
 from qwen_vision_bridge.evaluation.statistics import Metric, bootstrap_interval, compare_arms
 
 METRICS = {"right": Metric(True, True), "error_px": Metric(False)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qwen_vision_bridge.evaluation.evaluate.metrics import pixels as metrics
+from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 
 from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.evaluate import evaluate

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageFilter
-from qwen_vision_bridge.evaluation.evaluate.metrics import pixels as metrics
+from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 
 from qwen_vision_bridge.evaluation.correctness import judge
-from qwen_vision_bridge.evaluation.evaluate import correctness as judging
+from qwen_vision_bridge.evaluation import correctness as judging
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import referring
 from qwen_vision_bridge.synthetic.instructions import retext

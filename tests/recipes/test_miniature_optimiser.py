@@ -11,17 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "miniature"
-
-
-@pytest.fixture(autouse=True)
-def _recipes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(RECIPES)
-
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
 def test_orthogonal_keeps_the_directions_and_levels_their_strengths(shape: tuple[int, int]) -> None:
-    from muon import orthogonal
+    from recipes.miniature.muon import orthogonal
 
     torch.manual_seed(0)
     left, _, right = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
@@ -35,8 +28,8 @@ def test_orthogonal_keeps_the_directions_and_levels_their_strengths(shape: tuple
 
 
 def test_muon_has_the_matrices_between_hidden_states_alone() -> None:
-    from editor import build_transformer
-    from muon import is_hidden
+    from recipes.miniature.editor import build_transformer
+    from recipes.miniature.muon import is_hidden
 
     names = {name for name, p in build_transformer(0).named_parameters() if is_hidden(name, p)}
     assert "transformer_blocks.0.attn.to_q.weight" in names
@@ -46,7 +39,7 @@ def test_muon_has_the_matrices_between_hidden_states_alone() -> None:
 
 
 def test_muon_resumes_in_the_same_bits(tmp_path: Path) -> None:
-    from loop import Loop, Settings
+    from recipes.miniature.loop import Loop, Settings
 
     def run(folder: Path, steps: int) -> nn.Module:
         torch.manual_seed(5)
@@ -77,9 +70,9 @@ PEER = """
 import sys
 from pathlib import Path
 
-import peers
+from recipes.miniature import peers
 import torch
-from loop import Loop, Settings
+from recipes.miniature.loop import Loop, Settings
 
 torch.manual_seed(5)
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
@@ -111,7 +104,7 @@ def test_peers_see_data_of_their_own_and_share_one_model(tmp_path: Path) -> None
     script = tmp_path / "peer.py"
     script.write_text(PEER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": f"{RECIPES}{os.pathsep}{RECIPES.parents[1]}"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [*command, str(script), str(tmp_path / "run")], env=environment, capture_output=True, text=True
     )

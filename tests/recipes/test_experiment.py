@@ -9,13 +9,6 @@ from typing import Any
 
 import pytest
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "experiment"
-
-
-@pytest.fixture(autouse=True)
-def _recipe_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(RECIPE)
-
 
 def record(arm: str, case: str, value: float, seed: int = 0, difficulty: str = "hard") -> dict[str, Any]:
     return {
@@ -25,7 +18,7 @@ def record(arm: str, case: str, value: float, seed: int = 0, difficulty: str = "
 
 
 def test_rows_pair_cases_and_average_seeds_within_them() -> None:
-    from results import rows_of, table
+    from recipes.experiment.results import rows_of, table
 
     records = [
         record("baseline", "a", 0.5), record("baseline", "b", 1.0, difficulty="easy"),
@@ -52,7 +45,7 @@ def test_rows_pair_cases_and_average_seeds_within_them() -> None:
 
 def test_seeds_that_say_what_the_baseline_says_have_no_difference_at_all() -> None:
     """A third of three times 0.1 is not 0.1 in floating point."""
-    from results import rows_of
+    from recipes.experiment.results import rows_of
 
     records = [record("baseline", "a", 0.1), *(record("perceive", "a", 0.1, seed) for seed in range(3))]
     (row, _) = rows_of(records, "perception")
@@ -60,7 +53,7 @@ def test_seeds_that_say_what_the_baseline_says_have_no_difference_at_all() -> No
 
 
 def test_level_shares_are_means_over_the_edits_of_an_arm() -> None:
-    from results import level_shares
+    from recipes.experiment.results import level_shares
 
     weights = [{"early": 0.2, "late": 0.8}, {"early": 0.6, "late": 0.4}]
     records = [{**record("perceive", "a", 1.0), "level_weights": one} for one in (*weights, None)]
@@ -70,7 +63,7 @@ def test_level_shares_are_means_over_the_edits_of_an_arm() -> None:
 
 
 def test_every_arm_that_is_promised_is_there_and_designs_differ() -> None:
-    from designs import ARMS, DESIGNS, EXTRA
+    from recipes.experiment.designs import ARMS, DESIGNS, EXTRA
 
     assert {arm.name for arm in ARMS} == {
         "fresh", "random", "calibrated", "perceive", "edit", "perceive+edit", "shuffled", "target-only",
@@ -81,7 +74,7 @@ def test_every_arm_that_is_promised_is_there_and_designs_differ() -> None:
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
-    from results import draw_curve, draw_differences, rows_of
+    from recipes.experiment.results import draw_curve, draw_differences, rows_of
 
     records = [
         record(arm, case, value) for arm, value in (("baseline", 0.4), ("perceive", 0.7)) for case in "ab"
@@ -92,7 +85,7 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_design_comes_behind_what_it_starts_from() -> None:
-    from designs import EXTRA, with_starts
+    from recipes.experiment.designs import EXTRA, with_starts
 
     names = [design.name for design in with_starts([EXTRA["perceive+edit"], EXTRA["rank-4"]])]
     assert names == ["calibrated", "perceive", "perceive+edit", "calibrated-rank-4", "rank-4"]
@@ -102,7 +95,7 @@ def test_a_design_comes_behind_what_it_starts_from() -> None:
 def test_a_shuffled_edit_without_a_partner_says_what_to_change() -> None:
     from types import SimpleNamespace
 
-    from editing import _call
+    from recipes.experiment.editing import _call
 
     arm, case = SimpleNamespace(features="shuffled", bridge=object()), SimpleNamespace(case_id="lonely")
     with pytest.raises(ValueError, match="lonely: no other picture of its part has its grid; take fewer"):
@@ -119,7 +112,7 @@ class Bench:
 
 
 def test_jobs_wait_for_what_they_need() -> None:
-    from hands import Hands, Job
+    from recipes.experiment.hands import Hands, Job
 
     bench, done = Bench(), []
 
@@ -154,7 +147,7 @@ def _sum_elsewhere(bench: BenchWithChildren, *numbers: int) -> int:
 
 
 def test_processes_that_have_processes_end() -> None:
-    from hands import Hands, Job
+    from recipes.experiment.hands import Hands, Job
 
     with Hands(BenchWithChildren, 1) as hands:
         jobs = {n: Job(_sum_elsewhere, (n, 1), tuple(range(n))) for n in range(3)}
@@ -163,8 +156,8 @@ def test_processes_that_have_processes_end() -> None:
 
 
 def test_records_are_kept_by_everything_that_decides_them(tmp_path: Path) -> None:
-    from asking import Exam, keep_records, read_records
-    from editing import Edits
+    from recipes.experiment.asking import Exam, keep_records, read_records
+    from recipes.experiment.editing import Edits
 
     exam = Exam("test", ("ocr",), 5)
     some = [exam, exam._replace(split="novel"), exam._replace(count=6), exam._replace(strength=0.5),
@@ -186,12 +179,12 @@ def test_edits_are_drawn_by_the_pipeline_and_measured_later(
     from zipfile import ZipFile
 
     import numpy as np
-    from bench import Bench
-    from designs import EXTRA
-    from editing import Edits, draw, measure
     from PIL import Image
 
     from qwen_vision_bridge.evaluation.tasks import Run
+    from recipes.experiment.bench import Bench
+    from recipes.experiment.designs import EXTRA
+    from recipes.experiment.editing import Edits, draw, measure
 
     monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home"))
     bench, edits = Bench(tmp_path, samples=4, workers=0), Edits("test", "space", 1, 2, 1)
@@ -217,8 +210,8 @@ def test_edits_are_drawn_by_the_pipeline_and_measured_later(
 
 
 def test_every_arm_and_seed_is_edited_in_every_group(tmp_path: Path) -> None:
-    from designs import ARMS
-    from run import SITES, _arguments, _edits
+    from recipes.experiment.designs import ARMS
+    from recipes.experiment.run import SITES, _arguments, _edits
 
     given = ["final", "--folder", str(tmp_path), "--seeds", "0", "1", "--parts", "2", "--detail-seeds", "1"]
     edits = _edits(ARMS, _arguments(given), "test", 8)

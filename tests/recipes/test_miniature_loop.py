@@ -11,16 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "miniature"
-
-
-@pytest.fixture(autouse=True)
-def _recipes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(RECIPES)
-
 
 def make_loop(folder: Path, steps: int = 6, light: bool = False) -> Any:
-    from loop import Loop, Settings
+    from recipes.miniature.loop import Loop, Settings
 
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 1))
@@ -95,7 +88,7 @@ def numbers(broken: int, first: int, count: int) -> dict[str, np.ndarray]:
 
 
 def test_a_checkpoint_removes_the_one_before_alone(tmp_path: Path) -> None:
-    from checkpoint import read_checkpoint, write_checkpoint
+    from recipes.miniature.checkpoint import read_checkpoint, write_checkpoint
 
     mine = tmp_path / "model-mine.safetensors"
     mine.write_bytes(b"mine")
@@ -110,7 +103,7 @@ def test_a_checkpoint_removes_the_one_before_alone(tmp_path: Path) -> None:
 
 
 def test_an_ordered_feed_gives_every_item_in_order_and_cleans_up() -> None:
-    from feed import Feed
+    from recipes.miniature.feed import Feed
 
     with Feed(partial(numbers, -1), 3, workers=2, first=20, limit=20, ordered=True) as feed:
         folder = feed._folder
@@ -121,7 +114,7 @@ def test_an_ordered_feed_gives_every_item_in_order_and_cleans_up() -> None:
 
 
 def test_a_feed_raises_what_its_workers_raise() -> None:
-    from feed import Feed
+    from recipes.miniature.feed import Feed
 
     with (
         Feed(partial(numbers, 0), 3, workers=1) as feed,
@@ -131,7 +124,7 @@ def test_a_feed_raises_what_its_workers_raise() -> None:
 
 
 def test_a_full_pool_overwrites_its_oldest_items() -> None:
-    from feed import Pool
+    from recipes.miniature.feed import Pool
 
     pool = Pool(5, "cpu")
     for first in (0, 3, 6):
@@ -141,7 +134,7 @@ def test_a_full_pool_overwrites_its_oldest_items() -> None:
 
 
 def test_the_2d_vae_is_the_stock_vae_on_single_pictures() -> None:
-    from single_frame import as_images, prepare
+    from recipes.miniature.single_frame import as_images, prepare
 
     vae = prepare(1)
     x = torch.rand(1, 3, 1, 48, 32) * 2 - 1

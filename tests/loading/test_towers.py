@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import shard_checkpoint
 from safetensors.torch import load_file, save_file
 
 from qwen_vision_bridge.loading.checkpoints import LocalCheckpoint
@@ -22,6 +21,7 @@ from qwen_vision_bridge.loading.towers import (
     require_cuda_for_8bit,
 )
 from qwen_vision_bridge.specs import MODELS, resolve_family
+from tests.conftest import shard_checkpoint
 
 SOURCE, TARGET = MODELS["miniature-source"], MODELS["miniature-target"]
 

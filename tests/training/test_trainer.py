@@ -29,7 +29,7 @@ from qwen_vision_bridge.training.losses import StepPlan, Study, find_hard
 from qwen_vision_bridge.training.packs import Pack, build_pack
 from qwen_vision_bridge.training.trainable import BridgeLearner, rival_of
 from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
-from qwen_vision_bridge.training.trainer import checkpointing as milestones
+from qwen_vision_bridge.training import checkpointing as milestones
 from qwen_vision_bridge.training.validation import GATES, choose_gate, examine, predict, summary
 
 FAMILY = FAMILIES["miniature"]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from qwen_vision_bridge.evaluation.evaluate.metrics import pixels as metrics
+from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 
 from qwen_vision_bridge.specs import MAX_SEED
 from qwen_vision_bridge.synthetic import cases as world

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_train_bridge import refused
+from .test_train_bridge import refused
 
 import train_bridge
 

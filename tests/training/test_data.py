@@ -17,7 +17,7 @@ from qwen_vision_bridge.training.data import (
     WorldLessons,
     held_out,
 )
-from qwen_vision_bridge.training.trainer import data as module
+from qwen_vision_bridge.training import data as module
 
 GOOD = {"image": "a.png", "question": "What does it say?", "answer": "HELLO"}
 EDIT = {"file_name": "a.png", "instruction": "Make it red.", "target": "b.png"}

@@ -16,19 +16,11 @@ from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import miniature
 from qwen_vision_bridge.synthetic import tokenizer as tokens
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "miniature"
-
-
-@pytest.fixture(autouse=True)
-def _recipes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(RECIPES)
-
 
 @pytest.mark.parametrize("shown", [1, 2])
 @pytest.mark.parametrize("role", ["source", "target"])
 def test_the_fast_forward_equals_the_stock_model(role: str, shown: int) -> None:
-    import data
-    import fast
+    from recipes.miniature import data, fast
 
     model, rows = fast.build(role, seed=0), data.dialogues("test", 0, 2, shown)
     pictures = rows["full" if role == "source" else "small"]
@@ -49,8 +41,8 @@ def test_the_fast_forward_equals_the_stock_model(role: str, shown: int) -> None:
 def test_the_batched_editor_makes_the_stock_pipelines_picture(
     group: str, editor: Any, editor_folder: Path
 ) -> None:
-    import data
-    from train_dit import load
+    from recipes.miniature import data
+    from recipes.miniature.train_dit import load
 
     case = world.make_cases(group, 1, seed=1, split="validation")[0]
     options = {"seed": 5, "num_inference_steps": 3, "true_cfg_scale": 4.0}
@@ -69,7 +61,7 @@ def test_the_batched_editor_makes_the_stock_pipelines_picture(
 
 
 def test_the_prompts_last_tokens_learn_the_answers_first_ones() -> None:
-    import data
+    from recipes.miniature import data
 
     text, label, weight = data.reply_rows("Make it read this.", "HELLOS,dc")
     asked, end, answer = (data.encode("Make it read this."), data.closing(), data.encode("HELLOS,dc"))
@@ -82,7 +74,7 @@ def test_the_prompts_last_tokens_learn_the_answers_first_ones() -> None:
 
 
 def test_the_workers_tokenizer_is_the_shipped_one() -> None:
-    import data
+    from recipes.miniature import data
 
     shipped = tokens.build_tokenizer()
     text = (
@@ -92,7 +84,7 @@ def test_the_workers_tokenizer_is_the_shipped_one() -> None:
 
 
 def test_a_picture_that_is_not_reduced_first_is_what_the_targets_own_processor_gives() -> None:
-    import data
+    from recipes.miniature import data
 
     rows = data.dialogues("test", 0, 3, sides=(data.PICTURE,))
     inputs = miniature.target_processor().image_processor(list(rows["full"][:, 0]), return_tensors="pt")
@@ -104,7 +96,7 @@ def test_a_picture_that_is_not_reduced_first_is_what_the_targets_own_processor_g
 
 
 def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
-    import data
+    from recipes.miniature import data
 
     for shown in (1, 2):
         data.dialogues("train", 0, 150, shown, finding=0.3, primer=20)
@@ -112,7 +104,7 @@ def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
 
 
 def test_reading_asks_for_the_words_of_every_picture() -> None:
-    import data
+    from recipes.miniature import data
 
     rows = data.dialogues("test", 0, 3, reading=1.0)
     asked = data.encode(world.read_question(world.Scene(128, "wood", "grey", 0))[0])
@@ -122,7 +114,7 @@ def test_reading_asks_for_the_words_of_every_picture() -> None:
 def test_a_measurement_that_is_stopped_has_some_of_every_kind() -> None:
     from argparse import Namespace
 
-    import measure
+    from recipes.miniature import measure
 
     arguments = Namespace(groups=world.GROUPS, cases=40, rarely=4, split="test", seed=1)
     jobs = list(measure.jobs(arguments))
@@ -140,7 +132,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
     """The script's main, in this process, with the rendering in this process too."""
     import importlib
 
-    import supply
+    from recipes.miniature import supply
 
     class Here:
         """A feed without processes, which would take most of a minute to start."""
@@ -158,7 +150,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
             self.next += self.chunk
             return self.next, self.make(self.next, self.chunk)
 
-    module = importlib.import_module(script)
+    module = importlib.import_module(f"recipes.miniature.{script}")
     monkeypatch.setattr(supply, "Feed", Here)
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     module.main()
@@ -196,7 +188,7 @@ def test_training_the_transformer_runs_and_packs_into_a_pipeline(
 
 
 def run_pack(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    import pack
+    from recipes.miniature import pack
 
     monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
     pack.main()

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import shard_checkpoint
-from loopback_hub import LoopbackHub
 
 from qwen_vision_bridge.loading.towers import TOWER_PREFIX
+from tests.conftest import shard_checkpoint
+
+from .loopback_hub import LoopbackHub
 
 CLIENT = """
 import hashlib, json, logging, os, resource, sys, time

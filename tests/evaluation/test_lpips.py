@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from qwen_vision_bridge.evaluation.evaluate.metrics import lpips as perceptual
+from qwen_vision_bridge.evaluation.metrics import lpips as perceptual
 
 from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.evaluation.scoring import measure

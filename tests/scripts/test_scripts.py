@@ -25,7 +25,7 @@ from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.cases import GROUPS
 from qwen_vision_bridge.synthetic.miniature import TARGET_PX
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
 QUICK = ["--models", "miniature", "--steps", "2", "--cases", "1", "--bridge", "random"]
 

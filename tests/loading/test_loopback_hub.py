@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
-from loopback_hub import LoopbackHub
+
+from .loopback_hub import LoopbackHub
 
 REPO, FAULTY = "Org/Small-Model", "Org/Faulty"
 WEIGHTS = bytes(range(256)) * 1000

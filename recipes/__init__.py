@@ -1,0 +1,1 @@
+"""How everything that the package ships was trained and measured."""

@@ -1,0 +1,1 @@
+"""How the miniature's bridge was chosen, trained and tested."""
