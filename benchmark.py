@@ -39,10 +39,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--target", help="your own Qwen2.5-VL")
     made.add_argument("--editor", help="your own Qwen-Image-Edit")
     made.add_argument("--parts", help="which parts, by commas; default: all that this machine can do")
-    made.add_argument("--side", type=int, default=1024, help="px of the edited picture's side")
+    made.add_argument("--side", type=int, default=1024, help="px of the edited image's side")
     made.add_argument("--steps", type=int, help="denoising steps of a whole edit; default: the family's")
     made.add_argument("--repeats", type=int, default=3, help="whole edits an arm")
-    made.add_argument("--pictures", type=int, default=1024, help="files of the folder that is streamed")
+    made.add_argument(
+        "--pictures", dest="images", type=int, default=1024, help="files of the folder that is streamed"
+    )
     made.add_argument("--cases", type=int, default=40, help="cases of the evaluation that devices share")
     made.add_argument("--minutes", type=float, help="begin no part that this time does not do for")
     made.add_argument("--output", type=Path, default=Path("benchmarks"))

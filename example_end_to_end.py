@@ -1,8 +1,8 @@
 """Seven examples of Qwen-Image-Edit without and with Qwen3-VL's vision; without --example, a menu.
 
 1 basic comparison, 2 OCR capability, 3 spatial reasoning, 4 detail preservation, 5 full evaluation,
-6 attention visualization, 7 run all. Examples 2 to 5 edit synthetic pictures with known answers and measure
-them; with --image they edit your picture instead and measure what needs no known answer.
+6 attention visualization, 7 run all. Examples 2 to 5 edit synthetic images with known answers and measure
+them; with --image they edit your image instead and measure what needs no known answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MENU = """
 2. OCR capability - multi-lingual text editing
 3. Spatial reasoning - object repositioning
 4. Detail preservation - texture maintenance
-5. Full evaluation - all of 2, 3 and 4, and consistency between pictures, in one report
+5. Full evaluation - all of 2, 3 and 4, and consistency between images, in one report
 6. Attention visualization - which level the bridge draws on, and where
 7. Run all
 q. Quit
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                       help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
                       "may be repeated; default: the bridge and its two controls")  # fmt: skip
     made.add_argument("--batch-arms", type=int, default=1, metavar="N", help="edits denoised together; above "
-                      "1 faster on a GPU, and close to the same pictures but not the same bits")  # fmt: skip
-    made.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure pictures")
+                      "1 faster on a GPU, and close to the same images but not the same bits")  # fmt: skip
+    made.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure images")
     made.add_argument(
         "--no-questions", action="store_true", help="edits alone: the language model is not asked"
     )
@@ -141,16 +141,16 @@ class Session:
         print(f"Mean difference of the two edits: {mean_difference(result):.3f} of 255\nSaved: {path}")
 
     def attention(self) -> None:
-        """Example 6: the level weights over the picture."""
+        """Example 6: the level weights over the image."""
         from qwen_vision_bridge.images import load_images
-        from qwen_vision_bridge.io import write_picture
+        from qwen_vision_bridge.io import write_image
         from qwen_vision_bridge.plots import attention_figure
 
         print("\n=== Attention visualization ===")
         image = load_images(self.image())[0]
         attention = self.pipeline.attend(image, self.prompt)
         figure = attention_figure(image, attention.maps()[0], attention.levels, self.pipeline.describe())
-        path = write_picture(self.output / "attention_visualization.png", figure)
+        path = write_image(self.output / "attention_visualization.png", figure)
         for name, weight in zip(attention.levels, attention.weights.mean(0).tolist(), strict=True):
             print(f"  {name:6} {weight:.3f}")
         print(f"Saved: {path}")
@@ -198,7 +198,7 @@ class Session:
         return cases, notes, self.arms
 
     def photographs(self, groups: Sequence[str]) -> tuple[list[Any], list[str], list[Any]]:
-        """The user's picture with its prompt, or with some of each group, as the baseline and the bridge."""
+        """The user's image with its prompt, or with some of each group, as the baseline and the bridge."""
         from qwen_vision_bridge.evaluation.arms import default_arms
         from qwen_vision_bridge.evaluation.folder_dataset import OTHER, photo_cases
         from qwen_vision_bridge.evaluation.report.tables import PHOTO_PROMPTS
@@ -212,9 +212,7 @@ class Session:
         image = load_images(self.arguments.image)[0]
         cases = photo_cases(image, prompts, pipeline.family.editor.vae_area or STOCK_AREA)
         options = (pipeline.bridge, pipeline.bridge_name, self.arguments.strength, pipeline.site)
-        notes = [
-            "both controls: one picture has no other to take features from, and nothing to be right about"
-        ]
+        notes = ["both controls: one image has no other to take features from, and nothing to be right about"]
         return cases, notes, self.arms or default_arms(*options)[:2]
 
     def common(self) -> dict[str, Any]:
@@ -222,18 +220,18 @@ class Session:
         return {"strength": self.arguments.strength, "seed": self.arguments.seed, **self.options}
 
     def image(self) -> Path:
-        """The user's picture, or the synthetic one, which is written out first."""
+        """The user's image, or the synthetic one, which is written out first."""
         if self.arguments.image is not None:
             return self.arguments.image
-        from qwen_vision_bridge.io import write_picture
-        from qwen_vision_bridge.synthetic.cases import sample_picture
+        from qwen_vision_bridge.io import write_image
+        from qwen_vision_bridge.synthetic.cases import sample_image
 
-        picture = sample_picture(self.pipeline.family.picture_size, self.arguments.seed)
-        return write_picture(self.output / "test_input.png", picture)
+        image = sample_image(self.pipeline.family.image_size, self.arguments.seed)
+        return write_image(self.output / "test_input.png", image)
 
 
 def mean_difference(result: Any) -> float:
-    """Mean absolute difference of a comparison's two pictures, 0 to 255."""
+    """Mean absolute difference of a comparison's two images, 0 to 255."""
     from qwen_vision_bridge.evaluation.metrics.pixels import mean_abs_difference
 
     return mean_abs_difference(result.baseline, result.enhanced)

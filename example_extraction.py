@@ -1,7 +1,7 @@
-"""Extract the vision features of one picture from Qwen3-VL and Qwen2.5-VL, compare them, size the bridge.
+"""Extract the vision features of one image from Qwen3-VL and Qwen2.5-VL, compare them, size the bridge.
 
-With --folder: the features of every picture below a folder, in safetensors shards, going on where it stopped.
-Under `accelerate launch` several processes share the pictures.
+With --folder: the features of every image below a folder, in safetensors shards, going on where it stopped.
+Under `accelerate launch` several processes share the images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Extract, compare, print."""
     made = parser(__doc__, PROMPT)
     made.add_argument("--target", help="another Qwen2.5-VL: registered name, hub id or local folder")
-    made.add_argument("--folder", type=Path, help="extract every picture below this folder into --output")
+    made.add_argument("--folder", type=Path, help="extract every image below this folder into --output")
     made.add_argument("--encoder", choices=[*ROLES, "both"], default="source", help="whose, with --folder")
     made.add_argument("--compile", action="store_true", help="torch.compile the tower, with --folder")
     arguments = made.parse_args(argv)
@@ -29,16 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return extract_all(arguments)
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
     from qwen_vision_bridge.extractor import VisionCacheExtractor
-    from qwen_vision_bridge.io import write_picture
-    from qwen_vision_bridge.synthetic.cases import sample_picture
+    from qwen_vision_bridge.io import write_image
+    from qwen_vision_bridge.synthetic.cases import sample_image
 
     family = choose_models(arguments)
     image, prompt = arguments.image, arguments.prompt or PROMPT
     if image is None:
-        image = write_picture(
-            arguments.output / "test_input.png", sample_picture(family.picture_size, arguments.seed)
+        image = write_image(
+            arguments.output / "test_input.png", sample_image(family.image_size, arguments.seed)
         )
-    print(f"Picture: {image}\n")
+    print(f"Image: {image}\n")
     extractor = VisionCacheExtractor(family)
 
     print("Loading Qwen3-VL model...")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def extract_all(arguments: argparse.Namespace) -> int:
-    """Every picture of a folder into shards; the rate and what was left out are printed at the end."""
+    """Every image of a folder into shards; the rate and what was left out are printed at the end."""
     from qwen_vision_bridge.feature_index import check_output, list_shards
 
     encoders = list(ROLES) if arguments.encoder == "both" else [arguments.encoder]
@@ -94,8 +94,8 @@ def extract_all(arguments: argparse.Namespace) -> int:
         for file, reason in done.skipped.items():
             print(f"left out: {file}: {reason}")
         print(
-            f"{name}: {done.done} of {done.pictures} pictures in {done.seconds:.1f} s, "
-            f"{done.pictures_per_second:.1f} pictures/s, in {done.folder}/"
+            f"{name}: {done.done} of {done.images} images in {done.seconds:.1f} s, "
+            f"{done.images_per_second:.1f} images/s, in {done.folder}/"
         )
     return 0
 

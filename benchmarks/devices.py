@@ -16,12 +16,12 @@ import torch
 from .runner import Bench
 
 ROOT = Path(__file__).parents[1]
-RATE = re.compile(r"([\d.]+) pictures/s")
+RATE = re.compile(r"([\d.]+) images/s")
 TOOK = re.compile(r"Took ([\d.]+) s")
 
 
 def stream(bench: Bench) -> None:
-    """Features of a folder of pictures from files to shards, on one device."""
+    """Features of a folder of images from files to shards, on one device."""
     _extraction(bench, _folder(bench), 1)
 
 
@@ -38,19 +38,19 @@ def devices(bench: Bench) -> None:
 
 
 def _folder(bench: Bench) -> Path:
-    """Synthetic pictures as PNG files, written once."""
-    from qwen_vision_bridge.synthetic.cases import sample_picture
+    """Synthetic images as PNG files, written once."""
+    from qwen_vision_bridge.synthetic.cases import sample_image
 
-    place = bench.settings.folder / f"pictures-{bench.settings.pictures}"
+    place = bench.settings.folder / f"images-{bench.settings.images}"
     if not (place / "all").is_file():
         if place.exists():
             raise FileExistsError(f"{place} is not this benchmark's: move it away, or give another --folder")
-        folder = _new_folder(bench, "pictures")
-        picture = sample_picture(bench.load_family().picture_size)
-        for number in range(min(32, bench.settings.pictures)):
-            picture.rotate(11 * number).save(folder / f"{number:06d}.png")
+        folder = _new_folder(bench, "images")
+        image = sample_image(bench.load_family().image_size)
+        for number in range(min(32, bench.settings.images)):
+            image.rotate(11 * number).save(folder / f"{number:06d}.png")
         for number in range(
-            32, bench.settings.pictures
+            32, bench.settings.images
         ):  # copies: features are made of every file all the same
             shutil.copyfile(folder / f"{number % 32:06d}.png", folder / f"{number:06d}.png")
         (folder / "all").touch()
@@ -64,14 +64,14 @@ def _new_folder(bench: Bench, name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.settings.folder))
 
 
-def _extraction(bench: Bench, pictures: Path, count: int) -> float:
-    """Pictures per second, files to shards, as the command says it at its end."""
+def _extraction(bench: Bench, images: Path, count: int) -> float:
+    """Images per second, files to shards, as the command says it at its end."""
     family, output = bench.load_family(), _new_folder(bench, "features")
     roles = ["--source", family.source.repo, "--target", family.target.repo]
-    script = ["example_extraction.py", "--models", bench.settings.family, *roles, "--folder", str(pictures),
+    script = ["example_extraction.py", "--models", bench.settings.family, *roles, "--folder", str(images),
               "--output", str(output)]  # fmt: skip
     rate = float(RATE.findall(_launch(script, count, bench))[-1])
-    bench.add(f"features of {bench.settings.pictures} files to shards, {_named(count)}", rate, "pictures/s")
+    bench.add(f"features of {bench.settings.images} files to shards, {_named(count)}", rate, "images/s")
     shutil.rmtree(output, ignore_errors=True)
     return rate
 

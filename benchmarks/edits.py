@@ -15,7 +15,7 @@ from qwen_vision_bridge.injection import batched_vision, mrope_positions
 from qwen_vision_bridge.loading.editors import MEMORY_MODES, MemoryMode
 from qwen_vision_bridge.loading.memory import GpuMemoryError, free_cuda
 from qwen_vision_bridge.loading.placement import CARDS_GB, best_mode
-from qwen_vision_bridge.patches import picture_sizes
+from qwen_vision_bridge.patches import image_sizes
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
 from .runner import Bench
@@ -30,23 +30,23 @@ def edits(bench: Bench) -> None:
     """Whole edits in turn, the stages inside them, and what the bridge adds in memory."""
     _import_pipeline(bench)
     editor = _load(bench, MEMORY_MODES[0], keep_source=True)
-    picture = _picture(bench)
-    _stages(bench, editor, picture)
-    _strength_zero(bench, editor, picture)
-    _memory(bench, editor, picture)
-    _whole(bench, editor, picture)
-    _freed(bench, editor, picture)
+    image = _image(bench)
+    _stages(bench, editor, image)
+    _strength_zero(bench, editor, image)
+    _memory(bench, editor, image)
+    _whole(bench, editor, image)
+    _freed(bench, editor, image)
     _unload(editor)
 
 
-def _whole(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -> None:
+def _whole(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
     steps = bench.settings.steps or editor.family.steps
     calls: dict[str, Callable[[], Any]] = {
-        name: (lambda o=options: editor.generate(picture, PROMPT, num_inference_steps=steps, **o))
+        name: (lambda o=options: editor.generate(image, PROMPT, num_inference_steps=steps, **o))
         for name, options in ARMS.items()
     }
     for call in ARMS.values():  # a few steps warm everything up that forty would
-        editor.generate(picture, PROMPT, num_inference_steps=2, **call)
+        editor.generate(image, PROMPT, num_inference_steps=2, **call)
     # A round too many would cost the rest of the time, and what comes after.
     found = in_turn(calls, bench.device, bench.settings.repeats, 0, lambda took: bench.left() < 1.5 * took)
     where = f"{bench.settings.side}², {steps} steps with guidance"
@@ -57,20 +57,20 @@ def _whole(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) ->
         f"whole edit at {where}, enhanced ÷ baseline", ratios, "times", "<= 1.01" if bench.released else ""
     )
     if bench.left() > found["baseline"][0]:
-        _, seconds = timed(lambda: stock_edit(editor, picture, steps, "stock"), bench.device)
+        _, seconds = timed(lambda: stock_edit(editor, image, steps, "stock"), bench.device)
         bench.add(f"whole edit at {where}, stock pipeline as installed", seconds, "s")
 
 
-def _freed(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -> None:
+def _freed(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
     """What an edit pays where the source's tower is loaded for it and freed before the transformer runs."""
     editor.keep_source = False
     editor.extractor.unload("qwen3")
-    seconds = in_turn({"x": lambda: editor.extract_source([picture])}, bench.device, 5)["x"]
+    seconds = in_turn({"x": lambda: editor.extract_source([image])}, bench.device, 5)["x"]
     bench.add("source tower loaded, run and freed: extra time of an edit", seconds, "s")
     editor.keep_source = True
 
 
-def _stages(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -> None:
+def _stages(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
     """Each stage's time and peak in short edits of both arms, in turn."""
     options = {"num_inference_steps": SHORT}
     found: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS}
@@ -78,7 +78,7 @@ def _stages(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -
     for number in range(3):
         for name, arm in ARMS.items():
             with Stages(editor.pipe, editor.bridge, editor.extractor) as stages:
-                editor.generate(picture, PROMPT, **options, **arm)
+                editor.generate(image, PROMPT, **options, **arm)
             if number == 0:
                 continue  # warm-up
             for stage, seconds in stages.seconds().items():
@@ -92,7 +92,7 @@ def _stages(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -
                 bench.add(f"stage, {stage}, {name}, peak GPU memory", peak, "GB", scale=1e-9)
 
 
-def _memory(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -> None:
+def _memory(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
     """Peak of an edit: baseline, enhanced with the tower kept, enhanced with the tower freed first."""
     options, peaks = {"num_inference_steps": 2}, {}
     for name in ("baseline", "enhanced, tower freed first", "enhanced, tower kept"):
@@ -100,7 +100,7 @@ def _memory(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -
         editor.keep_source = name.endswith("kept")
         free_cuda()
         with peak_memory(bench.device) as peak:
-            editor.generate(picture, PROMPT, use_qwen3_vision=name != "baseline", **options)
+            editor.generate(image, PROMPT, use_qwen3_vision=name != "baseline", **options)
         peaks[name] = peak[0]
         bench.add(f"peak GPU memory of an edit, {name}", peak[0], "GB", scale=1e-9)
     for name, bar in (("tower kept", "<= 1.5"), ("tower freed first", "<= 0.2")):
@@ -109,25 +109,21 @@ def _memory(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -
     editor.keep_source = True
 
 
-def _strength_zero(bench: Bench, editor: EnhancedQwenImageEdit, picture: Image.Image) -> None:
+def _strength_zero(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
     """Strength 0 has the bits of the pipeline called by hand; strength 1 has others."""
     options = {"num_inference_steps": SHORT}
-    stock = np.asarray(stock_edit(editor, picture, SHORT, editor.vision_attention))
-    zero = np.asarray(editor.generate(picture, PROMPT, strength=0.0, **options))
-    one = np.asarray(editor.generate(picture, PROMPT, **options))
+    stock = np.asarray(stock_edit(editor, image, SHORT, editor.vision_attention))
+    zero = np.asarray(editor.generate(image, PROMPT, strength=0.0, **options))
+    one = np.asarray(editor.generate(image, PROMPT, **options))
     mode = editor.mode.name
     bench.add(
-        f"{mode}: strength 0 has the stock picture's bits", float(np.array_equal(zero, stock)), "", "== 1"
+        f"{mode}: strength 0 has the stock image's bits", float(np.array_equal(zero, stock)), "", "== 1"
     )
-    bench.add(
-        f"{mode}: a random bridge changes the picture", float(not np.array_equal(one, zero)), "", "== 1"
-    )
-    bench.add(f"{mode}: spread of the stock picture's pixels", float(stock.std()), "of 255")
+    bench.add(f"{mode}: a random bridge changes the image", float(not np.array_equal(one, zero)), "", "== 1")
+    bench.add(f"{mode}: spread of the stock image's pixels", float(stock.std()), "of 255")
 
 
-def stock_edit(
-    editor: EnhancedQwenImageEdit, picture: Image.Image, steps: int, attention: str
-) -> Image.Image:
+def stock_edit(editor: EnhancedQwenImageEdit, image: Image.Image, steps: int, attention: str) -> Image.Image:
     """The pipeline called by hand, without the toolkit's class.
 
     Args:
@@ -138,10 +134,10 @@ def stock_edit(
     with (
         mrope_positions(pipe, positions),
         batched_vision(pipe, attention),
-        picture_sizes(type(pipe), family.editor),
+        image_sizes(type(pipe), family.editor),
     ):
         return pipe(
-            image=[picture], prompt=PROMPT, negative_prompt=family.negative_prompt,
+            image=[image], prompt=PROMPT, negative_prompt=family.negative_prompt,
             true_cfg_scale=family.true_cfg_scale, num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(0),
         ).images[0]  # fmt: skip
@@ -175,14 +171,14 @@ def memory_mode(bench: Bench, card_gb: int) -> None:
 
 def _capped(bench: Bench, mode: MemoryMode, name: str) -> None:
     _import_pipeline(bench)
-    picture, steps = _picture(bench), 2 * SHORT
+    image, steps = _image(bench), 2 * SHORT
     with peak_memory(bench.device) as peak:
         editor, seconds = timed(lambda: _load(bench, mode, None), bench.device)
     bench.add(f"{name}: loading", seconds, "s")
     bench.add(f"{name}: loading, peak GPU memory", peak[0], "GB", scale=1e-9)
     with peak_memory(bench.device) as peak:
-        editor.generate(picture, PROMPT, num_inference_steps=2)
-        calls = {"x": lambda: editor.generate(picture, PROMPT, num_inference_steps=steps)}
+        editor.generate(image, PROMPT, num_inference_steps=2)
+        calls = {"x": lambda: editor.generate(image, PROMPT, num_inference_steps=steps)}
         seconds = in_turn(calls, bench.device, 1, warmup=0)["x"]
     bench.add(f"{name}: enhanced edit of {steps} steps with guidance", seconds, "s")
     bench.add(f"{name}: edit, peak GPU memory", peak[0], "GB", scale=1e-9)
@@ -190,9 +186,9 @@ def _capped(bench: Bench, mode: MemoryMode, name: str) -> None:
         reserved = float(torch.cuda.max_memory_reserved(bench.device))
         bench.add(f"{name}: most that the allocator reserved", reserved, "GB", scale=1e-9)
     with Stages(editor.pipe, editor.bridge, editor.extractor) as stages:
-        editor.generate(picture, PROMPT, num_inference_steps=2)
+        editor.generate(image, PROMPT, num_inference_steps=2)
     bench.add(f"{name}: DiT step", summarise(stages.seconds()["DiT step"]), "ms", scale=1e3)
-    _strength_zero(bench, editor, picture)
+    _strength_zero(bench, editor, image)
     _unload(editor)
 
 
@@ -219,10 +215,10 @@ def _import_pipeline(bench: Bench) -> None:
     getattr(diffusers, bench.load_family(editor=True).editor.pipeline_class)
 
 
-def _picture(bench: Bench) -> Image.Image:
-    from qwen_vision_bridge.synthetic.cases import sample_picture
+def _image(bench: Bench) -> Image.Image:
+    from qwen_vision_bridge.synthetic.cases import sample_image
 
-    return sample_picture(bench.settings.side)
+    return sample_image(bench.settings.side)
 
 
 def _unload(editor: EnhancedQwenImageEdit) -> None:

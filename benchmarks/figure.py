@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from qwen_vision_bridge.plots import DPI, to_picture
+from qwen_vision_bridge.plots import DPI, to_image
 
 
 def stage_figure(rows: Sequence[dict[str, Any]], caption: str) -> Image.Image:
@@ -36,4 +36,4 @@ def stage_figure(rows: Sequence[dict[str, Any]], caption: str) -> Image.Image:
             axis.set_xscale("log")
             axis.legend(fontsize=8)
     figure.supxlabel(caption, fontsize=8, color="0.35")
-    return to_picture(figure)
+    return to_image(figure)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen_vision_bridge.io import write_picture
+from qwen_vision_bridge.io import write_image
 from qwen_vision_bridge.loading.memory import free_cuda
 
 from . import devices as bench_devices
@@ -126,7 +126,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     family = "qwen" if any(own.values()) or arguments.random_weights else arguments.family
     return Settings(
         family, arguments.random_weights, arguments.folder, **own, tiny=arguments.tiny, side=arguments.side,
-        steps=arguments.steps, repeats=arguments.repeats, pictures=arguments.pictures, cases=arguments.cases,
+        steps=arguments.steps, repeats=arguments.repeats, images=arguments.images, cases=arguments.cases,
     )  # fmt: skip
 
 
@@ -138,4 +138,4 @@ def _draw(bench: Bench) -> None:
         rows = [row for row in bench.rows if row["device"] == device and row["name"].startswith("stage, ")]
         if rows:
             name = "".join(letter if letter.isalnum() else "-" for letter in device.lower())
-            write_picture(bench.output / f"stages-{name}.png", stage_figure(rows, device))
+            write_image(bench.output / f"stages-{name}.png", stage_figure(rows, device))

@@ -43,13 +43,13 @@ class Settings:
     tiny: bool = False
     """An eighth of the released widths, to rehearse."""
     side: int = PIPELINE_SIDE
-    """px of the edited picture's side."""
+    """px of the edited image's side."""
     steps: int | None = None
     """Denoising steps of a whole edit; None is the family's."""
     repeats: int = 3
     """Whole edits an arm; single stages are measured more often."""
-    pictures: int = 1024
-    """Pictures of the folder for streams."""
+    images: int = 1024
+    """Images of the folder for streams."""
     cases: int = 40
     """Synthetic cases of the evaluation that is shared between devices."""
 

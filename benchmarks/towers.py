@@ -62,31 +62,29 @@ def extraction(bench: Bench) -> None:
     bench.add(f"load, {whole}, peak GPU memory", peak[0], "GB", scale=1e-9)
     share = sorted(ready)[len(ready) // 2] / seconds
     bench.add("ready to extract, towers alone ÷ whole models", share, "", "<= 0.15" if released else "")
-    _one_picture_both_ways(bench, family, seeds_way)
+    _one_image_both_ways(bench, family, seeds_way)
 
 
-def _one_picture_both_ways(bench: Bench, family: Family, seeds_way: VisionCacheExtractor) -> None:
-    from qwen_vision_bridge.synthetic.cases import sample_picture
+def _one_image_both_ways(bench: Bench, family: Family, seeds_way: VisionCacheExtractor) -> None:
+    from qwen_vision_bridge.synthetic.cases import sample_image
 
-    side = family.picture_size
-    picture = sample_picture(side)
+    side = family.image_size
+    image = sample_image(side)
     towers = VisionCacheExtractor(
         family, device=bench.device, dtype=bench.dtype, feature_cache=False, keep_models=True
     )
     calls: dict[str, Callable[[], Any]] = {
-        "towers alone": lambda: _both(towers, picture), "whole models": lambda: _both(seeds_way, picture)
+        "towers alone": lambda: _both(towers, image), "whole models": lambda: _both(seeds_way, image)
     }  # fmt: skip
     for name, seconds in in_turn(calls, bench.device, 5).items():
-        bench.add(
-            f"features of one {family.picture_size}² picture from both, {name}", seconds, "ms", scale=1e3
-        )
+        bench.add(f"features of one {family.image_size}² image from both, {name}", seconds, "ms", scale=1e3)
     seeds_way.unload()
     towers.unload()
 
 
-def _both(extractor: VisionCacheExtractor, picture: Any) -> None:
-    extractor.extract_qwen3_vision(picture)
-    extractor.extract_qwen25_vision(picture)
+def _both(extractor: VisionCacheExtractor, image: Any) -> None:
+    extractor.extract_qwen3_vision(image)
+    extractor.extract_qwen25_vision(image)
 
 
 def seed_numbers(bench: Bench) -> None:
@@ -108,7 +106,7 @@ def seed_numbers(bench: Bench) -> None:
 
 
 def source_tower(bench: Bench) -> None:
-    """The source tower's speed, one picture and batches, beside the rate the chip reaches in products."""
+    """The source tower's speed, one image and batches, beside the rate the chip reaches in products."""
     spec = bench.load_family().source
     rate = _matrix_rate(bench)
     bench.add("matrix products, 8192³ bf16" if bench.cuda else "matrix products, 1024³ fp32",
@@ -122,7 +120,7 @@ def source_tower(bench: Bench) -> None:
             bench.device,
             20 if cuda else 3,
         ).items():
-            name = f"source tower, one {tokens * spec.token_px}² picture, {attention} attention"
+            name = f"source tower, one {tokens * spec.token_px}² image, {attention} attention"
             bench.add(name, seconds, "ms", scale=1e3)
     best = 0.0
     for batch in BATCHES if cuda else BATCHES[:2]:
@@ -149,15 +147,15 @@ def _compile_and_run(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int
 
 
 def _best(bench: Bench, spec: ModelSpec, best: float) -> None:
-    bench.add(_best_name(spec), best, "pictures/s", ">= 150" if bench.released else "")
+    bench.add(_best_name(spec), best, "images/s", ">= 150" if bench.released else "")
 
 
 def _best_name(spec: ModelSpec) -> str:
-    return f"source tower, {16 * spec.token_px}² pictures, best batch"
+    return f"source tower, {16 * spec.token_px}² images, best batch"
 
 
 def _batched(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int, rate: float, how: str) -> float:
-    """Pictures per second of one batch size, with its FLOPs, bytes and share of the chip's matrix rate."""
+    """Images per second of one batch size, with its FLOPs, bytes and share of the chip's matrix rate."""
     call = _forward(tower, spec, batch, 16, bench)
     with FlopCounterMode(display=False) as counter:
         call("batched") if not how else None  # a compiled block hides its operations
@@ -165,7 +163,7 @@ def _batched(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int, rate: 
     seconds = in_turn({"x": lambda: call("batched")}, bench.device, repeats, 2)["x"]
     name = f"source tower, batch of {batch} at {16 * spec.token_px}²{how}"
     rates = [batch / second for second in seconds]
-    bench.add(name, rates, "pictures/s")
+    bench.add(name, rates, "images/s")
     flops = counter.get_total_flops() or _tower_flops(spec, tower, batch)
     median = sorted(seconds)[len(seconds) // 2]
     bench.add(f"{name}: work", flops, "TFLOP", scale=1e-12)
@@ -195,7 +193,7 @@ def _least_bytes(tower: nn.Module, spec: ModelSpec, batch: int) -> float:
 
 
 def _forward(tower: nn.Module, spec: ModelSpec, batch: int, tokens: int, bench: Bench) -> Callable[..., Any]:
-    """A call of the tower, or another, on random pictures of tokens × tokens, with either attention."""
+    """A call of the tower, or another, on random images of tokens × tokens, with either attention."""
     side = tokens * spec.merge_size
     width = 3 * tower.config.temporal_patch_size * spec.patch_size**2
     pixels = torch.randn(batch * side * side, width, device=bench.device, dtype=bench.dtype)
@@ -234,14 +232,14 @@ def target_tower(bench: Bench) -> None:
             2,
         )
         for mode, seconds in found.items():
-            bench.add(f"target tower, {side}² picture, {mode} attention", seconds, "ms", scale=1e3)
+            bench.add(f"target tower, {side}² image, {mode} attention", seconds, "ms", scale=1e3)
         ratios = [slow / fast for slow, fast in zip(found["stock"], found["batched"], strict=True)]
-        bench.add(f"target tower, {side}² picture, stock ÷ batched time", ratios, "times",
+        bench.add(f"target tower, {side}² image, stock ÷ batched time", ratios, "times",
                   ">= 4" if released and side == 1024 else "")  # fmt: skip
         outputs = {mode: call(mode).pooler_output.float() for mode in found}
         exact = call("stock", copy.deepcopy(tower).float()).pooler_output
         for mode, output in outputs.items():
-            bench.add(f"target tower, {side}² picture, {mode} attention against float32: relative error",
+            bench.add(f"target tower, {side}² image, {mode} attention against float32: relative error",
                       float((output - exact).norm() / exact.norm()), "")  # fmt: skip
 
 

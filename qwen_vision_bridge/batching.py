@@ -21,7 +21,7 @@ from .calls import LevelAttention
 from .loading.checkpoints import not_finite
 from .loading.locks import exclusive, replaced
 
-LARGE = 512 * 512  # px²: pictures above it are decoded one by one, since a batch would not fit beside the DiT
+LARGE = 512 * 512  # px²: images above it are decoded one by one, since a batch would not fit beside the DiT
 
 Prompt = tuple[torch.Tensor, torch.Tensor | None]  # (1, T, D), and (1, T) or None where every token is valid
 
@@ -36,13 +36,13 @@ class Prepared(NamedTuple):
     latents: torch.Tensor
     """The noise, (1, S, C)."""
     references: torch.Tensor | None
-    """Latents of the pictures, (1, R, C)."""
+    """Latents of the images, (1, R, C)."""
     attention: LevelAttention | None
     """The level weights where a bridge was in."""
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What edits of one batch have in common: sizes of the pictures, steps, guidance."""
+        """What edits of one batch have in common: sizes of the images, steps, guidance."""
         images = self.call["image"]
         sizes = tuple(image.size for image in (images if isinstance(images, list) else [images]))
         kept = {
@@ -87,13 +87,13 @@ def denoise(pipe: Any, edits: Sequence[Prepared]) -> list[Image.Image]:
     """Run the stock pipeline from its denoising on, once for all edits.
 
     Returns:
-        A picture an edit, in their order.
+        An image an edit, in their order.
 
     Raises:
         ValueError: no edits, or edits that differ in sizes, steps or guidance.
     """
     if len({edit.shape for edit in edits}) != 1:
-        raise ValueError("edits of a batch need pictures of the same sizes and the same options")
+        raise ValueError("edits of a batch need images of the same sizes and the same options")
     first = edits[0]
     prompts = iter([_padded([edit.prompts[turn] for edit in edits]) for turn in range(len(first.prompts))])
     latents = torch.cat([edit.latents for edit in edits])  # (B, S, C)

@@ -24,17 +24,17 @@ OUTLIER_FACTOR = 6.0  # a channel counts as an outlier when its RMS is this many
 
 @dataclass(frozen=True)
 class VisionCache:
-    """The features of one picture, or of several packed one after the other, from one encoder.
+    """The features of one image, or of several packed one after the other, from one encoder.
 
-    Every tensor is (1, N, D) in picture order (row by row), N the sum of gh·gw over the pictures.
+    Every tensor is (1, N, D) in image order (row by row), N the sum of gh·gw over the images.
     """
 
     features: Mapping[str, torch.Tensor]
     """`early`, `mid`, `late` and `merged` of a source; `vision` of a target."""
     grids: tuple[tuple[int, int], ...]
-    """(gh, gw) of each picture."""
+    """(gh, gw) of each image."""
     provenance: Mapping[str, str] = field(default_factory=dict)
-    """Model, revision, scope, dtype, pictures: what the features were made from."""
+    """Model, revision, scope, dtype, images: what the features were made from."""
     loaded_from: Path | None = None
     """The cache file they were read from; None where a model made them just now."""
 
@@ -48,9 +48,9 @@ class VisionCache:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(gh, gw) of the only picture; a ValueError where there are several."""
+        """(gh, gw) of the only image; a ValueError where there are several."""
         if len(self.grids) != 1:
-            raise ValueError(f"this cache holds {len(self.grids)} pictures: use `.grids`, or `.split()` it")
+            raise ValueError(f"this cache holds {len(self.grids)} images: use `.grids`, or `.split()` it")
         return self.grids[0]
 
     @property
@@ -84,7 +84,7 @@ class VisionCache:
         return [self._named(name) for name in LEVEL_NAMES]
 
     def split(self) -> list[VisionCache]:
-        """One cache a picture."""
+        """One cache an image."""
         sizes = [rows * columns for rows, columns in self.grids]
         parts = {name: tensor.split(sizes, dim=1) for name, tensor in self.features.items()}
         return [

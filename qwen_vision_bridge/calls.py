@@ -27,13 +27,13 @@ class LevelAttention(NamedTuple):
     """Which level the bridge drew on, token by token."""
 
     weights: torch.Tensor
-    """(N, L) on the CPU, summing to 1 over L; the pictures' tokens one after the other, each row by row."""
+    """(N, L) on the CPU, summing to 1 over L; the images' tokens one after the other, each row by row."""
     grids: tuple[tuple[int, int], ...]
-    """(gh, gw) of each picture."""
+    """(gh, gw) of each image."""
     levels: tuple[str, ...]
 
     def maps(self) -> list[np.ndarray]:
-        """One (gh, gw, L) array a picture."""
+        """One (gh, gw, L) array an image."""
         parts = self.weights.split([rows * columns for rows, columns in self.grids])
         return [part.reshape(*grid, -1).numpy() for part, grid in zip(parts, self.grids, strict=True)]
 
@@ -50,7 +50,7 @@ def check_call(
     family: Family, pipeline_name: str, image: Any, prompt: Any, strength: Any, seed: Any,
     options: dict[str, Any],
 ) -> tuple[list[Image.Image], dict[str, Any]]:  # fmt: skip
-    """Open the pictures of an edit and complete its options with the family's defaults.
+    """Open the images of an edit and complete its options with the family's defaults.
 
     Raises:
         TypeError, ValueError, FileNotFoundError, OSError: every cheap refusal happens here.
@@ -63,15 +63,15 @@ def check_call(
         raise ValueError(
             f"{', '.join(taken)} cannot be given: the pairing of baseline and enhanced sets them"
         )
-    pictures = load_images(image, family.target.token_px)
-    if len(pictures) > 1 and not takes_several(pipeline_name):
-        raise ValueError(f"{pipeline_name} takes one picture, got {len(pictures)}: use Qwen-Image-Edit-2509")
+    images = load_images(image, family.target.token_px)
+    if len(images) > 1 and not takes_several(pipeline_name):
+        raise ValueError(f"{pipeline_name} takes one image, got {len(images)}: use Qwen-Image-Edit-2509")
     defaults = {
         "num_inference_steps": family.steps,
         "true_cfg_scale": family.true_cfg_scale,
         "negative_prompt": family.negative_prompt,
     }
-    return pictures, {**defaults, **options}
+    return images, {**defaults, **options}
 
 
 def check_prompt(prompt: Any) -> str:

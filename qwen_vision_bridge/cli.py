@@ -15,9 +15,9 @@ from .loading.memory import is_out_of_memory
 from .specs import FAMILIES, Family, check_seed, resolve_family
 
 OUTPUT = Path("examples_output")
-RANDOM_NOTE = "Note: the miniature's weights are random here, so its pictures are noise; every step is real."
+RANDOM_NOTE = "Note: the miniature's weights are random here, so its images are noise; every step is real."
 NO_MEMORY = (
-    "the GPU ran out of memory: close other programs on it, give smaller pictures, or look at "
+    "the GPU ran out of memory: close other programs on it, give smaller images, or look at "
     "`check_environment.py` for a memory mode that fits"
 )
 PHOTO_NOTE = "Note: the miniature knows only its own synthetic world; of a photograph it makes little."
@@ -32,7 +32,7 @@ def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
         "--models", default="auto", choices=["auto", *sorted(FAMILIES)], help="which family to use"
     )
     made.add_argument("--source", help="another Qwen3-VL: registered name, hub id or local folder")
-    made.add_argument("--image", type=Path, help="your own picture; default: a synthetic test picture")
+    made.add_argument("--image", type=Path, help="your own image; default: a synthetic test image")
     made.add_argument("--prompt", default=None, help=f'what to do with it; default: "{prompt}"')
     made.add_argument("--seed", type=int, default=0, help="of noise and synthetic images, from 0")
     made.add_argument("--output", type=Path, default=OUTPUT, help="folder for what is written")

@@ -1,4 +1,4 @@
-"""`VisionCacheExtractor`: pictures in, vision caches out, one model in memory at a time."""
+"""`VisionCacheExtractor`: images in, vision caches out, one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class VisionCacheExtractor:
             `scope="language"` the language model. None does it where it is worth it, which is a whole
             language model on CUDA: a tower of 0.6 B parameters stays in 16 bits.
         device_map: `"auto"` places a model through accelerate over GPUs and CPU memory.
-        device: where models and pictures go; None is CUDA where there is one, else the CPU.
+        device: where models and images go; None is CUDA where there is one, else the CPU.
         dtype: None is bfloat16 on CUDA and float32 on a CPU.
         source, target: another registered model, hub id or local folder for that role.
         scope: `"vision"` runs the towers alone, and the prompt does not change their features; `"language"`
@@ -50,7 +50,7 @@ class VisionCacheExtractor:
             prompt included.
         language_layers: for `scope="language"`, after how many layers of the source the early, mid and late
             levels are taken; None is a quarter, a half and three quarters of them.
-        vision_attention: `"batched"` lets the towers attend to many windows and pictures at once, and fuses
+        vision_attention: `"batched"` lets the towers attend to many windows and images at once, and fuses
             their layers on a GPU, `"stock"` leaves transformers' loop; equal up to rounding.
         compiled: let `torch.compile` fuse the towers' blocks: for many batches of one size, slow to begin
             with, equal up to rounding.
@@ -107,13 +107,13 @@ class VisionCacheExtractor:
     ) -> VisionCache:
         """The source's levels, on the target's grid.
 
-        Each picture is resized to (gh·px, gw·px), px the side of one source token, so that token i of source
+        Each image is resized to (gh·px, gw·px), px the side of one source token, so that token i of source
         and target is the same place (grid lock).
 
         Args:
-            image: one picture or several; several are packed on one axis, in order.
+            image: one image or several; several are packed on one axis, in order.
             prompt: changes the features with `scope="language"` only; the towers never see it.
-            grids: (gh, gw) of each picture; None asks the target's own processor.
+            grids: (gh, gw) of each image; None asks the target's own processor.
 
         Returns:
             A cache with `early`, `mid`, `late` and `merged` features, each (1, N, D): with `scope="vision"`
@@ -123,13 +123,11 @@ class VisionCacheExtractor:
         Raises:
             ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and of loading the model.
         """
-        pictures = load_images(image, self.family.target.token_px)
-        grids = (
-            tuple(grids) if grids is not None else tuple(self.target_grid(picture) for picture in pictures)
-        )
-        if len(grids) != len(pictures):
-            raise ValueError(f"{len(pictures)} pictures need as many grids, got {len(grids)}")
-        return self._cached("qwen3", pictures, prompt, grids, self._run_source)
+        images = load_images(image, self.family.target.token_px)
+        grids = tuple(grids) if grids is not None else tuple(self.target_grid(image) for image in images)
+        if len(grids) != len(images):
+            raise ValueError(f"{len(images)} images need as many grids, got {len(grids)}")
+        return self._cached("qwen3", images, prompt, grids, self._run_source)
 
     def extract_qwen25_vision(
         self,
@@ -140,34 +138,34 @@ class VisionCacheExtractor:
         """The target's features, as its own processor and tower make them: the baseline.
 
         Args:
-            image: one picture or several; several are packed on one axis, in order.
+            image: one image or several; several are packed on one axis, in order.
             prompt: changes the features with `scope="language"` only; the tower never sees it.
-            grids: (gh, gw) of each picture, which is resized to it; None is what the processor gives. With
+            grids: (gh, gw) of each image, which is resized to it; None is what the processor gives. With
                 `scope="vision"` only.
 
         Returns:
-            A cache with `vision` features (1, N, D), in picture order: the merged output of the tower, or
+            A cache with `vision` features (1, N, D), in image order: the merged output of the tower, or
             with `scope="language"` the last hidden state (after the final norm) at the image tokens.
 
         Raises:
             ValueError, TypeError, FileNotFoundError, OSError: as `load_images`, and of loading the model.
         """
-        pictures = load_images(image, self.family.target.token_px)
+        images = load_images(image, self.family.target.token_px)
         if grids is not None:
-            pictures = on_grids(pictures, grids, self.family.target.token_px)
+            images = on_grids(images, grids, self.family.target.token_px)
         else:
-            grids = [self.target_grid(picture) for picture in pictures]
-        return self._cached("qwen25", pictures, prompt, tuple(grids), self._run_target)
+            grids = [self.target_grid(image) for image in images]
+        return self._cached("qwen25", images, prompt, tuple(grids), self._run_target)
 
     @exclusive
     def extract_batch(
-        self, role: Literal["qwen3", "qwen25"], pictures: Sequence[Image.Image], grids: Sequence[Grid]
+        self, role: Literal["qwen3", "qwen25"], images: Sequence[Image.Image], grids: Sequence[Grid]
     ) -> list[VisionCache]:
-        """Many pictures through one tower in one go, past the feature cache: a cache a picture.
+        """Many images through one tower in one go, past the feature cache: a cache an image.
 
         Args:
             role: which tower.
-            pictures: as `load_images` gives them.
+            images: as `load_images` gives them.
             grids: (gh, gw) of each, as `target_grid` says.
 
         Raises:
@@ -177,18 +175,18 @@ class VisionCacheExtractor:
             raise ValueError('batches are for scope="vision": the language model reads one prompt at a time')
         run = self._run_source if role == "qwen3" else self._run_target
         with tower_attention(self._model(role), self.vision_attention):
-            features = run(list(pictures), "", tuple(grids))
+            features = run(list(images), "", tuple(grids))
         self._check_finite(role, features)
         packed = {name: value[None] for name, value in features.items()}
         return VisionCache(packed, tuple(grids), self.provenance(role)).split()
 
     def provenance(self, role: Literal["qwen3", "qwen25"]) -> dict[str, str]:
-        """Everything about the models that decides the features of a picture."""
+        """Everything about the models that decides the features of an image."""
         made = self._provenance(role, [], "")
-        return {key: value for key, value in made.items() if key != "pictures"}
+        return {key: value for key, value in made.items() if key != "images"}
 
     def warm(self, role: Literal["qwen3", "qwen25"]) -> None:
-        """Load a model now and not at the first picture."""
+        """Load a model now and not at the first image."""
         self._model(role)
 
     def compare_caches(self, qwen3_cache: VisionCache, qwen25_cache: VisionCache) -> CacheComparison:
@@ -196,7 +194,7 @@ class VisionCacheExtractor:
         return compare(qwen3_cache, qwen25_cache)
 
     def target_grid(self, image: Image.Image) -> Grid:
-        """(gh, gw) that the target's own processor gives a picture; needs no weights."""
+        """(gh, gw) that the target's own processor gives an image; needs no weights."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         spec, processor = self.family.target, self._image_processor("qwen25")
@@ -239,16 +237,16 @@ class VisionCacheExtractor:
 
     @exclusive
     def _cached(
-        self, role: str, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...], run: Any
+        self, role: str, images: list[Image.Image], prompt: str, grids: tuple[Grid, ...], run: Any
     ) -> VisionCache:
         """Features from the feature cache, or from the model and into it."""
-        provenance = self._provenance(role, pictures, prompt)
+        provenance = self._provenance(role, images, prompt)
         if self.feature_cache and (found := self.feature_cache.get(provenance, grids)):
             return found.to(self.device)
         tower = self._model(role)
         tower = tower.model.visual if self.scope == "language" else tower
         with tower_attention(tower, self.vision_attention):
-            features = run(pictures, prompt, grids)
+            features = run(images, prompt, grids)
         self._check_finite(role, features)
         cache = VisionCache({name: value[None] for name, value in features.items()}, grids, provenance)
         if self.feature_cache:
@@ -264,7 +262,7 @@ class VisionCacheExtractor:
             name = self._spec(role).name
             raise not_finite(f"the features of {name}", {name: self._model(role)})
 
-    def _provenance(self, role: str, pictures: list[Image.Image], prompt: str) -> dict[str, str]:
+    def _provenance(self, role: str, images: list[Image.Image], prompt: str) -> dict[str, str]:
         spec = self._spec(role)
         provenance = {
             "model": spec.name,
@@ -276,7 +274,7 @@ class VisionCacheExtractor:
             "device": self.device.type,
             "features_version": FEATURES_VERSION,
             "vision_attention": self.vision_attention + (", compiled" if self.compiled else ""),
-            "pictures": " ".join(image_digest(picture) for picture in pictures),
+            "images": " ".join(image_digest(image) for image in images),
         }
         if self.scope == "language":
             provenance |= {"prompt": prompt, "language_layers": str(self.language_layers)}
@@ -284,9 +282,9 @@ class VisionCacheExtractor:
 
     @torch.inference_mode()
     def _run_source(
-        self, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...]
+        self, images: list[Image.Image], prompt: str, grids: tuple[Grid, ...]
     ) -> dict[str, torch.Tensor]:
-        locked = on_grids(pictures, grids, self.family.source.token_px)
+        locked = on_grids(images, grids, self.family.source.token_px)
         model = self._model("qwen3")
         if self.scope == "language":
             inputs = self._language_inputs("qwen3", locked, prompt, do_resize=False)
@@ -295,38 +293,38 @@ class VisionCacheExtractor:
         output = model(
             inputs["pixel_values"].to(self.device, self.dtype), inputs["image_grid_thw"].to(self.device)
         )
-        levels = dict(zip(LEVEL_NAMES, output.deepstack_features, strict=True))  # each (N, D), picture order
+        levels = dict(zip(LEVEL_NAMES, output.deepstack_features, strict=True))  # each (N, D), image order
         return {**levels, "merged": output.pooler_output}
 
     @torch.inference_mode()
     def _run_target(
-        self, pictures: list[Image.Image], prompt: str, grids: tuple[Grid, ...]
+        self, images: list[Image.Image], prompt: str, grids: tuple[Grid, ...]
     ) -> dict[str, torch.Tensor]:
         model = self._model("qwen25")
         if self.scope == "language":
-            inputs = self._language_inputs("qwen25", pictures, prompt)
+            inputs = self._language_inputs("qwen25", images, prompt)
             hidden = model.model(**inputs).last_hidden_state  # (1, T, D), after the final norm
             features = hidden[inputs["input_ids"] == model.config.image_token_id]
         else:
             px = self.family.target.token_px
             exact = [(rows * px, columns * px) for rows, columns in grids]
-            fits = exact == [(picture.height, picture.width) for picture in pictures]
-            inputs = self._image_processor("qwen25")(images=pictures, do_resize=not fits, return_tensors="pt")
+            fits = exact == [(image.height, image.width) for image in images]
+            inputs = self._image_processor("qwen25")(images=images, do_resize=not fits, return_tensors="pt")
             pixels, shapes = inputs["pixel_values"].to(self.device, self.dtype), inputs["image_grid_thw"]
-            # pooler_output is in picture order; last_hidden_state would be in window order
+            # pooler_output is in image order; last_hidden_state would be in window order
             features = model(pixels, shapes.to(self.device)).pooler_output  # (N, D)
         if len(features) != sum(rows * columns for rows, columns in grids):
             raise RuntimeError(f"{self.family.target.name} made {len(features)} tokens for the grids {grids}")
         return {"vision": features}
 
-    def _language_inputs(self, role: str, pictures: list[Image.Image], prompt: str, **options: Any) -> Any:
+    def _language_inputs(self, role: str, images: list[Image.Image], prompt: str, **options: Any) -> Any:
         processor = self._processor(role)
-        # The prompt goes first: attention is causal, and behind the pictures it could not change their
+        # The prompt goes first: attention is causal, and behind the images it could not change their
         # states.
-        content = [{"type": "text", "text": prompt}, *({"type": "image"} for _ in pictures)]
+        content = [{"type": "text", "text": prompt}, *({"type": "image"} for _ in images)]
         chat = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=[text], images=pictures, return_tensors="pt", **options).to(self.device)
+        inputs = processor(text=[text], images=images, return_tensors="pt", **options).to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         return inputs
 

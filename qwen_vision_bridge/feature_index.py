@@ -18,25 +18,25 @@ from .specs import read_json
 FORMAT = "qwen-vision-bridge/feature-folder/2"
 INDEX = "index.json"
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-SHARD_PICTURES = 64
+SHARD_IMAGES = 64
 _SHARD = re.compile(r"features-\d{5,}\.safetensors")
 
 
-def list_shards(images: Path, size: int = SHARD_PICTURES) -> dict[str, list[str]]:
+def list_shards(images: Path, size: int = SHARD_IMAGES) -> dict[str, list[str]]:
     """Shard file → the images in it, as paths below the folder.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
     """
     if not images.is_dir():
-        raise FileNotFoundError(f"no such folder of pictures: {images}")
+        raise FileNotFoundError(f"no such folder of images: {images}")
     names = sorted(
         path.relative_to(images).as_posix()
         for path in images.rglob("*")
         if path.suffix.lower() in ENDINGS and path.is_file()
     )
     if not names:
-        raise FileNotFoundError(f"{images} holds no picture ({', '.join(sorted(ENDINGS))})")
+        raise FileNotFoundError(f"{images} holds no image ({', '.join(sorted(ENDINGS))})")
     parts = [names[start : start + size] for start in range(0, len(names), size)]
     return {f"features-{number:05d}.safetensors": part for number, part in enumerate(parts)}
 
@@ -98,6 +98,6 @@ def write_index(
     index = {
         "format": FORMAT, "complete": found is not None, "folder": str(images.resolve()),
         "features": list(features), "made_from": dict(made_from), "shards": sorted(shards),
-        "pictures": dict(found or {}), "skipped": dict(skipped or {}),
+        "images": dict(found or {}), "skipped": dict(skipped or {}),
     }  # fmt: skip
     write_json(output / INDEX, index)

@@ -1,4 +1,4 @@
-"""Pictures as the toolkit takes them: a PIL image, a path, or a list of either, checked and made RGB.
+"""Images as the toolkit takes them: a PIL image, a path, or a list of either, checked and made RGB.
 
 Imports Pillow and numpy alone, so that a wrong path is answered before anything heavy is loaded.
 """
@@ -23,39 +23,39 @@ TIFF_BITS_PER_SAMPLE = 258
 
 
 def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) -> list[Image.Image]:
-    """Open, check and convert one picture or several to 8-bit RGB, upright by their EXIF orientation.
+    """Open, check and convert one image or several to 8-bit RGB, upright by their EXIF orientation.
 
-    Greyscale, palette, CMYK and 16-bit pictures are converted, transparency is laid over white, and of an
+    Greyscale, palette, CMYK and 16-bit images are converted, transparency is laid over white, and of an
     animation the first frame is taken (with a log line). Deep greyscale is scaled by the range of its format,
     never by its content, so that a dark image stays dark: see `_to_eight_bit`.
 
     Args:
         image: a PIL image, a path, or a list of either.
-        smallest_side: px of one vision token; a picture with a shorter side is refused.
+        smallest_side: px of one vision token; an image with a shorter side is refused.
 
     Raises:
-        TypeError: something that is no picture and no path.
+        TypeError: something that is no image and no path.
         FileNotFoundError: no such file.
-        OSError: a file that is empty, truncated or not a picture.
-        ValueError: an empty list, a picture below one token, longer than 200:1, or too large to open safely;
+        OSError: a file that is empty, truncated or not an image.
+        ValueError: an empty list, an image below one token, longer than 200:1, or too large to open safely;
             deep greyscale with NaN, infinity or values outside the range of its format.
     """
-    pictures = list(image) if isinstance(image, list | tuple) else [image]
-    if not pictures:
-        raise ValueError("no picture given: pass a PIL image, a path, or a list of at least one")
-    return [_load_one(picture, smallest_side) for picture in pictures]
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if not images:
+        raise ValueError("no image given: pass a PIL image, a path, or a list of at least one")
+    return [_load_one(image, smallest_side) for image in images]
 
 
-def on_grids(pictures: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px: int) -> list[Image.Image]:
-    """Pictures resized so that each has its grid (gh, gw) of tokens of `px` pixels a side."""
+def on_grids(images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px: int) -> list[Image.Image]:
+    """Images resized so that each has its grid (gh, gw) of tokens of `px` pixels a side."""
     return [
-        picture.resize((columns * px, rows * px), Image.Resampling.BICUBIC)
-        for picture, (rows, columns) in zip(pictures, grids, strict=True)
+        image.resize((columns * px, rows * px), Image.Resampling.BICUBIC)
+        for image, (rows, columns) in zip(images, grids, strict=True)
     ]
 
 
 def image_digest(image: Image.Image) -> str:
-    """SHA-256 of an RGB picture's size and pixels: equal pictures have equal digests, whatever their file."""
+    """SHA-256 of an RGB image's size and pixels: equal images have equal digests, whatever their file."""
     digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
@@ -63,18 +63,18 @@ def image_digest(image: Image.Image) -> str:
 
 def _load_one(image: ImageLike, smallest_side: int) -> Image.Image:
     if isinstance(image, Image.Image):
-        name = "the picture"
+        name = "the image"
         _check_size(image, name, smallest_side)
         return _to_rgb(image, name)
     if not isinstance(image, str | Path):
-        raise TypeError(f"a picture is a PIL image or a path, not {type(image).__name__}")
+        raise TypeError(f"an image is a PIL image or a path, not {type(image).__name__}")
     path = Path(image).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"no such picture: {path}")
+        raise FileNotFoundError(f"no such image: {path}")
     if not path.is_file():
-        raise OSError(f"{path} is not a file: give the path of one picture")
+        raise OSError(f"{path} is not a file: give the path of one image")
     if path.stat().st_size == 0:
-        raise OSError(f"{path} is empty (0 bytes): give a picture file")
+        raise OSError(f"{path} is empty (0 bytes): give an image file")
     return _decode(path, smallest_side)
 
 
@@ -87,7 +87,7 @@ def _decode(path: Path, smallest_side: int) -> Image.Image:
                 return _to_rgb(opened, str(path))
     except UnidentifiedImageError as error:
         raise OSError(
-            f"{path} is not a picture that Pillow can read (PNG, JPEG, WebP, TIFF, GIF, …)"
+            f"{path} is not an image that Pillow can read (PNG, JPEG, WebP, TIFF, GIF, …)"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = Image.MAX_IMAGE_PIXELS
@@ -103,7 +103,7 @@ def _check_size(image: Image.Image, name: str, smallest_side: int) -> None:
     if min(width, height) < smallest_side:
         raise ValueError(
             f"{name} is {width}×{height} px, smaller than one vision token "
-            f"({smallest_side}×{smallest_side} px): give a larger picture"
+            f"({smallest_side}×{smallest_side} px): give a larger image"
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(

@@ -43,7 +43,7 @@ class Injection:
     level_weights: torch.Tensor | None = None
     """(N, L) on the CPU, from the first call."""
     grids: Grids = ()
-    """(gh, gw) of each picture the target tower saw."""
+    """(gh, gw) of each image the target tower saw."""
     baselines: list[torch.Tensor] = field(default_factory=list)
     """The tower's own output of each call, (N, D), as it stood before the bridge."""
 
@@ -56,7 +56,7 @@ def inject(
     strength: float = 1.0,
     site: Site = "tower",
 ) -> Iterator[Injection]:
-    """Let a stock edit pipeline see through a bridge, for both prompts and every picture.
+    """Let a stock edit pipeline see through a bridge, for both prompts and every image.
 
     Args:
         pipe: a Qwen-Image-Edit pipeline of diffusers.
@@ -88,7 +88,7 @@ def inject(
     if record.calls == 0:
         raise FeaturesNotReadError(
             "the pipeline never ran its vision tower, so the bridge was not used and this is no enhanced "
-            "picture: prompt_embeds given by hand or a replaced text encoder would do that"
+            "image: prompt_embeds given by hand or a replaced text encoder would do that"
         )
 
 
@@ -108,7 +108,7 @@ def capture_vision(pipe: Any) -> Iterator[Injection]:
 
 @contextmanager
 def replace_vision(pipe: Any, features: torch.Tensor) -> Iterator[None]:
-    """Show the text encoder other pictures' features, as `capture_vision` took them: a control that is blind.
+    """Show the text encoder other images' features, as `capture_vision` took them: a control that is blind.
 
     Args:
         features: (N, D), on the grids that the pipeline's own processor will use.
@@ -239,9 +239,9 @@ class _Update:
 
 @contextmanager
 def shared_latents(pipe: Any) -> Iterator[None]:
-    """Encode every reference picture once for all calls inside the `with`; the pictures stay bit-identical.
+    """Encode every reference image once for all calls inside the `with`; the images stay bit-identical.
 
-    The pipelines take the mode of the VAE's distribution, so a picture's latents are a function of its
+    The pipelines take the mode of the VAE's distribution, so an image's latents are a function of its
     pixels alone.
     """
     known: dict[Any, torch.Tensor] = {}
@@ -262,7 +262,7 @@ def shared_latents(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _tower_hook(pipe: Any, function: Callable[[torch.Tensor, Grids], torch.Tensor | None]) -> Iterator[None]:
-    """Call `function` on every output (N, D) of the target tower, in picture order, with its grids."""
+    """Call `function` on every output (N, D) of the target tower, in image order, with its grids."""
     visual = pipe.text_encoder.model.visual
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

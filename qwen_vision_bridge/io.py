@@ -87,6 +87,6 @@ def write_json(path: str | Path, data: Any) -> Path:
     return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def write_picture(path: str | Path, picture: Image.Image) -> Path:
-    """Write a picture in the format of the path's ending."""
-    return write_whole(path, lambda file: picture.save(file))
+def write_image(path: str | Path, image: Image.Image) -> Path:
+    """Write an image in the format of the path's ending."""
+    return write_whole(path, lambda file: image.save(file))

@@ -1,4 +1,4 @@
-"""Pictures × prompts → a folder of paired edits with times and differences, which needs no known answers."""
+"""Images × prompts → a folder of paired edits with times and differences, which needs no known answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .images import image_digest
-from .io import digest_of, write_json, write_picture
+from .io import digest_of, write_image, write_json
 from .loading.locks import model_lock
 from .specs import read_json
 
@@ -29,9 +29,9 @@ def run_pairs(
     seed: int,
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Compare every (pictures, prompt) pair; pairs that the folder holds from the same inputs are kept.
+    """Compare every (images, prompt) pair; pairs that the folder holds from the same inputs are kept.
 
-    Writes `results.json` after each pair, and three pictures a pair: baseline, enhanced, comparison sheet.
+    Writes `results.json` after each pair, and three images a pair: baseline, enhanced, comparison sheet.
 
     Returns:
         One record a pair, in order.
@@ -44,13 +44,13 @@ def run_pairs(
 
     path = folder / "results.json"
     known, models, records = _read(path), pipeline.made_from(True), []
-    for number, (pictures, prompt) in enumerate(tqdm(pairs, desc="pairs", unit="pair")):
-        digests = [image_digest(picture) for picture in pictures]
+    for number, (images, prompt) in enumerate(tqdm(pairs, desc="pairs", unit="pair")):
+        digests = [image_digest(image) for image in images]
         key = digest_of([models, digests, prompt, strength, seed, sorted(options.items())])
         if key not in known or not all((folder / file).is_file() for file in known[key]["files"].values()):
             stem = f"{number:03d}-{key[:6]}"
-            known[key] = {"prompt": prompt, "pictures": digests}
-            known[key] |= _measure(pipeline, folder, stem, pictures, prompt, strength, seed, options)
+            known[key] = {"prompt": prompt, "images": digests}
+            known[key] |= _measure(pipeline, folder, stem, images, prompt, strength, seed, options)
             with model_lock:  # another thread may have written since
                 known = _read(path) | {key: known[key]}
                 provenance = pipeline.provenance([seed])
@@ -68,15 +68,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _measure(
-    pipeline: EnhancedQwenImageEdit, folder: Path, stem: str, pictures: list[Image.Image], prompt: str,
+    pipeline: EnhancedQwenImageEdit, folder: Path, stem: str, images: list[Image.Image], prompt: str,
     strength: float, seed: int, options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     files = {name: f"{stem}_{name}.png" for name in ("baseline", "enhanced", "comparison")}
     started = time.perf_counter()
-    result = pipeline.compare(pictures, prompt, folder / files["comparison"], strength, seed, **options)
+    result = pipeline.compare(images, prompt, folder / files["comparison"], strength, seed, **options)
     seconds = time.perf_counter() - started
-    write_picture(folder / files["baseline"], result.baseline)
-    write_picture(folder / files["enhanced"], result.enhanced)
+    write_image(folder / files["baseline"], result.baseline)
+    write_image(folder / files["enhanced"], result.enhanced)
     difference = np.abs(np.asarray(result.baseline, float) - np.asarray(result.enhanced, float)).mean()
     weights = result.attention.weights.mean(0).tolist()
     return {

@@ -1,8 +1,8 @@
-"""How large the edit pipelines of diffusers make their pictures: the one place that knows and sets it.
+"""How large the edit pipelines of diffusers make their images: the one place that knows and sets it.
 
-The Plus pipeline has module constants, read at call time, for the picture that the vision tower sees (384²
+The Plus pipeline has module constants, read at call time, for the image that the vision tower sees (384²
 px) and for the one that the VAE encodes (1024²). The first pipeline has an inline 1024·1024 and feeds one
-picture to both. Every side is rounded to 32 px, unless an editor of small pictures asks for less.
+image to both. Every side is rounded to 32 px, unless an editor of small images asks for less.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STOCK_STEP = 32  # px, to whose multiples they round
 
 
 @contextmanager
-def picture_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
+def image_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
     """Set an edit pipeline's px² to the editor's own; None there leaves diffusers' value."""
     module = import_module(pipeline_class.__module__)
     changes: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def picture_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
 def effective_sizes(pipeline_class: type, editor: EditorSpec) -> list[int]:
     """px² of the image that the tower sees and of the one that the VAE encodes, and the px they round to."""
     module = import_module(pipeline_class.__module__)
-    with picture_sizes(pipeline_class, editor):
+    with image_sizes(pipeline_class, editor):
         areas = (getattr(module, name, STOCK_AREA) for name in ("CONDITION_IMAGE_SIZE", "VAE_IMAGE_SIZE"))
         return [*areas, editor.condition_step]
 
@@ -54,9 +54,9 @@ def _dimensions(stock: Callable[..., Any], editor: EditorSpec, area: int, ratio:
 
 
 def condition_grids(
-    pipeline_class: type, editor: EditorSpec, image_processor: Any, pictures: Sequence[Image.Image]
+    pipeline_class: type, editor: EditorSpec, image_processor: Any, images: Sequence[Image.Image]
 ) -> tuple[tuple[int, int], ...]:
-    """(gh, gw) of each picture as the editor's target tower sees it, worked out as the pipeline does.
+    """(gh, gw) of each image as the editor's target tower sees it, worked out as the pipeline does.
 
     Args:
         image_processor: that of the pipeline's processor, which resizes once more to whole tokens.
@@ -65,34 +65,32 @@ def condition_grids(
 
     px, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
     grids = []
-    for picture in pictures:
-        width, height = condition_size(pipeline_class, editor, picture)
+    for image in images:
+        width, height = condition_size(pipeline_class, editor, image)
         height, width = smart_resize(height, width, px, size["shortest_edge"], size["longest_edge"])
         grids.append((height // px, width // px))
     return tuple(grids)
 
 
-def condition_size(pipeline_class: type, editor: EditorSpec, picture: Image.Image) -> tuple[int, int]:
-    """(width, height) in px to which the pipeline resizes a picture for its processor."""
-    return _resized("CONDITION_IMAGE_SIZE", pipeline_class, editor, picture)
+def condition_size(pipeline_class: type, editor: EditorSpec, image: Image.Image) -> tuple[int, int]:
+    """(width, height) in px to which the pipeline resizes an image for its processor."""
+    return _resized("CONDITION_IMAGE_SIZE", pipeline_class, editor, image)
 
 
-def vae_size(pipeline_class: type, editor: EditorSpec, picture: Image.Image) -> tuple[int, int]:
-    """(width, height) in px at which the pipeline's VAE encodes a reference picture."""
-    return _resized("VAE_IMAGE_SIZE", pipeline_class, editor, picture)
+def vae_size(pipeline_class: type, editor: EditorSpec, image: Image.Image) -> tuple[int, int]:
+    """(width, height) in px at which the pipeline's VAE encodes a reference image."""
+    return _resized("VAE_IMAGE_SIZE", pipeline_class, editor, image)
 
 
-def _resized(
-    constant: str, pipeline_class: type, editor: EditorSpec, picture: Image.Image
-) -> tuple[int, int]:
-    """(width, height) in px of a picture at the area that a pipeline's module constant says."""
+def _resized(constant: str, pipeline_class: type, editor: EditorSpec, image: Image.Image) -> tuple[int, int]:
+    """(width, height) in px of an image at the area that a pipeline's module constant says."""
     module = import_module(pipeline_class.__module__)
-    with picture_sizes(pipeline_class, editor):
+    with image_sizes(pipeline_class, editor):
         area = getattr(module, constant, STOCK_AREA)
-        width, height = module.calculate_dimensions(area, picture.width / picture.height)[:2]
+        width, height = module.calculate_dimensions(area, image.width / image.height)[:2]
     return int(width), int(height)
 
 
 def takes_several(pipeline_class_name: str) -> bool:
-    """Whether the pipeline takes several reference pictures in one edit."""
+    """Whether the pipeline takes several reference images in one edit."""
     return pipeline_class_name != "QwenImageEditPipeline"

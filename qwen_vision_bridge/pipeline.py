@@ -20,7 +20,7 @@ from .extractor import VisionCacheExtractor
 from .fingerprint import changed_parts, loaded_state
 from .images import ImageLike
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
-from .io import provenance, write_picture
+from .io import provenance, write_image
 from .loading.editors import (
     check_device,
     editor_revision,
@@ -34,7 +34,7 @@ from .loading.placement import MemoryPlan, card_gb, say
 from .loading.processors import load_processor
 from .loading.tower_attention import VisionAttention, check_vision_attention
 from .pairs import run_pairs
-from .patches import condition_grids, effective_sizes, picture_sizes, takes_several
+from .patches import condition_grids, effective_sizes, image_sizes, takes_several
 from .shipped import resolve_bridge
 from .specs import Family, resolve_family
 
@@ -42,7 +42,7 @@ Made = TypeVar("Made")
 
 
 class EnhancedQwenImageEdit:
-    """Edit pictures with Qwen-Image-Edit, with or without Qwen3-VL's features through a bridge.
+    """Edit images with Qwen-Image-Edit, with or without Qwen3-VL's features through a bridge.
 
     The stock pipeline is in `.pipe`, loaded on first use and untouched outside a call: LoRAs and schedulers
     are set on it as ever. The target's own features are taken where the pipeline computes them; the source
@@ -58,7 +58,7 @@ class EnhancedQwenImageEdit:
         device: None is CUDA where there is one, else the CPU.
         dtype: None is bfloat16 on CUDA and float32 on a CPU.
         mrope: `"fixed"` gives the text encoder three-axis positions, `"stock"` leaves diffusers' behaviour.
-        vision_attention: `"batched"` lets both vision towers attend to many windows and pictures at once, and
+        vision_attention: `"batched"` lets both vision towers attend to many windows and images at once, and
             fuses their layers on a GPU, `"stock"` leaves transformers' loop; baseline and enhanced alike.
         site: where the bridge goes in, see `injection.inject`.
         keep_source: keep the source tower in memory between calls; None leaves it to the memory plan, which
@@ -147,26 +147,26 @@ class EnhancedQwenImageEdit:
         seed: int = 0,
         **options: Any,
     ) -> Image.Image:
-        """Edit a picture, or several as references of one edit.
+        """Edit an image, or several as references of one edit.
 
         Args:
-            image: one picture or several; the first edit pipeline takes one only.
+            image: one image or several; the first edit pipeline takes one only.
             prompt: what to change.
             use_qwen3_vision: see through the bridge; False is the baseline.
-            strength: scales the bridge's update; 0 gives the stock picture bit for bit.
+            strength: scales the bridge's update; 0 gives the stock image bit for bit.
             seed: of the noise, drawn on the CPU so that every device gets the same.
             options: passed to the pipeline: `num_inference_steps`, `true_cfg_scale`, `negative_prompt`,
                 `height`, `width`, `callback_on_step_end` …; defaults are the family's.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError, OSError: a bad picture, prompt, strength or option.
+            TypeError, ValueError, FileNotFoundError, OSError: a bad image, prompt, strength or option.
             FeaturesNotReadError: the pipeline never read the features.
             GpuMemoryError: the GPU ran out of memory.
         """
-        pictures, options = self._checked(image, prompt, strength, seed, options)
+        images, options = self._checked(image, prompt, strength, seed, options)
         if not use_qwen3_vision:
-            return self._run(pictures, prompt, seed, options)
-        return self._own(self.extract_source(pictures), pictures, prompt, strength, seed, options)[0]
+            return self._run(images, prompt, seed, options)
+        return self._own(self.extract_source(images), images, prompt, strength, seed, options)[0]
 
     def compare(
         self, image: ImageLike | Sequence[ImageLike], prompt: str,
@@ -179,17 +179,17 @@ class EnhancedQwenImageEdit:
             image, prompt, strength, seed, options: as `generate`.
 
         Returns:
-            The two pictures and the level weights of the enhanced one.
+            The two images and the level weights of the enhanced one.
         """
-        pictures, options = self._checked(image, prompt, strength, seed, options)
-        cache = self.extract_source(pictures)  # first, so that the tower has gone when the DiT comes
-        baseline = self._run(pictures, prompt, seed, options)
-        enhanced, attention = self._own(cache, pictures, prompt, strength, seed, options)
+        images, options = self._checked(image, prompt, strength, seed, options)
+        cache = self.extract_source(images)  # first, so that the tower has gone when the DiT comes
+        baseline = self._run(images, prompt, seed, options)
+        enhanced, attention = self._own(cache, images, prompt, strength, seed, options)
         if save_comparison is not None:
             from .plots import comparison_sheet  # draws with matplotlib, which nothing else here needs
 
-            sheet = comparison_sheet(pictures, baseline, enhanced, prompt, seed, strength, self.describe())
-            write_picture(save_comparison, sheet)
+            sheet = comparison_sheet(images, baseline, enhanced, prompt, seed, strength, self.describe())
+            write_image(save_comparison, sheet)
         return Comparison(baseline, enhanced, attention)
 
     def edit(
@@ -205,13 +205,13 @@ class EnhancedQwenImageEdit:
             image, prompt, seed, options: as `generate`.
 
         Returns:
-            The picture, and the level weights where there was a bridge.
+            The image, and the level weights where there was a bridge.
         """
-        pictures, options = self._checked(image, prompt, strength, seed, options)
+        images, options = self._checked(image, prompt, strength, seed, options)
         if bridge is None:
-            return self._run(pictures, prompt, seed, options), None
-        source = self.extract_source(pictures) if source is None else source
-        run = partial(self._run, pictures, prompt, seed, options)
+            return self._run(images, prompt, seed, options), None
+        source = self.extract_source(images) if source is None else source
+        run = partial(self._run, images, prompt, seed, options)
         return self._through(run, bridge, source, strength, site)
 
     def prepare(
@@ -220,58 +220,58 @@ class EnhancedQwenImageEdit:
         strength: float = 1.0, site: Site = "tower", **options: Any,
     ) -> Prepared:  # fmt: skip
         """An edit up to its denoising, with the arguments of `edit`; `denoise` takes any number of them."""
-        pictures, options = self._checked(image, prompt, strength, seed, options)
-        call = self._call(pictures, prompt, seed, options)
+        images, options = self._checked(image, prompt, strength, seed, options)
+        call = self._call(images, prompt, seed, options)
         with self._ready():
             if bridge is None:
                 return prepare(self.pipe, **call)
-            source = self.extract_source(pictures) if source is None else source
+            source = self.extract_source(images) if source is None else source
             run = partial(prepare, self.pipe, **call)
             prepared, attention = self._through(run, bridge, source, strength, site)
         return prepared._replace(attention=attention)
 
     def denoise(self, edits: Sequence[Prepared]) -> list[Image.Image]:
-        """The pictures of prepared edits of equal sizes and options, made together: see `batching`."""
+        """The images of prepared edits of equal sizes and options, made together: see `batching`."""
         with self._ready():
             return denoise(self.pipe, edits)
 
     def attend(
         self, image: ImageLike | Sequence[ImageLike], prompt: str, strength: float = 1.0
     ) -> LevelAttention:
-        """The level weights alone, for the price of two steps without guidance; no picture is decoded."""
+        """The level weights alone, for the price of two steps without guidance; no image is decoded."""
         shortest = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
-        pictures, options = self._checked(image, prompt, strength, 0, shortest)
+        images, options = self._checked(image, prompt, strength, 0, shortest)
         options["negative_prompt"] = None
-        return self._own(self.extract_source(pictures), pictures, prompt, strength, 0, options)[1]
+        return self._own(self.extract_source(images), images, prompt, strength, 0, options)[1]
 
     def benchmark(
         self, images: Sequence[ImageLike], prompts: Sequence[str],
         output_dir: str | Path = "examples_output/benchmark", strength: float = 1.0, seed: int = 0,
         **options: Any,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Compare every picture with every prompt and keep pictures, times and differences in a folder.
+        """Compare every image with every prompt and keep images, times and differences in a folder.
 
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
 
         Returns:
             One record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
-        pairs = [(self._checked(picture, prompt, strength, seed, options)[0], prompt)
-                 for picture in images for prompt in prompts]  # fmt: skip
+        pairs = [(self._checked(image, prompt, strength, seed, options)[0], prompt)
+                 for image in images for prompt in prompts]  # fmt: skip
         return run_pairs(self, pairs, Path(output_dir), strength, seed, options)
 
-    def condition_grids(self, pictures: Sequence[Image.Image]) -> tuple[tuple[int, int], ...]:
-        """(gh, gw) of each picture as the editor's target tower sees it, worked out as the pipeline does."""
+    def condition_grids(self, images: Sequence[Image.Image]) -> tuple[tuple[int, int], ...]:
+        """(gh, gw) of each image as the editor's target tower sees it, worked out as the pipeline does."""
         return condition_grids(
-            self._pipeline_class(), self.family.editor, self._image_processor(), list(pictures)
+            self._pipeline_class(), self.family.editor, self._image_processor(), list(images)
         )
 
     @exclusive
-    def extract_source(self, pictures: Sequence[Image.Image]) -> VisionCache:
+    def extract_source(self, images: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
-        grids = self.condition_grids(pictures)
+        grids = self.condition_grids(images)
         with out_of_memory_named(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
-            cache = self.extractor.extract_qwen3_vision(list(pictures), grids=grids)
+            cache = self.extractor.extract_qwen3_vision(list(images), grids=grids)
         self._free_source()
         return cache
 
@@ -292,7 +292,7 @@ class EnhancedQwenImageEdit:
             self.extractor.unload("qwen3")
 
     def sharing_references(self) -> AbstractContextManager[None]:
-        """Encode each reference picture once for all edits inside the `with`; the pictures stay the same."""
+        """Encode each reference image once for all edits inside the `with`; the images stay the same."""
         return shared_latents(self.pipe)
 
     def describe(self) -> str:
@@ -300,7 +300,7 @@ class EnhancedQwenImageEdit:
         return f"{self.family.editor.name}, bridge: {self.bridge_name}"
 
     def made_from(self, enhanced: bool) -> dict[str, Any]:
-        """Everything about the models that decides a picture of one arm, the bridge's arm or the baseline."""
+        """Everything about the models that decides an image of one arm, the bridge's arm or the baseline."""
         family = self.family
         if self._editor_revision is None:
             self._editor_revision = editor_revision(family.editor)
@@ -335,11 +335,11 @@ class EnhancedQwenImageEdit:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def _own(
-        self, source: VisionCache, pictures: list[Image.Image], prompt: str, strength: float, seed: int,
+        self, source: VisionCache, images: list[Image.Image], prompt: str, strength: float, seed: int,
         options: dict[str, Any],
     ) -> tuple[Image.Image, LevelAttention]:  # fmt: skip
         """An edit with the pipeline's own bridge and site; the arguments are checked already."""
-        run = partial(self._run, pictures, prompt, seed, options)
+        run = partial(self._run, images, prompt, seed, options)
         return self._through(run, self.bridge, source, strength, self.site)
 
     def _through(
@@ -351,18 +351,16 @@ class EnhancedQwenImageEdit:
             made = run()
         return made, LevelAttention(record.level_weights, record.grids, bridge.config.levels)
 
-    def _run(
-        self, pictures: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
-    ) -> Image.Image:
+    def _run(self, images: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]) -> Image.Image:
         """One call of the stock pipeline."""
         with self._ready():
-            return finished(self.pipe, **self._call(pictures, prompt, seed, options))[0]
+            return finished(self.pipe, **self._call(images, prompt, seed, options))[0]
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """The stock pipeline with right positions, batched towers and the family's picture sizes."""
+        """The stock pipeline with right positions, batched towers and the family's image sizes."""
         pipe, editor = self.pipe, self.family.editor
-        positions, sizes = mrope_positions(pipe, self.mrope), picture_sizes(type(pipe), editor)
+        positions, sizes = mrope_positions(pipe, self.mrope), image_sizes(type(pipe), editor)
         towers = batched_vision(pipe, self.vision_attention)
         # After an error diffusers leaves on the GPU what offloading had brought there.
         named = out_of_memory_named(self.mode, editor, pipe.maybe_free_model_hooks)
@@ -370,10 +368,10 @@ class EnhancedQwenImageEdit:
             yield
 
     def _call(
-        self, pictures: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
+        self, images: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Arguments of the stock call."""
-        images = pictures if takes_several(self._pipeline_name()) else pictures[0]
+        images = images if takes_several(self._pipeline_name()) else images[0]
         noise = torch.Generator("cpu").manual_seed(seed)
         return {"image": images, "prompt": prompt, "generator": noise, **options}
 

@@ -39,21 +39,21 @@ def comparison_sheet(
     names = ["input"] if len(inputs) == 1 else [f"input {number + 1}" for number in range(len(inputs))]
     panels = [*zip(names, inputs, strict=True), ("baseline", baseline), ("enhanced", enhanced)]
     panels.append((f"difference ×{AMPLIFICATION} (mean {difference.mean():.2f} of 255)", amplified))
-    figure = _figure(len(panels), [picture for _, picture in panels])
+    figure = _figure(len(panels), [image for _, image in panels])
     figure.suptitle("\n".join(textwrap.wrap(f"“{prompt}”", 40 * len(panels))[:3]), fontsize=11)
-    for axis, (name, picture) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        _show(axis, picture, name)
+    for axis, (name, image) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        _show(axis, image, name)
     figure.supxlabel(f"seed {seed} · strength {strength:g} · {caption}", fontsize=8, color="0.35")
-    return to_picture(figure)
+    return to_image(figure)
 
 
 def attention_figure(
-    picture: Image.Image, weights: np.ndarray, levels: Sequence[str], caption: str = ""
+    image: Image.Image, weights: np.ndarray, levels: Sequence[str], caption: str = ""
 ) -> Image.Image:
-    """The picture, and over it how much of each token's update came from each level.
+    """The image, and over it how much of each token's update came from each level.
 
     Args:
-        picture: what the source saw.
+        image: what the source saw.
         weights: (gh, gw, L), summing to 1 over L.
         levels: their names.
 
@@ -65,25 +65,25 @@ def attention_figure(
             f"weights of shape {weights.shape} do not fit the {len(levels)} levels {tuple(levels)}"
         )
     columns = len(levels) + 1
-    figure = _figure(columns, [picture], extra_width=0.8)
+    figure = _figure(columns, [image], extra_width=0.8)
     axes = np.atleast_1d(figure.subplots(1, columns))
-    _show(axes[0], picture, "input")
-    extent = (0, picture.width, picture.height, 0)
+    _show(axes[0], image, "input")
+    extent = (0, image.width, image.height, 0)
     low, high = float(weights.min()), float(weights.max())
     for index, (axis, name) in enumerate(zip(axes[1:], levels, strict=True)):
         share = weights[..., index]
-        _show(axis, picture.convert("L"), f"{name}: mean {share.mean():.3f}")
+        _show(axis, image.convert("L"), f"{name}: mean {share.mean():.3f}")
         drawn = axis.imshow(
             share, cmap="viridis", alpha=0.65, extent=extent, vmin=low, vmax=high, interpolation="nearest"
         )
     figure.colorbar(drawn, ax=axes[1:].tolist(), label="level weight", shrink=0.8)
     gh, gw = weights.shape[:2]
     figure.supxlabel(f"{gh}×{gw} tokens{' · ' + caption if caption else ''}", fontsize=8, color="0.35")
-    return to_picture(figure)
+    return to_image(figure)
 
 
-def to_picture(figure: Figure) -> Image.Image:
-    """Render a figure to an RGB picture."""
+def to_image(figure: Figure) -> Image.Image:
+    """Render a figure to an RGB image."""
     canvas = FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
@@ -91,13 +91,13 @@ def to_picture(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def _figure(columns: int, pictures: Sequence[Image.Image], extra_width: float = 0.0) -> Figure:
-    """A row of panels as tall as the tallest picture needs."""
-    height = PANEL_INCHES * max(min(picture.height / picture.width, 2.0) for picture in pictures) + 0.9
+def _figure(columns: int, images: Sequence[Image.Image], extra_width: float = 0.0) -> Figure:
+    """A row of panels as tall as the tallest image needs."""
+    height = PANEL_INCHES * max(min(image.height / image.width, 2.0) for image in images) + 0.9
     return Figure(figsize=(PANEL_INCHES * columns + extra_width, height), dpi=DPI, layout="constrained")
 
 
-def _show(axis: object, picture: Image.Image, title: str) -> None:
-    axis.imshow(picture, cmap="gray" if picture.mode == "L" else None, interpolation="nearest")
+def _show(axis: object, image: Image.Image, title: str) -> None:
+    axis.imshow(image, cmap="gray" if image.mode == "L" else None, interpolation="nearest")
     axis.set_title(title, fontsize=10)
     axis.set_axis_off()

@@ -164,11 +164,11 @@ class EditorSpec:
     pipeline_class: str
     """Name of the diffusers pipeline class."""
     condition_area: int | None = None
-    """px² of the picture that the target tower sees; None leaves diffusers' own constant."""
+    """px² of the image that the target tower sees; None leaves diffusers' own constant."""
     vae_area: int | None = None
-    """px² of the picture that the VAE encodes and of the output; None leaves diffusers' own constant."""
+    """px² of the image that the VAE encodes and of the output; None leaves diffusers' own constant."""
     condition_step: int = 32
-    """px: the sides of the picture that the target tower sees are multiples of it; 32 is diffusers' own."""
+    """px: the sides of the image that the target tower sees are multiples of it; 32 is diffusers' own."""
     transformer_params: float = 20.43
     """10⁹ parameters of the DiT; 0 where it is too small to plan for."""
     encoder_params: float = 8.29
@@ -192,8 +192,8 @@ class Family:
     true_cfg_scale: float = 4.0
     """Default guidance scale; guidance needs a negative prompt too."""
     negative_prompt: str = " "
-    picture_size: int = 448
-    """px of the synthetic test picture's side."""
+    image_size: int = 448
+    """px of the synthetic test image's side."""
 
 
 def _qwen3(
@@ -249,7 +249,7 @@ EDITORS: dict[str, EditorSpec] = {
 FAMILIES: dict[str, Family] = {
     "miniature": Family(
         "miniature", MODELS["miniature-source"], MODELS["miniature-target"], EDITORS["miniature-editor"],
-        bridge_rank=48, steps=20, picture_size=128,
+        bridge_rank=48, steps=20, image_size=128,
     ),
     "qwen": Family(
         "qwen", MODELS["Qwen3-VL-8B"], MODELS["Qwen2.5-VL-7B"], EDITORS["Qwen-Image-Edit-2509"],
@@ -367,6 +367,6 @@ def _resolve_editor(given: str | Path, base: EditorSpec) -> EditorSpec:
     found = index.get("_class_name", "nothing")
     if found not in (classes := sorted({spec.pipeline_class for spec in EDITORS.values()})):
         raise ValueError(f"{given} is a pipeline of class {found}, needed is {' or '.join(classes)}")
-    # The picture sizes are no part of a checkpoint: it keeps those of the family it is used in.
+    # The image sizes are no part of a checkpoint: it keeps those of the family it is used in.
     repo = str(folder) if folder.is_dir() else str(given)
     return replace(base, name=name, repo=repo, pipeline_class=found, revision=None)

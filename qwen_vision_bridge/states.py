@@ -18,7 +18,7 @@ def source_states(model: Any, inputs: Any, layers: Sequence[int]) -> dict[str, t
         layers: after how many layers early, mid and late are taken.
 
     Returns:
-        `early`, `mid`, `late` and `merged`, each (N, D) in picture order; `merged` is after the final norm.
+        `early`, `mid`, `late` and `merged`, each (N, D) in image order; `merged` is after the final norm.
     """
     at_image = inputs["input_ids"] == model.config.image_token_id  # (1, T)
     tower = model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"])

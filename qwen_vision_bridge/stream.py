@@ -1,7 +1,7 @@
-"""Features of a whole folder of pictures: read ahead, batched, written in shards, going on where it stopped.
+"""Features of a whole folder of images: read ahead, batched, written in shards, going on where it stopped.
 
-A shard is a fixed stretch of the sorted pictures. What is in it does not depend on how many processes share
-the work or where an earlier run stopped. Two shards and the pictures read ahead are all that is in memory.
+A shard is a fixed stretch of the sorted images. What is in it does not depend on how many processes share
+the work or where an earlier run stopped. Two shards and the images read ahead are all that is in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from .cache import VisionCache
 from .distributed import Processes
 from .extractor import Grid, VisionCacheExtractor
-from .feature_index import FORMAT, SHARD_PICTURES, check_output, list_shards, read_index, write_index
+from .feature_index import FORMAT, SHARD_IMAGES, check_output, list_shards, read_index, write_index
 from .images import load_images
 from .loading.checkpoints import atomic_save
 from .loading.memory import GpuMemoryError, free_cuda, is_out_of_memory
@@ -31,8 +31,8 @@ from .specs import LEVEL_NAMES
 
 logger = logging.getLogger(__name__)
 
-BATCH_TOKENS = 32 * 256  # merged tokens a batch: 32 pictures of 512²
-READ_AHEAD = 64  # pictures
+BATCH_TOKENS = 32 * 256  # merged tokens a batch: 32 images of 512²
+READ_AHEAD = 64  # images
 NAMES = {"qwen3": LEVEL_NAMES, "qwen25": ("vision",)}
 Role = Literal["qwen3", "qwen25"]
 Item = TypeVar("Item")
@@ -43,8 +43,8 @@ class Streamed(NamedTuple):
     """What a run over a folder did."""
 
     folder: Path
-    pictures: int
-    """Pictures with features in the folder."""
+    images: int
+    """Images with features in the folder."""
     done: int
     """Those of this run, all processes together."""
     skipped: dict[str, str]
@@ -53,22 +53,22 @@ class Streamed(NamedTuple):
     """From the towers being ready to the last shard on disk."""
 
     @property
-    def pictures_per_second(self) -> float:
+    def images_per_second(self) -> float:
         """Of this run, all processes together."""
         return self.done / self.seconds if self.done else 0.0
 
 
 class _Read(NamedTuple):
-    """A picture that is ready for its tower, or why it is not."""
+    """An image that is ready for its tower, or why it is not."""
 
     name: str
-    picture: Image.Image | None
+    image: Image.Image | None
     grid: Grid | None
     reason: str = ""
 
 
 class FeatureFolder:
-    """The features that `extract_folder` wrote, picture by picture.
+    """The features that `extract_folder` wrote, image by image.
 
     Raises:
         FileNotFoundError: the folder has no complete index: the run did not end.
@@ -83,16 +83,16 @@ class FeatureFolder:
         self.index = index
 
     def __len__(self) -> int:
-        return len(self.index["pictures"])
+        return len(self.index["images"])
 
     @property
     def names(self) -> list[str]:
-        """The pictures, as paths below the folder that they came from."""
-        return list(self.index["pictures"])
+        """The images, as paths below the folder that they came from."""
+        return list(self.index["images"])
 
     def __getitem__(self, name: str) -> VisionCache:
-        """One picture's features, on the CPU."""
-        entry = self.index["pictures"][name]
+        """One image's features, on the CPU."""
+        entry = self.index["images"][name]
         with safe_open(self.folder / entry["shard"], framework="pt") as shard:
             features = {key: shard.get_tensor(f"{name}:{key}")[None] for key in self.index["features"]}
         return VisionCache(features, (tuple(entry["grid"]),), self.index["made_from"])
@@ -100,14 +100,14 @@ class FeatureFolder:
 
 def extract_folder(
     extractor: VisionCacheExtractor,
-    pictures: str | Path,
+    images: str | Path,
     output: str | Path,
     role: Role = "qwen3",
-    shard_pictures: int = SHARD_PICTURES,
+    shard_images: int = SHARD_IMAGES,
     batch_tokens: int = BATCH_TOKENS,
     workers: int | None = None,
 ) -> Streamed | None:
-    """Features of every picture below a folder, in safetensors shards with an `index.json`.
+    """Features of every image below a folder, in safetensors shards with an `index.json`.
 
     Shards that are there and fit are not made again; a file that the output's own index does not list is
     never touched. Under `accelerate launch` the shards are dealt out to the processes; what they write is
@@ -115,36 +115,36 @@ def extract_folder(
 
     Args:
         role: `qwen3` for the source's levels, `qwen25` for the target's features.
-        shard_pictures: pictures a shard.
+        shard_images: images a shard.
         batch_tokens: merged tokens that go through the tower at once; halved where memory does not do.
-        workers: threads that read pictures; None is one a core, at most 16.
+        workers: threads that read images; None is one a core, at most 16.
 
     Returns:
         None in processes other than the first.
 
     Raises:
-        FileNotFoundError: no such folder, or no picture in it.
+        FileNotFoundError: no such folder, or no image in it.
         ValueError, FileExistsError: the output is of another folder, of other models or settings, or holds
             somebody else's file where a shard would go.
     """
-    pictures, output, processes = Path(pictures), Path(output), Processes()
-    shards = list_shards(pictures, shard_pictures)
+    images, output, processes = Path(images), Path(output), Processes()
+    shards = list_shards(images, shard_images)
     made_from = folder_provenance(extractor, role)
-    owned = check_output(output, pictures, shards, made_from)
+    owned = check_output(output, images, shards, made_from)
     output.mkdir(parents=True, exist_ok=True)
     pending = [
-        name for name, names in shards.items() if not _is_done(output / name, pictures, names, made_from)
+        name for name, names in shards.items() if not _is_done(output / name, images, names, made_from)
     ]
     extractor.warm(role)
     extractor.target_grid(Image.new("RGB", (64, 64)))  # its processor too, before many threads ask for it
     processes.wait()  # all have looked before anyone writes, and all towers are there
     stale = set(owned) - set(shards)
     if processes.is_main and (pending or stale):
-        write_index(output, pictures, {*owned, *shards}, made_from, NAMES[role])
+        write_index(output, images, {*owned, *shards}, made_from, NAMES[role])
     processes.wait()  # no shard is written before the index lists it
     started = time.perf_counter()
     mine = {name: shards[name] for name in processes.share(list(shards)) if name in pending}
-    work = _Work(extractor, role, pictures, output, made_from, batch_tokens)
+    work = _Work(extractor, role, images, output, made_from, batch_tokens)
     work.run(mine, workers or min(16, os.cpu_count() or 1), processes.is_main)
     processes.wait()
     if not processes.is_main:
@@ -152,7 +152,7 @@ def extract_folder(
     for name in stale:
         (output / name).unlink(missing_ok=True)
     found, skipped, done = _read_back(output, shards, pending)
-    write_index(output, pictures, shards, made_from, NAMES[role], found, skipped)
+    write_index(output, images, shards, made_from, NAMES[role], found, skipped)
     return Streamed(output, len(found), done, skipped, time.perf_counter() - started)
 
 
@@ -160,10 +160,10 @@ class _Work:
     """One process's shards."""
 
     def __init__(
-        self, extractor: VisionCacheExtractor, role: Role, pictures: Path, output: Path,
+        self, extractor: VisionCacheExtractor, role: Role, images: Path, output: Path,
         made_from: dict[str, str], batch_tokens: int,
     ) -> None:  # fmt: skip
-        self.extractor, self.role, self.pictures, self.output = extractor, role, pictures, output
+        self.extractor, self.role, self.images, self.output = extractor, role, images, output
         self.made_from, self.batch_tokens = made_from, batch_tokens
 
     def run(self, shards: dict[str, list[str]], workers: int, show: bool) -> None:
@@ -174,7 +174,7 @@ class _Work:
         with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
             prepared = read_ahead(readers, self._read, names, READ_AHEAD)
             writing: Future[Any] | None = None
-            with tqdm(total=len(names), unit="picture", disable=not show) as progress:
+            with tqdm(total=len(names), unit="image", disable=not show) as progress:
                 for file, members in shards.items():
                     tensors, header = self._shard(members, prepared, progress)
                     if writing is not None:
@@ -184,22 +184,22 @@ class _Work:
                 writing.result()
 
     def _read(self, name: str) -> _Read:
-        """Open a picture and bring it to the size that the source's tower wants."""
+        """Open an image and bring it to the size that the source's tower wants."""
         family = self.extractor.family
         try:
-            picture = load_images(self.pictures / name, family.target.token_px)[0]
+            image = load_images(self.images / name, family.target.token_px)[0]
         except (OSError, ValueError) as error:
             return _Read(name, None, None, str(error))
-        grid = self.extractor.target_grid(picture)
+        grid = self.extractor.target_grid(image)
         if self.role == "qwen3":
             px = family.source.token_px
-            picture = picture.resize((grid[1] * px, grid[0] * px), Image.Resampling.BICUBIC)
-        return _Read(name, picture, grid)
+            image = image.resize((grid[1] * px, grid[0] * px), Image.Resampling.BICUBIC)
+        return _Read(name, image, grid)
 
     def _shard(
         self, members: list[str], prepared: Iterator[_Read], progress: Any
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Tensors and header of one shard; pictures of one grid share batches."""
+        """Tensors and header of one shard; images of one grid share batches."""
         waiting: dict[Grid, list[_Read]] = {}
         tensors: dict[str, torch.Tensor] = {}
         skipped: dict[str, str] = {}
@@ -211,7 +211,7 @@ class _Work:
             progress.update(len(batch))
 
         for read in (next(prepared) for _ in members):
-            if read.picture is None or read.grid is None:
+            if read.image is None or read.grid is None:
                 skipped[read.name] = read.reason
                 progress.update(1)
                 continue
@@ -222,7 +222,7 @@ class _Work:
         for grid in list(waiting):
             flush(grid)
         header = {
-            "made_from": self.made_from, "grids": grids, "files": _stamps(self.pictures, members),
+            "made_from": self.made_from, "grids": grids, "files": _stamps(self.images, members),
             "skipped": skipped,
         }  # fmt: skip
         # One entry: safetensors writes several in any order, and a shard's bytes shall not depend on chance.
@@ -233,7 +233,7 @@ class _Work:
         failed = False
         try:
             made = self.extractor.extract_batch(
-                self.role, [read.picture for read in batch], [read.grid for read in batch]
+                self.role, [read.image for read in batch], [read.grid for read in batch]
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -244,11 +244,11 @@ class _Work:
             if len(batch) == 1:
                 raise GpuMemoryError(
                     f"the GPU ran out of memory over {batch[0].name} alone: close other programs on it, or "
-                    "make the picture smaller"
+                    "make the image smaller"
                 )
             half = len(batch) // 2
             self.batch_tokens = max(1, self.batch_tokens // 2)
-            logger.warning("batches of %d pictures are too large for the GPU: halved", len(batch))
+            logger.warning("batches of %d images are too large for the GPU: halved", len(batch))
             return {**self._batch(batch[:half]), **self._batch(batch[half:])}
         return {
             f"{read.name}:{key}": cache.features[key][0].cpu()
@@ -288,15 +288,15 @@ def _header(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _stamps(pictures: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    stats = {name: (pictures / name).stat() for name in names}
+def _stamps(images: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    stats = {name: (images / name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _is_done(shard: Path, pictures: Path, names: Sequence[str], made_from: dict[str, str]) -> bool:
+def _is_done(shard: Path, images: Path, names: Sequence[str], made_from: dict[str, str]) -> bool:
     """Whether a shard is there in full, made of these very files in this very way."""
     header = _header(shard)
-    return header.get("files") == _stamps(pictures, names) and header.get("made_from") == made_from
+    return header.get("files") == _stamps(images, names) and header.get("made_from") == made_from
 
 
 def _read_back(

@@ -27,7 +27,7 @@ from qwen_vision_bridge.bridge import count_parameters
 from qwen_vision_bridge.loading.editors import MEMORY_MODES
 from qwen_vision_bridge.loading.towers import load_tower, load_whole
 from qwen_vision_bridge.specs import resolve_family
-from qwen_vision_bridge.synthetic.cases import sample_picture
+from qwen_vision_bridge.synthetic.cases import sample_image
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -75,17 +75,17 @@ def check_extraction(results: Results, source: Path, target: Path) -> None:
     """Both towers through the extractor: shapes, bytes read, time, memory; and the seed's numbers."""
     family = resolve_family("qwen", source=source, target=target)
     extractor = VisionCacheExtractor(family, feature_cache=False, device=DEVICE)
-    picture = sample_picture(448)
+    image = sample_image(448)
     for role, extract in (
         ("qwen3", extractor.extract_qwen3_vision),
         ("qwen25", extractor.extract_qwen25_vision),
     ):
-        cache, seconds, peak = measured(lambda call=extract: call(picture))
+        cache, seconds, peak = measured(lambda call=extract: call(image))
         results.add(f"{role}: features at 448²", {k: list(v.shape) for k, v in cache.features.items()})
         results.add(f"{role}: finite", all(bool(v.isfinite().all()) for v in cache.features.values()))
         results.add(f"{role}: tower loaded and run", round(seconds, 2), "s")
         results.add(f"{role}: peak GPU memory", round(peak / 1e9, 3), "GB")
-        _, seconds, _ = measured(lambda call=extract: call(picture))
+        _, seconds, _ = measured(lambda call=extract: call(image))
         results.add(f"{role}: tower run again, loaded", round(seconds, 3), "s")
     report = load_tower(family.source, DEVICE, torch.bfloat16)
     results.add("qwen3: bytes read for the tower", report.bytes_read, "B")
@@ -133,7 +133,7 @@ def check_eight_bits(results: Results, source: Path) -> None:
 
 def check_memory_modes(results: Results) -> None:
     """The miniature's edit on CUDA in every memory mode: the bridge acts, strength 0 is the stock one."""
-    photo = sample_picture(128)
+    photo = sample_image(128)
     for mode in MEMORY_MODES if CUDA else MEMORY_MODES[:1]:
         editor = EnhancedQwenImageEdit(
             "miniature", bridge="random", load_in_8bit=mode.bits == 8, load_in_4bit=mode.bits == 4,
@@ -147,7 +147,7 @@ def check_memory_modes(results: Results) -> None:
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two pictures are equal bit for bit."""
+    """Whether two images are equal bit for bit."""
     return bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 

@@ -51,7 +51,7 @@ class Arm:
         return self.bridge is None or self.features != "own"
 
     def made_from(self) -> dict[str, Any]:
-        """Everything about the arm that decides a picture, but the features themselves."""
+        """Everything about the arm that decides an image, but the features themselves."""
         if self.bridge is None:
             return {}
         return {

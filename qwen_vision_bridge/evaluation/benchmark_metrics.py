@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .metrics.ocr import Picture, pixels_of
+from .metrics.ocr import ImageOrArray, pixels_of
 from .metrics.pixels import edit_similarity
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, px
@@ -51,7 +51,7 @@ def region_scores(before: Sequence[Word], after: Sequence[Word], source: str, ta
     is at least half alike, or nothing is read in the edit, all scores are 0, as there.
 
     Args:
-        before, after: what is read in the picture and in its edit, of one size.
+        before, after: what is read in the image and in its edit, of one size.
     """
     lines, source, target = _lines(before), _plain(source), _plain(target)
     alike = [1.0 if source in _said(line) else edit_similarity(source, _said(line)) for line in lines]
@@ -76,10 +76,10 @@ def region_scores(before: Sequence[Word], after: Sequence[Word], source: str, ta
     return RegionScores(accuracy, precision, recall, f1, _roi_ned(before, after, source, target))
 
 
-def masked_scores(picture: Picture, original: Picture, mask: np.ndarray) -> dict[str, float] | None:
+def masked_scores(image: ImageOrArray, original: ImageOrArray, mask: np.ndarray) -> dict[str, float] | None:
     """PIE-Bench's background metrics (cure-lab/PnPInversion, `evaluation/matrics_calculator.py`, 2023).
 
-    Both pictures are made black where the mask, bool (H, W), is True, and then compared whole, so the black
+    Both images are made black where the mask, bool (H, W), is True, and then compared whole, so the black
     counts as agreement and the figures are higher than those over the background alone.
 
     Returns:
@@ -88,15 +88,15 @@ def masked_scores(picture: Picture, original: Picture, mask: np.ndarray) -> dict
     """
     from skimage.metrics import structural_similarity
 
-    first, second = pixels_of(picture), pixels_of(original)
+    first, second = pixels_of(image), pixels_of(original)
     if first.shape != second.shape or mask.shape != first.shape[:2]:
         shapes = f"{first.shape}, {second.shape} and {mask.shape}"
-        raise ValueError(f"pictures and mask are {shapes}; needed: one size")
+        raise ValueError(f"images and mask are {shapes}; needed: one size")
     if mask.all():
         return None
     first, second = (np.where(mask[..., None], 0, pixels) / 255 for pixels in (first, second))
     error = float(np.mean((first - second) ** 2))
-    # Over the whole picture with mirrored rims, as torchmetrics has it; scikit-image leaves the rims out.
+    # Over the whole image with mirrored rims, as torchmetrics has it; scikit-image leaves the rims out.
     wide = [np.pad(pixels, ((5, 5), (5, 5), (0, 0)), mode="reflect") for pixels in (first, second)]
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     _, similarity = structural_similarity(*wide, channel_axis=-1, data_range=1.0, full=True, **options)

@@ -1,4 +1,4 @@
-"""Is an edit right? One yes or no a picture, from the scenes that the case was drawn from.
+"""Is an edit right? One yes or no an image, from the scenes that the case was drawn from.
 
 What must be written is read, what must move is found, and everything else is compared over the pixels where
 it shows: the asked change must be there, and what the scenes share must be left.
@@ -25,7 +25,7 @@ WRITTEN = (
 )  # fmt: skip
 BACKGROUND = ("recolour_background", "same_background")
 VISIBLE = 24  # grey levels in some channel: pixels that differ by less are not asked about
-# Pictures are compared a little out of focus: 1 px of 128, against what codecs do to single pixels and rims.
+# Images are compared a little out of focus: 1 px of 128, against what codecs do to single pixels and rims.
 FOCUS = 1 / 128
 MISSING = 0.35  # share of a change, or of a thing that had to stay, that may be missing
 COLOUR_OFF = 15.0  # CIEDE2000 from the wanted colour; two colours of shapes are farther apart
@@ -57,33 +57,33 @@ class Verdict(NamedTuple):
     """Against the input, where nothing was to change; no part of the verdict."""
 
 
-def judge(case: Case, picture: Image.Image, reading: str | None = None) -> Verdict:
-    """Whether a picture is a right edit of the case.
+def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict:
+    """Whether an image is a right edit of the case.
 
     Args:
         case: with its scenes.
-        picture: RGB, of the target's size.
-        reading: what `metrics.read_text` gives for the picture, where that is known already.
+        image: RGB, of the target's size.
+        reading: what `metrics.read_text` gives for the image, where that is known already.
 
     Raises:
-        ValueError: a case without scenes, a picture of another size.
+        ValueError: a case without scenes, an image of another size.
     """
     if case.edit is None:
         raise ValueError(f"case {case.case_id} has no scenes to judge by")
-    if picture.size != case.target.size:
-        raise ValueError(f"the edit is {picture.size} px, the case {case.case_id} is {case.target.size} px")
+    if image.size != case.target.size:
+        raise ValueError(f"the edit is {image.size} px, the case {case.case_id} is {case.target.size} px")
     if is_move(case.edit):
-        verdict = _judge_places(case, picture)
+        verdict = _judge_places(case, image)
     elif case.kind in BACKGROUND:
-        verdict = _judge_background(case, picture)
+        verdict = _judge_background(case, image)
     elif case.kind in WRITTEN:
-        read = metrics.read_text(picture) if reading is None else reading
-        verdict = _judge_words(case, picture, read)
+        read = metrics.read_text(image) if reading is None else reading
+        verdict = _judge_words(case, image, read)
     else:
-        verdict = _judge_regions(case, picture)
+        verdict = _judge_regions(case, image)
     untouched = ~case.edit_mask
     if untouched.any():
-        similarity = metrics.masked_ssim(picture, case.image, metrics.shrink(untouched))
+        similarity = metrics.masked_ssim(image, case.image, metrics.shrink(untouched))
         verdict = verdict._replace(untouched_ssim=similarity)
     return verdict
 
@@ -100,11 +100,11 @@ def is_move(edit: Edit) -> bool:
 # --- words -----------------------------------------------------------------------------------------------
 
 
-def _judge_words(case: Case, picture: Image.Image, read: str) -> Verdict:
+def _judge_words(case: Case, image: Image.Image, read: str) -> Verdict:
     # Letters and digits alone: the rim of a plate is now and then read as a bracket, a shape as a plus.
     letters = "".join(filter(str.isalnum, read))
     right = bool(metrics.exact_text(letters, case.expected_text or ""))
-    lost, gone, off, recoloured = _stayed(case, picture)
+    lost, gone, off, recoloured = _stayed(case, image)
     reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
     reason = reason or gone or recoloured
     return Verdict(not reason, reason, text_right=right, lost=lost, colour_off=off)
@@ -113,19 +113,19 @@ def _judge_words(case: Case, picture: Image.Image, read: str) -> Verdict:
 # --- places ----------------------------------------------------------------------------------------------
 
 
-def _judge_places(case: Case, picture: Image.Image) -> Verdict:
+def _judge_places(case: Case, image: Image.Image) -> Verdict:
     expected = case.expected_objects
     reason = ""
-    for item, distance in zip(expected, metrics.place_distances(picture, expected), strict=True):
+    for item, distance in zip(expected, metrics.place_distances(image, expected), strict=True):
         if distance is None:
             reason = reason or f"the {item.name} is lost"
-        elif distance > PLACE_OFF * picture.width:
+        elif distance > PLACE_OFF * image.width:
             reason = reason or f"the {item.name} is {distance:.0f} px from its place"
-    reason = reason or _surplus(case, picture)
+    reason = reason or _surplus(case, image)
     return Verdict(not reason, reason, places_right=not reason)
 
 
-def _surplus(case: Case, picture: Image.Image) -> str:
+def _surplus(case: Case, image: Image.Image) -> str:
     """A shape too many of a colour that the scene has, in words; "" where there is none."""
     by_colour: dict[str, list[SceneObject]] = {}
     for item in case.expected_objects:
@@ -134,7 +134,7 @@ def _surplus(case: Case, picture: Image.Image) -> str:
         colour: SCRAP * min(float(_flat(case.target, item).sum()) for item in items)
         for colour, items in by_colour.items()
     }
-    for patch in metrics.find_objects(picture, min_area=min(least.values())):
+    for patch in metrics.find_objects(image, min_area=min(least.values())):
         if patch.area < least.get(patch.colour, np.inf):
             continue
         # A wide letter cuts a square in two, so halves at a shape's own place are no second shape.
@@ -148,19 +148,19 @@ def _surplus(case: Case, picture: Image.Image) -> str:
 # --- regions ---------------------------------------------------------------------------------------------
 
 
-def _judge_regions(case: Case, picture: Image.Image) -> Verdict:
+def _judge_regions(case: Case, image: Image.Image) -> Verdict:
     before, after = _parts(case.edit.before), _parts(case.edit.after)
     visible = _differ(case.image, case.target)
     undone = max(
-        _share(picture, case.target, case.image, visible & _region(part, visible.shape))
+        _share(image, case.target, case.image, visible & _region(part, visible.shape))
         for part in set(before) ^ set(after)
     )
-    lost, gone, off, recoloured = _stayed(case, picture)
+    lost, gone, off, recoloured = _stayed(case, image)
     reason = f"{undone:.0%} of the change is missing" if undone > MISSING else gone or recoloured
     return Verdict(not reason, reason, undone=undone, lost=lost, colour_off=off)
 
 
-def _stayed(case: Case, picture: Image.Image) -> tuple[float, str, float | None, str]:
+def _stayed(case: Case, image: Image.Image) -> tuple[float, str, float | None, str]:
     """What both scenes share must show as in the target, and every shape in its colour.
 
     Returns:
@@ -175,11 +175,11 @@ def _stayed(case: Case, picture: Image.Image) -> tuple[float, str, float | None,
             without = render(_scene(case.edit.after, [other for other in parts if other is not part]))
             visible = _differ(without, case.target)
             if visible.any():  # a thing that another covers wholly cannot be lost
-                shares.append((_share(picture, case.target, without, visible), _name(part)))
+                shares.append((_share(image, case.target, without, visible), _name(part)))
     lost, name = max(shares)
     colours = [
         (
-            metrics.colour_error(picture, metrics.shrink(_flat(case.target, item), 1), COLOURS[item.colour]),
+            metrics.colour_error(image, metrics.shrink(_flat(case.target, item), 1), COLOURS[item.colour]),
             item,
         )
         for item in case.edit.after.objects
@@ -232,32 +232,32 @@ def _flat(target: Image.Image, item: SceneObject) -> np.ndarray:
 
 
 def _differ(a: Image.Image, b: Image.Image) -> np.ndarray:
-    """Where two pictures visibly differ, bool (H, W)."""
+    """Where two images visibly differ, bool (H, W)."""
     return (np.abs(np.asarray(a).astype(int) - np.asarray(b)) > VISIBLE).any(-1)
 
 
-def _share(picture: Image.Image, wanted: Image.Image, unwanted: Image.Image, where: np.ndarray) -> float:
-    """How far a picture is from what is wanted, as a share of how far the unwanted picture is: 0 is there."""
+def _share(image: Image.Image, wanted: Image.Image, unwanted: Image.Image, where: np.ndarray) -> float:
+    """How far an image is from what is wanted, as a share of how far the unwanted image is: 0 is there."""
     blur = ImageFilter.GaussianBlur(FOCUS * wanted.width)
-    seen, right, wrong = (shown.filter(blur) for shown in (picture, wanted, unwanted))
+    seen, right, wrong = (shown.filter(blur) for shown in (image, wanted, unwanted))
     return metrics.mean_abs_difference(seen, right, where) / metrics.mean_abs_difference(wrong, right, where)
 
 
 # --- background ------------------------------------------------------------------------------------------
 
 
-def _judge_background(case: Case, picture: Image.Image) -> Verdict:
+def _judge_background(case: Case, image: Image.Image) -> Verdict:
     from skimage.color import deltaE_ciede2000, rgb2lab
 
     bare = np.asarray(render(_scene(case.edit.after, [])))
-    # One px more than what is drawn: pictures are resized on their way, which smears edges.
+    # One px more than what is drawn: images are resized on their way, which smears edges.
     where = metrics.shrink((bare == np.asarray(case.target)).all(-1), 1)
-    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (picture, case.target))  # (P, 3)
+    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (image, case.target))  # (P, 3)
     background_off = float(deltaE_ciede2000(edited.mean(0), wanted.mean(0)))
     spread = float(edited[:, 0].std() * wanted[:, 0].std())
     both = float(np.mean((edited[:, 0] - edited[:, 0].mean()) * (wanted[:, 0] - wanted[:, 0].mean())))
     texture_kept = both / spread if spread > 0 else 0.0  # a plain area has no texture to agree
-    lost, gone, off, recoloured = _stayed(case, picture)
+    lost, gone, off, recoloured = _stayed(case, image)
     reason = gone or recoloured
     if texture_kept < TEXTURE_KEPT:
         reason = f"the texture agrees by {texture_kept:.2f} only"

@@ -60,9 +60,9 @@ def evaluate(
     announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Evaluation | None:
-    """Run every case in every arm, in the picture and in questions, and compare each arm with the baseline.
+    """Run every case in every arm, in the image and in questions, and compare each arm with the baseline.
 
-    Writes pictures and `results.jsonl` into the folder; `summaries.write_results` writes the rest. A case
+    Writes images and `results.jsonl` into the folder; `summaries.write_results` writes the rest. A case
     that fails is recorded with its error and the others go on.
 
     Args:
@@ -70,9 +70,9 @@ def evaluate(
         arms: None is the pipeline's bridge at `strength`, the baseline and both controls.
         seed: of noise, shuffling and bootstrap, see `check_seed`.
         perception: whether the target's language model is asked too.
-        batch_arms: edits that are denoised together, arms and cases of equal size; above 1 the pictures are
+        batch_arms: edits that are denoised together, arms and cases of equal size; above 1 the images are
             close to those of 1 and not the same bits, so their records are known by other keys.
-        workers: processes that measure pictures beside the one that makes them; 0 measures in this one.
+        workers: processes that measure images beside the one that makes them; 0 measures in this one.
         retry_errors: do again what an earlier run of the folder recorded as an error.
         notes: what the cases leave out, in words, for the report.
         announce: takes the time that the run is estimated to need, in a sentence, before it starts.
@@ -140,7 +140,7 @@ def _chunks(by_case: Sequence[list[Job]], batch: int) -> Iterator[list[Job]]:
     """Jobs of whole cases: as many cases of equal sizes at a time as have their edits in one batch."""
 
     def sizes(jobs: list[Job]) -> list[tuple[int, int]]:
-        return [picture.size for picture in jobs[0].case.pictures]
+        return [image.size for image in jobs[0].case.images]
 
     chunk: list[Job] = []
     edits = 0
@@ -165,7 +165,7 @@ def _extract(run: Run, mine: Sequence[str]) -> None:
     with run.pipeline.keeping_source():
         for case_id in tqdm(wanted, desc="source features", unit="case", disable=not wanted, leave=False):
             try:
-                run.pipeline.extract_source(run.cases[case_id].pictures)
+                run.pipeline.extract_source(run.cases[case_id].images)
             except Exception as error:  # comes again, and is recorded, when the case runs
                 logger.debug("%s: %s", case_id, error)
 
@@ -192,7 +192,7 @@ def _estimate(run: Run, pending: Sequence[Job], processes: int) -> str:
 
 def _short_edit(run: Run, case: Any, steps: int, together: int) -> float:
     """Seconds an edit of so many steps, made as the run makes them."""
-    shown = case.pictures if case.references else case.image
+    shown = case.images if case.references else case.image
     options = {**run.options, "num_inference_steps": steps}
     started = time.perf_counter()
     if run.batch == 1:

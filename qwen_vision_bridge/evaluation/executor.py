@@ -1,4 +1,4 @@
-"""Jobs → records: pictures made alone or together, questions asked, everything measured and written."""
+"""Jobs → records: images made alone or together, questions asked, everything measured and written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..batching import Prepared
 from ..cache import VisionCache
 from ..calls import LevelAttention
 from ..images import load_images
-from ..io import write_picture
+from ..io import write_image
 from ..specs import cache_home
 from .arms import target_levels
 from .record_log import Ledger
@@ -31,7 +31,7 @@ Edited = tuple[Image.Image, LevelAttention | None]
 
 
 class Waiting(NamedTuple):
-    """A picture that is on disk and being measured."""
+    """An image that is on disk and being measured."""
 
     job: Job
     found: dict[str, Any]
@@ -45,7 +45,7 @@ class Maker:
     Args:
         run: what stays the same.
         ledger: takes the records.
-        measurer: measures pictures, here or in processes of its own.
+        measurer: measures images, here or in processes of its own.
         tick: is called for every record.
     """
 
@@ -69,7 +69,7 @@ class Maker:
         self._sources.clear()
 
     def finish(self, at_most: int = 0) -> None:
-        """Write the records of measured pictures, until at most so many are still being measured."""
+        """Write the records of measured images, until at most so many are still being measured."""
         while self._waiting and (len(self._waiting) > at_most or self._waiting[0].measured.done()):
             waiting = self._waiting.popleft()
             self._try([waiting.job], lambda waiting=waiting: self._record(
@@ -113,9 +113,9 @@ class Maker:
         known = self._known(job)
         if known is not None:
             return known, None
-        picture, attention = self._call(self.run.pipeline.edit, job)
-        self._remember(job, picture)
-        return picture, attention
+        image, attention = self._call(self.run.pipeline.edit, job)
+        self._remember(job, image)
+        return image, attention
 
     def _together(self, jobs: Sequence[Job]) -> None:
         """Edits that are prepared one by one and denoised in batches of equal sizes."""
@@ -135,56 +135,56 @@ class Maker:
     def _denoise(self, edits: Sequence[tuple[Job, Prepared]]) -> None:
         started = time.perf_counter()
         jobs = [job for job, _ in edits]
-        pictures = self._try(jobs, lambda: self.run.pipeline.denoise([made for _, made in edits]))
+        images = self._try(jobs, lambda: self.run.pipeline.denoise([made for _, made in edits]))
         each = (time.perf_counter() - started) / len(edits)
-        for (job, made), picture in zip(edits, pictures or [], strict=False):  # none where it failed
-            self._remember(job, picture)
-            edited = (picture, made.attention)
+        for (job, made), image in zip(edits, images or [], strict=False):  # none where it failed
+            self._remember(job, image)
+            edited = (image, made.attention)
             self._try([job], lambda job=job, edited=edited: self._keep(job, edited, each))
 
     def _call(self, make: Callable[..., Any], job: Job) -> Any:
         """Call `edit` or `prepare` of the pipeline for a job."""
         case, arm = job.case, job.arm
-        pictures = case.pictures if case.references else case.image  # the first edit pipeline takes one only
+        images = case.images if case.references else case.image  # the first edit pipeline takes one only
         return make(
-            pictures, case.prompt, self.run.seed_of(case), bridge=arm.bridge, source=self._source(job),
+            images, case.prompt, self.run.seed_of(case), bridge=arm.bridge, source=self._source(job),
             strength=arm.strength, site=arm.site, **self.run.options,
         )  # fmt: skip
 
     def _known(self, job: Job) -> Image.Image | None:
-        """The baseline's picture where an earlier run made it."""
+        """The baseline's image where an earlier run made it."""
         kept = self._kept(job)
         return load_images(kept)[0] if kept is not None and kept.is_file() else None
 
-    def _remember(self, job: Job, picture: Image.Image) -> None:
+    def _remember(self, job: Job, image: Image.Image) -> None:
         if (kept := self._kept(job)) is not None:
-            write_picture(kept, picture)
+            write_image(kept, image)
 
     def _kept(self, job: Job) -> Path | None:
-        """Where a baseline's picture is kept for other runs; None for other arms."""
+        """Where a baseline's image is kept for other runs; None for other arms."""
         if job.arm.bridge is not None:
             return None
         key = content_key(self.run, job.case, job.arm, self.run.batch > 1)
         return cache_home() / "baselines" / f"{key}.png"
 
     def _keep(self, job: Job, edited: Edited, seconds: float | None = None) -> None:
-        """Write a picture with its level weights, and have it measured."""
-        case, (picture, attention) = job.case, edited
-        if picture.size != case.image.size:  # the editor works at its own size
-            picture = picture.resize(case.image.size)
-        # Another bridge's picture of the same case keeps its own name.
+        """Write an image with its level weights, and have it measured."""
+        case, (image, attention) = job.case, edited
+        if image.size != case.image.size:  # the editor works at its own size
+            image = image.resize(case.image.size)
+        # Another bridge's image of the same case keeps its own name.
         stem = f"{case.group}/{case.case_id}_{job.arm.name}-{job.key[:6]}"
-        write_picture(self.run.folder / f"{stem}.png", picture)
-        found: dict[str, Any] = {"picture": f"{stem}.png"}
+        write_image(self.run.folder / f"{stem}.png", image)
+        found: dict[str, Any] = {"image": f"{stem}.png"}
         if attention is not None:
-            weights = attention.maps()[-1]  # of the picture that is edited, (gh, gw, L)
+            weights = attention.maps()[-1]  # of the image that is edited, (gh, gw, L)
             shares = np.clip(np.rint(weights[..., :3] * 255), 0, 255).astype(np.uint8)
             if shares.shape[-1] == 3:
-                write_picture(self.run.folder / f"{stem}_levels.png", Image.fromarray(shares))
+                write_image(self.run.folder / f"{stem}_levels.png", Image.fromarray(shares))
                 found["attention"] = f"{stem}_levels.png"
             means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
             found["level_weights"] = dict(zip(attention.levels, means, strict=True))
-        measured = self.measurer.submit(case, picture)
+        measured = self.measurer.submit(case, image)
         taken = time.perf_counter() - self._started if seconds is None else seconds
         self._waiting.append(Waiting(job, found, taken, measured))
         self.finish(self.measurer.queue)
@@ -192,7 +192,7 @@ class Maker:
     def _ask(self, job: Job) -> dict[str, Any]:
         source = self._source(job)
         if isinstance(source, VisionCache):
-            source = source.split()[-1]  # the question is about the last picture alone
+            source = source.split()[-1]  # the question is about the last image alone
         reply = ask(self.run.pipeline, job.case.image, job.question, job.arm, source)
         return {"reply": reply, "answer": job.question.answer, "metrics": score(job.question, reply)}
 
@@ -204,11 +204,11 @@ class Maker:
             return target_levels(job.arm.bridge.config)
         case_id = job.case.case_id if job.arm.features == "own" else self.run.partners[job.case.case_id]
         if case_id not in self._sources:
-            self._sources[case_id] = self.run.pipeline.extract_source(self.run.cases[case_id].pictures)
+            self._sources[case_id] = self.run.pipeline.extract_source(self.run.cases[case_id].images)
         return self._sources[case_id]
 
     def _write_inputs(self, case: Any) -> None:
-        shown = [(f"reference{number}", picture) for number, picture in enumerate(case.references, start=1)]
+        shown = [(f"reference{number}", image) for number, image in enumerate(case.references, start=1)]
         shown += [("input", case.image)] + ([("target", case.target)] if case.target is not None else [])
-        for name, picture in shown:
-            write_picture(self.run.folder / case.group / f"{case.case_id}_{name}.png", picture)
+        for name, image in shown:
+            write_image(self.run.folder / case.group / f"{case.case_id}_{name}.png", image)

@@ -56,24 +56,24 @@ class FileCase:
     boxes: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
     difficulty: str = "easy"
     text_is_part: bool = False
-    """Whether the picture says more than the text that is to change."""
+    """Whether the image says more than the text that is to change."""
     references: tuple[Image.Image, ...] = ()
     benchmark: str = ""
     """`textedit`, `pie` or `gedit`, whose own metrics it then gets too."""
 
     @property
-    def pictures(self) -> list[Image.Image]:
-        """All pictures of the prompt."""
+    def images(self) -> list[Image.Image]:
+        """All images of the prompt."""
         return [*self.references, self.image]
 
 
 def photo_cases(image: Image.Image, prompts: Mapping[str, Sequence[str]], area: int) -> list[FileCase]:
-    """One picture without any truth, with the prompts of each group.
+    """One image without any truth, with the prompts of each group.
 
     Args:
         image: the user's own.
         prompts: by group.
-        area: px² of the editor's output: a larger picture is reduced to it, since nothing finer comes back.
+        area: px² of the editor's output: a larger image is reduced to it, since nothing finer comes back.
     """
     shown, factor = image, (area / (image.width * image.height)) ** 0.5
     if factor < 1:
@@ -106,8 +106,8 @@ def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> FileCase:
     group, difficulty = row.get("group", OTHER), row.get("difficulty", "easy")
     if group not in (*GROUPS, OTHER) or difficulty not in ("easy", "hard"):
         raise ValueError(f"group is one of {', '.join((*GROUPS, OTHER))}, difficulty easy or hard")
-    image = picture_at(folder, row, "image")
-    target = sized(picture_at(folder, row, "target"), image.size) if "target" in row else None
+    image = image_at(folder, row, "image")
+    target = sized(image_at(folder, row, "target"), image.size) if "target" in row else None
     mask = _mask(folder, row, image.size) if "mask" in row else None
     texts = [text_of(row, name) if name in row else None for name in ("source_text", "expected_text")]
     return FileCase(
@@ -196,7 +196,7 @@ def _words(error: Exception) -> str:
     return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def picture_at(folder: Path, row: dict[str, Any], name: str) -> Image.Image:
+def image_at(folder: Path, row: dict[str, Any], name: str) -> Image.Image:
     return load_images(_inside(folder, text_of(row, name)))[0]
 
 
@@ -208,19 +208,19 @@ def _inside(folder: Path, given: str) -> Path:
 
 
 def _mask(folder: Path, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    shown = picture_at(folder, row, "mask")
+    shown = image_at(folder, row, "mask")
     if shown.size != size:
-        raise ValueError(f"the mask is {shown.size} px, its picture {size}")
+        raise ValueError(f"the mask is {shown.size} px, its image {size}")
     mask = np.asarray(shown.convert("L")) > 127
     if not mask.any():
         raise ValueError("the mask is black: paint white what may change")
     return mask
 
 
-def sized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if picture.size != size:
-        raise ValueError(f"the target is {picture.size} px, its picture {size}")
-    return picture
+def sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if image.size != size:
+        raise ValueError(f"the target is {image.size} px, its image {size}")
+    return image
 
 
 def text_of(row: dict[str, Any], name: str) -> str:

@@ -2,7 +2,7 @@
 
 TextEdit's classic track: a checkout of open-compass/TextEdit with its `data/`. PIE-Bench: the unpacked data
 of cure-lab/PnPInversion. GEdit-Bench: the dataset stepfun-ai/GEdit-Bench as downloaded (`*.arrow` or
-`*.parquet` files, read with pyarrow, the `benchmarks` extra), or a folder of pictures exported from it with a
+`*.parquet` files, read with pyarrow, the `benchmarks` extra), or a folder of images exported from it with a
 `metadata.jsonl` of the dataset's own columns, the image-folder layout of Hugging Face.
 """
 
@@ -26,14 +26,14 @@ from .folder_dataset import (
     each,
     existing,
     gather,
+    image_at,
     load_folder,
-    picture_at,
     read_object,
     sized,
     text_of,
 )
 
-PIE_SIDE = 512  # px: PIE-Bench's pictures and masks
+PIE_SIDE = 512  # px: PIE-Bench's images and masks
 LAYOUTS = ("own", "textedit", "textedit-full", "pie", "gedit", "gedit-cn")
 
 
@@ -68,10 +68,10 @@ def load_textedit(folder: str | Path, subset: str = "miniset") -> list[FileCase]
         raise FileNotFoundError(f"no eval_prompts/{subset}/*.jsonl in {root}: give a checkout of TextEdit")
 
     def case(row: dict[str, Any], where: Path) -> FileCase:
-        image = picture_at(root / "data", row, "original_image")
+        image = image_at(root / "data", row, "original_image")
         return FileCase(
             f"textedit-{where.stem}-{row['id']}", "ocr", where.stem, text_of(row, "prompt"), image,
-            sized(picture_at(root / "data", row, "gt_image"), image.size), None, text_of(row, "source_text"),
+            sized(image_at(root / "data", row, "gt_image"), image.size), None, text_of(row, "source_text"),
             text_of(row, "target_text"), text_is_part=True, benchmark="textedit",
         )  # fmt: skip
 
@@ -89,10 +89,10 @@ def load_pie(folder: str | Path) -> list[FileCase]:
     entries = read_object(path)
 
     def case(key: str, row: dict[str, Any]) -> FileCase:
-        image = picture_at(root / "annotation_images", row, "image_path")
+        image = image_at(root / "annotation_images", row, "image_path")
         mask = decode_runs(row["mask"], (PIE_SIDE, PIE_SIDE))
         if image.size != (PIE_SIDE, PIE_SIDE):
-            raise ValueError(f"the picture is {image.size} px, its mask {PIE_SIDE} × {PIE_SIDE}")
+            raise ValueError(f"the image is {image.size} px, its mask {PIE_SIDE} × {PIE_SIDE}")
         kind, prompt = f"type{row['editing_type_id']}", text_of(row, "editing_instruction")
         return FileCase(f"pie-{key}", "detail", kind, prompt, image, edit_mask=mask, benchmark="pie")
 
@@ -104,7 +104,7 @@ def load_gedit(folder: str | Path, language: str = "en") -> list[FileCase]:
 
     Columns: `key`, `task_type`, `instruction`, `instruction_language`, `input_image`, `Intersection_exist`
     (and `input_image_raw`, which is not used: the authors' own script edits `input_image`). An exported
-    folder has `file_name` instead of the picture, as the authors' script saves it
+    folder has `file_name` instead of the image, as the authors' script saves it
     (`fullset/<task>/<language>/<key>_SRCIMG.png`) or otherwise.
 
     Raises:
@@ -121,7 +121,7 @@ def load_gedit(folder: str | Path, language: str = "en") -> list[FileCase]:
         )
 
     def case(row: dict[str, Any], _where: Path) -> FileCase | None:
-        return _gedit_case(row, language, lambda: picture_at(root, row, "file_name"))
+        return _gedit_case(row, language, lambda: image_at(root, row, "file_name"))
 
     return collect([root / "metadata.jsonl"], case)
 
@@ -130,7 +130,7 @@ def decode_runs(runs: list[int], shape: tuple[int, int]) -> np.ndarray:
     """A PIE-Bench mask, bool (H, W): start and length in turn, row by row; its rim counts as edited there.
 
     Raises:
-        ValueError: an odd number of runs, or one that starts outside the picture.
+        ValueError: an odd number of runs, or one that starts outside the image.
     """
     starts, lengths = runs[::2], runs[1::2]
     size = shape[0] * shape[1]
@@ -150,20 +150,20 @@ def _gedit_rows(tables: list[Path], language: str) -> Makers:
             yield f"{path}, row {number}", partial(_gedit_case, row, language, partial(_stored, row))
 
 
-def _gedit_case(row: dict[str, Any], language: str, picture: Callable[[], Image.Image]) -> FileCase | None:
+def _gedit_case(row: dict[str, Any], language: str, image: Callable[[], Image.Image]) -> FileCase | None:
     if text_of(row, "instruction_language") != language:
         return None
     task = text_of(row, "task_type")
     group = "ocr" if task == "text_change" else OTHER
     name, prompt = f"gedit-{language}-{text_of(row, 'key')}", text_of(row, "instruction")
-    return FileCase(name, group, task, prompt, picture(), benchmark="gedit")
+    return FileCase(name, group, task, prompt, image(), benchmark="gedit")
 
 
 def _stored(row: dict[str, Any]) -> Image.Image:
-    """A picture as `datasets` stores it: its file's bytes in a struct."""
+    """An image as `datasets` stores it: its file's bytes in a struct."""
     stored = row["input_image"]
     if not isinstance(stored, dict) or not stored.get("bytes"):
-        raise ValueError("input_image holds no bytes of a picture")
+        raise ValueError("input_image holds no bytes of an image")
     return load_images(Image.open(io.BytesIO(stored["bytes"])))[0]
 
 

@@ -18,8 +18,8 @@ PART = re.compile(r"results\.part-\d+\.jsonl")  # `merge` deletes these, and no 
 class Ledger:
     """The records of a folder by key.
 
-    A record is one line, written at once when its picture is on disk, so a run that is killed loses nothing
-    but the picture in the making. Process 0 writes `results.jsonl`, process i `results.part-i.jsonl`;
+    A record is one line, written at once when its image is on disk, so a run that is killed loses nothing
+    but the image in the making. Process 0 writes `results.jsonl`, process i `results.part-i.jsonl`;
     `merge` brings them together.
 
     Args:

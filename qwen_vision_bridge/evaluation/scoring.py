@@ -1,4 +1,4 @@
-"""Which metrics a picture gets: those that its case has the truth for, and no others."""
+"""Which metrics an image gets: those that its case has the truth for, and no others."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ BENCHMARK_GAPS = {
     "textedit": "TextEdit: its CLIP and aesthetic scores and its judging by a model are not measured; "
     "texts are read by another reader than its own, so the figures are no entry of its leaderboard",
     "pie": "PIE-Bench: its structure distance (DINO) and CLIP similarity need weights that no package ships",
-    "gedit": "GEdit-Bench: its judging by GPT-4o is not done; pictures get the metrics that need no truth",
+    "gedit": "GEdit-Bench: its judging by GPT-4o is not done; images get the metrics that need no truth",
 }
 HEADLINES = {"edit": "right", "perception": "answered"}
-READ_BLIND = ("ocr", OTHER)  # groups of pictures without a truth whose text is read before and after
+READ_BLIND = ("ocr", OTHER)  # groups of images without a truth whose text is read before and after
 DIGITS = 6  # decimals of a recorded metric
 BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
 
@@ -91,7 +91,7 @@ def unmeasured(cases: Sequence[Any]) -> list[str]:
 
 
 class Measurer:
-    """`measure` for many pictures: in this process, or in some of their own while this one makes the next.
+    """`measure` for many images: in this process, or in some of their own while this one makes the next.
 
     Args:
         workers: how many processes; 0 measures here.
@@ -103,20 +103,20 @@ class Measurer:
     def __init__(self, workers: int = 0) -> None:
         if workers < 0:
             raise ValueError(f"workers is {workers}; needed: at least 0")
-        self.queue = 4 * workers  # pictures that may wait
+        self.queue = 4 * workers  # images that may wait
         self._pool = None
         if workers:
             # Forked processes would share the threads and the CUDA context of this one.
             fresh = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(workers, fresh, initializer=_prepare_worker)
 
-    def submit(self, case: Any, picture: Image.Image) -> Future[dict[str, Any]]:
-        """What a record says of a picture, sooner or later: `metrics`, and what was read without a truth."""
+    def submit(self, case: Any, image: Image.Image) -> Future[dict[str, Any]]:
+        """What a record says of an image, sooner or later: `metrics`, and what was read without a truth."""
         if self._pool is not None:
-            return self._pool.submit(_found, case, picture)
+            return self._pool.submit(_found, case, image)
         done: Future[dict[str, Any]] = Future()
         try:
-            done.set_result(_found(case, picture))
+            done.set_result(_found(case, image))
         except Exception as error:  # raised where the result is asked for, as a pool's is
             done.set_exception(error)
         return done
@@ -133,8 +133,8 @@ class Measurer:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _found(case: Any, picture: Image.Image) -> dict[str, Any]:
-    return {"metrics": measure(case, picture), **texts_of(case, picture)}
+def _found(case: Any, image: Image.Image) -> dict[str, Any]:
+    return {"metrics": measure(case, image), **texts_of(case, image)}
 
 
 def _prepare_worker() -> None:
@@ -143,47 +143,47 @@ def _prepare_worker() -> None:
     os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # the reader's own, not imported yet
 
 
-def measure(case: Any, picture: Image.Image) -> dict[str, float]:
-    """Every metric that a case has the truth for, of one edited picture.
+def measure(case: Any, image: Image.Image) -> dict[str, float]:
+    """Every metric that a case has the truth for, of one edited image.
 
     Args:
         case: a `world.Case`, or one from files. What it lacks (target, mask, text, boxes) is not measured.
-        picture: RGB, of the size of the case's picture.
+        image: RGB, of the size of the case's image.
 
     Raises:
-        ValueError: a picture of another size.
+        ValueError: an image of another size.
     """
-    if picture.size != case.image.size:
-        raise ValueError(f"the edit is {picture.size} px, the case {case.case_id} is {case.image.size} px")
-    # Reading is the slowest part: once a picture, and only where a text is expected.
+    if image.size != case.image.size:
+        raise ValueError(f"the edit is {image.size} px, the case {case.case_id} is {case.image.size} px")
+    # Reading is the slowest part: once an image, and only where a text is expected.
     blind = isinstance(case, FileCase) and case.expected_text is None  # nothing is known of its text
     reads = case.expected_text is not None and getattr(case, "readable", True)
     reads = reads and (case.group == "ocr" or case.kind == "same_text" or not isinstance(case, Case))
-    boxes = reading.read_boxes(picture) if reads or (blind and case.group in READ_BLIND) else None
+    boxes = reading.read_boxes(image) if reads or (blind and case.group in READ_BLIND) else None
     read = None if boxes is None else reading.in_order(boxes)
     values: dict[str, float | None] = {}
     if isinstance(case, Case) and case.edit is not None:
-        values["right"] = float(judge(case, picture, read).right)
+        values["right"] = float(judge(case, image, read).right)
     elif isinstance(case, LanguageCase) and read is not None:
         letters = ["".join(filter(str.isalnum, text)) for text in (read, case.expected_text)]
         values["right"] = metrics.exact_text(*letters)
     if read is not None and not blind:
         values |= _text(case, read)
     if blind and case.target is None:
-        values["change_from_input"] = metrics.mean_abs_difference(picture, case.image)
+        values["change_from_input"] = metrics.mean_abs_difference(image, case.image)
     if blind and read is not None:
         values["text_kept"] = metrics.edit_similarity(read, _text_before(case))
     if isinstance(case, FileCase):
-        values |= _published(case, picture, boxes)
+        values |= _published(case, image, boxes)
     if case.group == "space" and isinstance(case, Case):
-        values |= _space(case, picture)
+        values |= _space(case, image)
     if case.group in ("detail", "consistency") and isinstance(case, Case) and case.expected_objects:
-        values["iou_by_object"] = metrics.iou_by_object(picture, case.target, case.expected_objects)
+        values["iou_by_object"] = metrics.iou_by_object(image, case.target, case.expected_objects)
     if case.group == "consistency" and isinstance(case, Case):
-        values |= agreement(case, picture, read)
+        values |= agreement(case, image, read)
     if expected := getattr(case, "boxes", ()):
-        values["box_iou"] = _box_iou(picture, expected)
-    values |= _detail(case, picture) | _drift(case, picture)
+        values["box_iou"] = _box_iou(image, expected)
+    values |= _detail(case, image) | _drift(case, image)
     # The number of threads moves the last digits of long sums; a result must not depend on it.
     kept = {name: values[name] for name in METRICS if values.get(name) is not None}
     return {name: round(value, DIGITS) for name, value in kept.items()}
@@ -194,7 +194,7 @@ def _text(case: Any, read: str) -> dict[str, float | None]:
         "exact_text": metrics.exact_text(read, case.expected_text),
         "edit_similarity": metrics.edit_similarity(read, case.expected_text),
     }
-    if getattr(case, "text_is_part", False):  # the picture says more than the text that was to change
+    if getattr(case, "text_is_part", False):  # the image says more than the text that was to change
         found = metrics.normalise_text(case.expected_text) in metrics.normalise_text(read)
         values = {"exact_text": float(found)}
     if case.source_text:
@@ -203,7 +203,7 @@ def _text(case: Any, read: str) -> dict[str, float | None]:
 
 
 def _published(
-    case: FileCase, picture: Image.Image, boxes: list[tuple[str, np.ndarray]] | None
+    case: FileCase, image: Image.Image, boxes: list[tuple[str, np.ndarray]] | None
 ) -> dict[str, float | None]:
     """What the authors of public benchmarks measure, where a case has what it takes."""
     values: dict[str, float | None] = {}
@@ -212,15 +212,15 @@ def _published(
         scores = region_scores(before, _as_words(boxes), case.source_text, case.expected_text)
         values |= {f"region_{name}": value for name, value in scores._asdict().items()}
     if case.benchmark == "pie":
-        values |= masked_scores(picture, case.image, case.edit_mask) or {}
+        values |= masked_scores(image, case.image, case.edit_mask) or {}
     return values
 
 
-def texts_of(case: Any, picture: Image.Image) -> dict[str, str]:
+def texts_of(case: Any, image: Image.Image) -> dict[str, str]:
     """What is read before and after, where that is measured without a truth; both are read already."""
     if not isinstance(case, FileCase) or case.expected_text is not None or case.group not in READ_BLIND:
         return {}
-    return {"read_before": _text_before(case), "read_after": _read(picture.tobytes(), picture.size)}
+    return {"read_before": _text_before(case), "read_after": _read(image.tobytes(), image.size)}
 
 
 def _text_before(case: FileCase) -> str:
@@ -234,7 +234,7 @@ def _read(pixels: bytes, size: tuple[int, int]) -> str:
 
 @lru_cache(maxsize=4)
 def _words(pixels: bytes, size: tuple[int, int]) -> list[Word]:
-    """What is read in an unedited picture, the same for all its arms."""
+    """What is read in an unedited image, the same for all its arms."""
     return _as_words(reading.read_boxes(Image.frombytes("RGB", size, pixels)))
 
 
@@ -242,43 +242,43 @@ def _as_words(boxes: list[tuple[str, np.ndarray]]) -> list[Word]:
     return [Word(text, (*corners.min(0).tolist(), *corners.max(0).tolist())) for text, corners in boxes]
 
 
-def _space(case: Case, picture: Image.Image) -> dict[str, float | None]:
+def _space(case: Case, image: Image.Image) -> dict[str, float | None]:
     expected = case.expected_objects
     if not expected:
-        return {"objects_invented": metrics.objects_invented(picture, expected)}
+        return {"objects_invented": metrics.objects_invented(image, expected)}
     return {
-        "centroid_error_px": metrics.centroid_error(picture, expected),
-        "object_iou": metrics.object_iou(picture, case.target, expected),
-        "iou_by_object": metrics.iou_by_object(picture, case.target, expected),
-        "objects_lost": metrics.objects_lost(picture, expected),
-        "objects_invented": metrics.objects_invented(picture, expected),
-        "relations_kept": metrics.relations_kept(picture, expected),
+        "centroid_error_px": metrics.centroid_error(image, expected),
+        "object_iou": metrics.object_iou(image, case.target, expected),
+        "iou_by_object": metrics.iou_by_object(image, case.target, expected),
+        "objects_lost": metrics.objects_lost(image, expected),
+        "objects_invented": metrics.objects_invented(image, expected),
+        "relations_kept": metrics.relations_kept(image, expected),
     }
 
 
-def _detail(case: Any, picture: Image.Image) -> dict[str, float | None]:
+def _detail(case: Any, image: Image.Image) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     mask, target = case.edit_mask, case.target
     if mask is not None and not mask.all():
         unedited = metrics.shrink(~mask)
         values = {
-            "unedited_ssim": metrics.masked_ssim(picture, case.image, unedited),
-            "unedited_psnr_db": min(metrics.masked_psnr(picture, case.image, unedited), BEST_PSNR),
-            "unedited_texture": metrics.texture_kept(picture, case.image, unedited),
+            "unedited_ssim": metrics.masked_ssim(image, case.image, unedited),
+            "unedited_psnr_db": min(metrics.masked_psnr(image, case.image, unedited), BEST_PSNR),
+            "unedited_texture": metrics.texture_kept(image, case.image, unedited),
         }
         for net in WEIGHTS:
             if not lpips_missing(net):
-                values[f"unedited_lpips_{net}"] = lpips(picture, case.image, net, ~mask)
+                values[f"unedited_lpips_{net}"] = lpips(image, case.image, net, ~mask)
     if target is not None:
-        values["target_difference"] = metrics.mean_abs_difference(picture, target)
+        values["target_difference"] = metrics.mean_abs_difference(image, target)
         if mask is not None and mask.any():
-            values["edited_colour_error"] = metrics.colour_difference(picture, target, mask)
-            values["edited_ssim"] = metrics.masked_ssim(picture, target, mask)
+            values["edited_colour_error"] = metrics.colour_difference(image, target, mask)
+            values["edited_ssim"] = metrics.masked_ssim(image, target, mask)
     return values
 
 
-def _drift(case: Any, picture: Image.Image) -> dict[str, float | None]:
-    drift = measure_drift(picture, case.image)
+def _drift(case: Any, image: Image.Image) -> dict[str, float | None]:
+    drift = measure_drift(image, case.image)
     if drift is None:
         return {}
     return {
@@ -288,11 +288,11 @@ def _drift(case: Any, picture: Image.Image) -> dict[str, float | None]:
     }
 
 
-def _box_iou(picture: Image.Image, boxes: Sequence[tuple[str, tuple[float, float, float, float]]]) -> float:
+def _box_iou(image: Image.Image, boxes: Sequence[tuple[str, tuple[float, float, float, float]]]) -> float:
     """Mean IoU of each expected box (colour; left, top, right, bottom in px) and its colour's best patch."""
     from scipy.ndimage import find_objects, label
 
-    nearest = metrics.colour_map(picture)
+    nearest = metrics.colour_map(image)
     best = []
     for colour, (left, top, right, bottom) in boxes:
         patches, _ = label(nearest == list(COLOURS).index(colour))

@@ -1,4 +1,4 @@
-"""What a run has to do: a picture of every case in every arm, and the questions; each known by its key.
+"""What a run has to do: an image of every case in every arm, and the questions; each known by its key.
 
 A key is a digest of everything that decides a record, so a folder can hold records of many runs and none is
 ever taken for another's.
@@ -27,7 +27,7 @@ OTHER = "other"  # the group of cases from files that name none
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One picture to make, or one question to ask."""
+    """One image to make, or one question to ask."""
 
     case: Any
     arm: Arm
@@ -55,18 +55,18 @@ class Run:
     partners: dict[str, str | None] = field(default_factory=dict)
     """Whose source features a shuffled arm sees."""
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """Digests that many keys share: weights and pictures are hashed once a run, not once a job."""
+    """Digests that many keys share: weights and images are hashed once a run, not once a job."""
 
     def __post_init__(self) -> None:
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise ValueError(f"batch_arms is a whole number from 1, not {self.batch!r}")
         if any(arm.features == "shuffled" for arm in self.arms):
-            grids = {name: self.pipeline.condition_grids(case.pictures) for name, case in self.cases.items()}
+            grids = {name: self.pipeline.condition_grids(case.images) for name, case in self.cases.items()}
             cycle = find_partners(grids, self.seed)
             self.partners = {name: self._other(name, cycle) for name in cycle}
 
     def _other(self, name: str, cycle: Mapping[str, str | None]) -> str | None:
-        """The next case of the cycle with other pictures: another prompt on the same ones is no control."""
+        """The next case of the cycle with other images: another prompt on the same ones is no control."""
         partner = cycle[name]
         while partner not in (None, name) and self.shown(partner) == self.shown(name):
             partner = cycle[partner]
@@ -79,9 +79,9 @@ class Run:
         return self.known[name]
 
     def shown(self, name: str) -> list[str]:
-        """Digests of a case's pictures."""
+        """Digests of a case's images."""
         case = self.cases[name]
-        return self.once(("pictures", name), lambda: [image_digest(picture) for picture in case.pictures])
+        return self.once(("images", name), lambda: [image_digest(image) for image in case.images])
 
     def seed_of(self, case: Any) -> int:
         """The seed of a case's noise: its own, and the same in every arm."""
@@ -134,9 +134,9 @@ def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def content_key(run: Run, case: Any, arm: Arm, batched: bool) -> str:
-    """Digest of everything that decides a picture.
+    """Digest of everything that decides an image.
 
-    Pictures made in batches have keys of their own, since their last bits are not those of one alone.
+    Images made in batches have keys of their own, since their last bits are not those of one alone.
     """
     pipeline, family = run.pipeline, run.pipeline.family
     editor = run.once("editor", lambda: pipeline.made_from(False))
@@ -154,7 +154,7 @@ def content_key(run: Run, case: Any, arm: Arm, batched: bool) -> str:
 
 
 def _key(run: Run, case: Any, arm: Arm, question: Question | None) -> str:
-    """Digest of everything that decides a record: its picture, the truth it is measured by, its labels."""
+    """Digest of everything that decides a record: its image, the truth it is measured by, its labels."""
     truth = run.once(("truth", case.case_id), lambda: _truth(case))
     labels = [case.case_id, case.group, case.kind, case.difficulty, arm.name]
     batched = question is None and run.batch > 1

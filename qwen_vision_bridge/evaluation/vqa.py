@@ -1,4 +1,4 @@
-"""Perception without an edit: the frozen target's language model is asked about a picture through a bridge.
+"""Perception without an edit: the frozen target's language model is asked about an image through a bridge.
 
 No transformer and no VAE run. Replies are decoded greedily, so equal features give equal replies.
 """
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 LONGEST_REPLY = 32  # tokens: three words of six letters and their slashes, a token a letter at worst
 BOARD = "abcdefgh"
-FARTHEST = 2**0.5  # sides of the picture: what a reply that names no square counts as
+FARTHEST = 2**0.5  # sides of the image: what a reply that names no square counts as
 # Families outside the miniature were not taught how to reply.
 EXPLAINED = {
     "read": "Reply with the text alone, lines from top to bottom with a slash between them.",
     "locate": (
-        "Think of a board of 8 by 8 squares over the picture. Reply with two letters alone: the column, a "
+        "Think of a board of 8 by 8 squares over the image. Reply with two letters alone: the column, a "
         "(left) to h (right), then the row, a (top) to h (bottom)."
     ),
     "count": "Reply with a number alone.",
@@ -40,7 +40,7 @@ EXPLAINED = {
 
 
 class Question(NamedTuple):
-    """Something to ask about the last picture of a case."""
+    """Something to ask about the last image of a case."""
 
     kind: Literal["read", "locate", "count"]
     text: str
@@ -48,7 +48,7 @@ class Question(NamedTuple):
 
 
 def questions_of(case: Any) -> list[Question]:
-    """What to ask about a case's picture: nothing where its scene is not known."""
+    """What to ask about a case's image: nothing where its scene is not known."""
     scene = case.edit.before if isinstance(case, Case) and case.edit is not None else None
     if scene is None:
         known = getattr(case, "whole_text", None)
@@ -70,12 +70,12 @@ def supports(arm: Arm) -> bool:
 @torch.inference_mode()
 def ask(
     pipeline: EnhancedQwenImageEdit,
-    picture: Image.Image,
+    image: Image.Image,
     question: Question,
     arm: Arm,
     source: VisionCache | Levels | None,
 ) -> str:
-    """The reply of the target's language model, which sees the picture as the edit pipeline shows it.
+    """The reply of the target's language model, which sees the image as the edit pipeline shows it.
 
     The miniature is asked in the edit pipeline's own template, in which it was trained; others in their chat
     template, with the form of the reply explained.
@@ -84,8 +84,8 @@ def ask(
         source: as `injection.inject`; None for the baseline.
     """
     pipe = pipeline.pipe
-    width, height = condition_size(type(pipe), pipeline.family.editor, picture)
-    shown = pipe.image_processor.resize(picture, height, width)
+    width, height = condition_size(type(pipe), pipeline.family.editor, image)
+    shown = pipe.image_processor.resize(image, height, width)
     inputs = pipe.processor(text=[_prompt(pipeline, question)], images=[shown], return_tensors="pt")
     inputs = inputs.to(pipe.text_encoder.device)
     ids = inputs["input_ids"]
@@ -111,7 +111,7 @@ def score(question: Question, reply: str) -> dict[str, float]:
     Returns:
         `answered`, 1.0 where it is exactly right (spaces and case aside), else 0.0; and by kind
         `reply_similarity` (`metrics.edit_similarity`), `location_error` (distance of the squares' centres in
-        sides of the picture; √2 where no square is named) or `count_error` (absolute; 8 where no number is).
+        sides of the image; √2 where no square is named) or `count_error` (absolute; 8 where no number is).
     """
     values = {"answered": metrics.exact_text(reply, question.answer)}
     if question.kind == "read":
@@ -137,8 +137,8 @@ def _distance(reply: str, answer: str) -> float:
 def _prompt(pipeline: EnhancedQwenImageEdit, question: Question) -> str:
     pipe = pipeline.pipe
     if pipeline.family.name == "miniature":
-        picture = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
-        return pipe.prompt_template_encode.format(picture + question.text)
+        image = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
+        return pipe.prompt_template_encode.format(image + question.text)
     text = f"{question.text} {EXPLAINED[question.kind]}"
     content = [{"type": "image"}, {"type": "text", "text": text}]
     return pipe.processor.apply_chat_template(

@@ -1,6 +1,6 @@
 """Load a stock Qwen-Image-Edit pipeline of diffusers in the memory mode that a machine allows.
 
-The needs are estimates from parameter counts at 1024² with one reference picture, not measurements.
+The needs are estimates from parameter counts at 1024² with one reference image, not measurements.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _advice(mode: MemoryMode, editor: EditorSpec) -> str:
     ]
     said = f"the GPU ran out of memory in mode {mode.name}"
     if not told:
-        return f"{said}, the smallest there is: close other programs on the GPU, or make a smaller picture"
+        return f"{said}, the smallest there is: close other programs on the GPU, or make a smaller image"
     others = f"; smaller still: {'; '.join(told[1:])}" if told[1:] else ""
     return f"{said}; this needs less: {told[0]}{others}"
 

@@ -7,7 +7,7 @@ GPU such passes and their launches cost more than the matrix products. Here they
 * norms: PyTorch's own `rms_norm`, one kernel;
 * rotation: queries and keys at once, in 32 bits as before, without copies of their halves;
 * feed-forward layers whose width is no multiple of the 16 bytes that cuBLAS' fast kernels load at a time (the
-  target's 3420 channels): zeros up to the next multiple, for pictures of many patches. A channel of zeros is
+  target's 3420 channels): zeros up to the next multiple, for images of many patches. A channel of zeros is
   activation(0) · 0 = 0.
 
 Sums are the same up to rounding. Nothing is kept: a model's own weights, and what saves, moves or offloads

@@ -1,4 +1,4 @@
-"""The processors of checkpoints: pictures to pixels, and with a tokenizer prompts to tokens."""
+"""The processors of checkpoints: images to pixels, and with a tokenizer prompts to tokens."""
 
 from __future__ import annotations
 

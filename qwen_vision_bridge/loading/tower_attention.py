@@ -1,7 +1,7 @@
 """Attention of a vision tower over the stretches of one packed sequence: one call a length, not a stretch.
 
 Without flash-attention, transformers cuts the packed sequence by `cu_seqlens` and calls attention once a
-stretch: 100 windows in each of 28 blocks of the target at 1024², one picture after the other in a batch. Here
+stretch: 100 windows in each of 28 blocks of the target at 1024², one image after the other in a batch. Here
 stretches of equal length go through PyTorch's `scaled_dot_product_attention` together, and on a GPU in 16
 bits those of several lengths through its `varlen_attn`. The function is registered in transformers'
 `AttentionInterface` under a name that contains `flash`, which makes the towers hand over the whole sequence.

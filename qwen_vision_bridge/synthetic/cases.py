@@ -1,6 +1,6 @@
-"""The synthetic world: pictures and instructions with known answers, and questions about the pictures.
+"""The synthetic world: images and instructions with known answers, and questions about the images.
 
-A case is an instruction, the picture it is asked of and the one that a right edit gives, so what is right
+A case is an instruction, the image it is asked of and the one that a right edit gives, so what is right
 and which pixels may change are known exactly. All follows from a seed. The splits share nothing: no two draw
 the same stream, and `novel` is made of words and of pairs of colour with shape or texture that no other has.
 """
@@ -78,7 +78,7 @@ for _group in GROUPS:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One instruction, its pictures and what a right edit looks like. `edit_mask` is bool (H, W), True where
+    """One instruction, its images and what a right edit looks like. `edit_mask` is bool (H, W), True where
     the edit may change pixels; elsewhere `image` and `target` agree. `source_text` and `expected_text` are
     the words before and after, from top to bottom with spaces between ("" when they must be gone, None when
     there never was one). `expected_objects` are the shapes of the target, those the edit concerns first."""
@@ -99,15 +99,15 @@ class Case:
     outright: str | None = None
     """Of a hard case: the same request with nothing left to see."""
     references: tuple[Image.Image, ...] = ()
-    """Pictures that come before `image` in the prompt."""
+    """Images that come before `image` in the prompt."""
     answer: str = ""
     """Where and what is meant, as the miniature's language models learn to reply."""
     edit: Edit | None = None
-    """The scenes behind the pictures."""
+    """The scenes behind the images."""
 
     @property
-    def pictures(self) -> list[Image.Image]:
-        """All pictures of the prompt; the last one is edited."""
+    def images(self) -> list[Image.Image]:
+        """All images of the prompt; the last one is edited."""
         return [*self.references, self.image]
 
 
@@ -142,7 +142,7 @@ def make_cases(
     kinds: tuple[str, ...] | None = None,
     first: int = 0,
 ) -> list[Case]:
-    """`count` cases of one of GROUPS, its KINDS (or `kinds`) in turn, in pictures of `size` px a side, from
+    """`count` cases of one of GROUPS, its KINDS (or `kinds`) in turn, in images of `size` px a side, from
     the `first` one on.
 
     Case i depends on (group, split, seed, i) alone: a longer list begins with the shorter, another size
@@ -237,7 +237,7 @@ def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return describe_question(scene)
 
 
-def sample_picture(size: int = 448, seed: int = 0) -> Image.Image:
+def sample_image(size: int = 448, seed: int = 0) -> Image.Image:
     """An image with a word, three shapes and a texture: the examples' default input, (size, size) RGB.
 
     Raises:

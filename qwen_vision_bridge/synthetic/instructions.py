@@ -62,7 +62,7 @@ class Edit:
     after: Scene  # what the edit concerns comes first among its objects
     answer: str
     outright: str | None = None  # of a hard edit: the same request with nothing left to see
-    references: tuple[Scene, ...] = ()  # earlier pictures of the same prompt
+    references: tuple[Scene, ...] = ()  # earlier images of the same prompt
 
 
 def square(draw: Draw, point: tuple[float, float]) -> str:
@@ -140,7 +140,7 @@ def swap_words(draw: Draw, kind: str) -> Edit:
 
 
 def rewrite(draw: Draw, kind: str) -> Edit:
-    """A new word that follows from the one in the picture."""
+    """A new word that follows from the one in the image."""
     old = new = ""
     while True:
         word = draw.word(3, 5 if kind == "double_letter" else 6)

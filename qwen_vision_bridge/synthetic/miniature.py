@@ -3,7 +3,7 @@
 `source/` is a Qwen3-VL and `editor/` a Qwen-Image-Edit-Plus pipeline whose `text_encoder/` is the target
 Qwen2.5-VL. Shipped weights are used where the package carries them; otherwise a seeded builder makes random
 ones in seconds and keeps them under `specs.cache_home()`. Random weights run every line of code, and their
-pictures are noise.
+images are noise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TARGET_VISION = {
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 224, "window_size": 32,
     "fullatt_block_indexes": [1, 3], "tokens_per_second": 2,
 }
-TARGET_PX = 64  # a side of what its tower takes, 8 px a token; the pipeline reduces pictures further before
+TARGET_PX = 64  # a side of what its tower takes, 8 px a token; the pipeline reduces images further before
 TARGET_TEXT = {
     "hidden_size": 224, "intermediate_size": 448, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
@@ -140,7 +140,7 @@ def source_processor() -> Any:
 
 
 def target_processor() -> Any:
-    """The target's processor: all pictures become about TARGET_PX² large, however far they were reduced."""
+    """The target's processor: all images become about TARGET_PX² large, however far they were reduced."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     patch = TARGET_VISION["patch_size"]
@@ -156,7 +156,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Seeded weights under which a small model listens: matrices at std 1/√fan-in, the rest neutral.
 
     Each tensor has a stream of its own, keyed by its name, so that adding a layer changes no other.
-    transformers' own std of 0.02 leaves a model of this width nearly deaf to pictures and prompts.
+    transformers' own std of 0.02 leaves a model of this width nearly deaf to images and prompts.
     """
     import torch
 

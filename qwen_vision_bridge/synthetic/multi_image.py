@@ -1,4 +1,4 @@
-"""Instructions that point at an earlier picture of the same prompt."""
+"""Instructions that point at an earlier image of the same prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _on_backdrop(scene: Scene, backdrop: str) -> Scene:
 
 
 def same_as(draw: Draw, kind: str) -> Edit:
-    """Make the last picture agree with the one before it in one thing."""
+    """Make the last image agree with the one before it in one thing."""
     if kind == "same_text":
         old = draw.word()
         new = draw.word(3, 6, old)

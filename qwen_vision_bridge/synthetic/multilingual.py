@@ -1,4 +1,4 @@
-"""Words of nine kinds of writing to change in a picture: cases for models that know them all.
+"""Words of nine kinds of writing to change in an image: cases for models that know them all.
 
 Fonts come from matplotlib (DejaVu) and from Debian's `fonts-noto-core` and `fonts-noto-cjk`; a script whose
 font lacks a letter, or is not there, is left out with a word and never drawn as boxes. Arabic and Hindi are
@@ -67,7 +67,7 @@ SCRIPTS = {
 
 @dataclass(frozen=True, eq=False)
 class LanguageCase:
-    """A picture with one or two words of a script, one of which is to change; names as in `world.Case`."""
+    """An image with one or two words of a script, one of which is to change; names as in `world.Case`."""
 
     case_id: str
     kind: str
@@ -79,17 +79,17 @@ class LanguageCase:
     source_text: str
     expected_text: str
     difficulty: str
-    """`hard` where the picture has two words."""
+    """`hard` where the image has two words."""
     readable: bool
     """Whether the reader knows the script; else no edit is judged right or wrong."""
     whole_text: str
-    """The picture's words with a slash between them, as the language model is asked for them."""
+    """The image's words with a slash between them, as the language model is asked for them."""
     group: str = "ocr"
     references: tuple[Image.Image, ...] = ()
 
     @property
-    def pictures(self) -> list[Image.Image]:
-        """All pictures of the prompt."""
+    def images(self) -> list[Image.Image]:
+        """All images of the prompt."""
         return [self.image]
 
 
@@ -100,7 +100,7 @@ def cases_for(
 
     Outside the miniature half of the OCR cases are multi-lingual.
     """
-    size, several = family.picture_size, count // 2
+    size, several = family.image_size, count // 2
     if group != "ocr" or not several:
         return list(make_cases(group, count, seed, size)), []
     if family.name == "miniature":
@@ -168,18 +168,18 @@ def _case(name: str, index: int, hard: int, seed: int, size: int) -> LanguageCas
     place = int(rng.integers(1 + hard))
     before = [old, other][: 1 + hard] if place == 0 else [other, old]
     after = [new if word == old else word for word in before]
-    pictures = []
+    images = []
     for words in (before, after):
         canvas = ground.copy()
         for word, box in zip(words, boxes, strict=True):
             _draw_word(canvas, name, word, box, em, plate, ink)
-        pictures.append(canvas)
+        images.append(canvas)
     mask = np.zeros((size, size), bool)
     left, top, right, bottom = boxes[place]
     mask[max(top - 4, 0) : bottom + 4, max(left - 4, 0) : right + 4] = True
     verb = f'Replace the word "{old}" with "{new}"' if hard else f'Change the text to "{new}"'
     return LanguageCase(
-        f"ocr-{size}px-{name}-seed{seed}-{index:04d}", name, verb, *pictures, mask, " ".join(before),
+        f"ocr-{size}px-{name}-seed{seed}-{index:04d}", name, verb, *images, mask, " ".join(before),
         " ".join(after), "hard" if hard else "easy", can_read("".join(script.words)), "/".join(before),
     )  # fmt: skip
 

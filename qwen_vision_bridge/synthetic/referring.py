@@ -1,6 +1,6 @@
 """Instructions that refer: which word or shape is meant must be found by reading or comparing.
 
-Every picture has near misses: words one letter apart, sizes a fifth apart, places a few pixels apart. What is
+Every image has near misses: words one letter apart, sizes a fifth apart, places a few pixels apart. What is
 then done to it is easy.
 """
 

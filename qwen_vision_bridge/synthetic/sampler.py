@@ -143,7 +143,7 @@ class Draw:
         raise NoRoomError(f"no room for discs of radii {list(radii)} in {self.size} px beside {taken}")
 
     def is_clear(self, discs: Sequence[Disc]) -> bool:
-        """Whether discs lie inside the picture and apart from each other."""
+        """Whether discs lie inside the image and apart from each other."""
         inside = all(min(x, y, self.size - x, self.size - y) > r for x, y, r in discs)
         pairs = ((a, b) for i, a in enumerate(discs) for b in discs[:i])
         apart = (np.hypot(a[0] - b[0], a[1] - b[1]) > a[2] + b[2] + 0.01 * self.size for a, b in pairs)

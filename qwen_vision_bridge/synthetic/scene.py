@@ -1,4 +1,4 @@
-"""Synthetic pictures as plain data, and their rendering.
+"""Synthetic images as plain data, and their rendering.
 
 A scene is a textured background, a few flat shapes and a few words. All lengths scale with the side.
 Positions and lengths are pixels, (x, y) from the top left corner.
@@ -76,7 +76,7 @@ class TextBlock:
 
 @dataclass(frozen=True)
 class Scene:
-    """A square picture of `size` pixels a side as data. Texts lie on objects, objects on the background."""
+    """A square image of `size` pixels a side as data. Texts lie on objects, objects on the background."""
 
     size: int
     texture: str  # of TEXTURES
@@ -86,7 +86,7 @@ class Scene:
     texts: tuple[TextBlock, ...] = ()
 
 
-# Each takes the plane (u, v) in picture sides and a frequency f; values in [-1, 1].
+# Each takes the plane (u, v) in image sides and a frequency f; values in [-1, 1].
 _PATTERNS: dict[str, Callable[..., np.ndarray]] = {
     "stripes": lambda u, v, f: np.tanh(3 * np.sin(2 * np.pi * f * u)),
     "checks": lambda u, v, f: np.tanh(5 * np.sin(np.pi * f * u) * np.sin(np.pi * f * v)),
@@ -146,7 +146,7 @@ def _dots(count: int) -> tuple[np.ndarray, ...]:
     return tuple(circle + np.array([x, 0]) for x in np.linspace(-0.42, 0.42, count))
 
 
-# In a shape's radius. Told apart by what is finer than 5 px of 128 alone: a reduced picture hardly shows it.
+# In a shape's radius. Told apart by what is finer than 5 px of 128 alone: a reduced image hardly shows it.
 MARKS: dict[str, tuple[np.ndarray, ...]] = {
     "vertical stripes": _stripes(0), "horizontal stripes": _stripes(90), "slanted stripes": _stripes(45),
     "two dots": _dots(2), "three dots": _dots(3), "four dots": _dots(4),
@@ -195,7 +195,7 @@ def _draw_text(canvas: Image.Image, block: TextBlock) -> None:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of (size, size) pixels; equal scenes give equal bytes."""
+    """The scene as an RGB image of (size, size) pixels; equal scenes give equal bytes."""
     canvas = _paint_background(scene)
     for item in scene.objects:
         colour, smaller = COLOURS[item.colour], replace(item, radius=0.92 * item.radius)

@@ -26,7 +26,7 @@ SPECIAL_TOKENS = tuple(
         "video_pad",
     ]
 )
-# The edit pipelines' template up to the pictures. Its words and the world's are the tokenizer's whole corpus:
+# The edit pipelines' template up to the images. Its words and the world's are the tokenizer's whole corpus:
 # each becomes one token, which is what makes the prefix come out at exactly 64. Other text, and so every word
 # in quotes, falls into letters.
 TEMPLATE_PREFIX = (

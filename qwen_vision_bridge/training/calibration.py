@@ -7,7 +7,7 @@ moments of 12 288 channels over 10⁶ tokens would cost 3·10¹⁴ operations, t
 the bases leave out is measured along the stream and reported. Reduced rank: Izenman 1975.
 
 What is regressed on decides what the update means. `target`: the levels' account of the target's own
-features, so what the source cannot confirm is averaged out. `teacher`: features of the same picture seen
+features, so what the source cannot confirm is averaged out. `teacher`: features of the same image seen
 finer, pooled to the same grid, so the update is what the target would see with better eyes.
 """
 
@@ -31,7 +31,7 @@ SWEEPS = 3  # over the levels, each refitted to what the others leave
 
 
 class Tokens(NamedTuple):
-    """One chunk of a stream of cached tokens, in any dtype; the tokens of a picture stay together."""
+    """One chunk of a stream of cached tokens, in any dtype; the tokens of an image stay together."""
 
     levels: Sequence[Tensor]
     """L × (n, source_dim)."""

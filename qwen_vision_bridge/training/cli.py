@@ -125,7 +125,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--rival", choices=["lora"], help="train a LoRA of the bridge's size instead")
     group.add_argument("--strength", type=float, default=1.0, help="of the update while training")
-    group.add_argument("--teacher", action="store_true", help="calibrate: to the picture seen finer")
+    group.add_argument("--teacher", action="store_true", help="calibrate: to the image seen finer")
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
 
 
@@ -135,7 +135,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max_train_samples", type=int)
     group.add_argument("--validation_samples", type=int, default=256)
     group.add_argument("--cache_dir", type=Path, help="where features are kept")
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read pictures")
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images")
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:

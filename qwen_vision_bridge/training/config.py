@@ -31,7 +31,7 @@ class TrainingSettings:
     anchor: float = 0.0
     """Weight of the squared update, in squared RMS of the baseline: what is not needed is not changed."""
     match_statistics: float = 0.0
-    """Weight of the distance of each channel's mean and spread over a picture from the baseline's."""
+    """Weight of the distance of each channel's mean and spread over an image from the baseline's."""
     hard_share: float = 0.0
     """Of a step's questions, how many are drawn among those that the baseline gets wrong."""
     checkpointing_steps: int = 500

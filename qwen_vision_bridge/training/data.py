@@ -1,10 +1,10 @@
-"""What a bridge learns from: questions about pictures with their answers, and edits with their results.
+"""What a bridge learns from: questions about images with their answers, and edits with their results.
 
 From the synthetic world, from a folder of the user's own, or from a Hugging Face dataset. Everything that can
 be wrong with a user's data is found before a model is loaded, each fault with its file and line.
 
 A folder holds `metadata.jsonl`, one object a line: `image` (or `file_name`, as in the `imagefolder`
-convention) with `question` and `answer`, or with `instruction` and `target`, a picture of the same size.
+convention) with `question` and `answer`, or with `instruction` and `target`, an image of the same size.
 Paths are relative to the folder.
 """
 
@@ -31,11 +31,11 @@ SHOWN_FAULTS = 20
 INSTRUCTED = 0.3
 ASKED = {"read": 0.45, "locate": 0.2, "count": 0.05, "describe": 0.3}
 EXPLAINABLE = ("read", "locate", "count")  # what a model that was not taught the world can be asked
-ONE_PICTURE = tuple((group, kind) for group in ("ocr", "space", "detail") for kind in world.KINDS[group])
+ONE_IMAGE = tuple((group, kind) for group in ("ocr", "space", "detail") for kind in world.KINDS[group])
 
 
 class Lesson(NamedTuple):
-    """One picture with something to say or to make of it."""
+    """One image with something to say or to make of it."""
 
     image: Image.Image
     prompt: str
@@ -66,7 +66,7 @@ class WorldLessons:
     Args:
         taught: whether the model that is asked was trained on the world and knows its forms of reply; others
             are asked to read, locate and count alone, with the form explained.
-        size: px of a picture's side.
+        size: px of an image's side.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class WorldLessons:
         purpose = 2000 + get_args(Kind).index(self.kind)
         stream = [world.SPLITS.index(self.split), purpose, self.first + index]
         rng = np.random.default_rng(stream)
-        group, kind = ONE_PICTURE[int(rng.integers(len(ONE_PICTURE)))]
+        group, kind = ONE_IMAGE[int(rng.integers(len(ONE_IMAGE)))]
         edit = world.make_edit(group, kind, rng, self.size, self.split == "novel")
         if self.kind == "edit":
             return Lesson(world.render(edit.before), edit.prompt, after=world.render(edit.after))
@@ -133,7 +133,7 @@ class FolderLessons:
 
 
 class DatasetLessons:
-    """The lessons of one kind in a Hugging Face dataset with the folder's columns; pictures are `Image`s.
+    """The lessons of one kind in a Hugging Face dataset with the folder's columns; images are `Image`s.
 
     Raises:
         ValueError: the `datasets` package is not there, or a column is missing.
@@ -167,7 +167,7 @@ class DatasetLessons:
         (after,) = load_images(row["target"])
         if image.size != after.size:
             raise LessonFileError(
-                f"row {index}: the target is {after.size} px, the picture {image.size}: make them equal"
+                f"row {index}: the target is {after.size} px, the image {image.size}: make them equal"
             )
         return Lesson(image, row["instruction"], after=after)
 
@@ -264,18 +264,18 @@ def _checked_row(root: Path, line: str) -> tuple[str, dict[str, str]]:
         row[name] = given[name]
     sizes = [_size(root / row[name]) for name in ("image", "target") if name in row]
     if len(set(sizes)) > 1:
-        raise ValueError(f"the target is {sizes[1]} px, the picture {sizes[0]}: make them equal")
+        raise ValueError(f"the target is {sizes[1]} px, the image {sizes[0]}: make them equal")
     return kinds[0], row
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """px of a picture whose bytes are whole."""
+    """px of an image whose bytes are whole."""
     if not path.is_file():
-        raise FileNotFoundError(f"no such picture: {path}")
+        raise FileNotFoundError(f"no such image: {path}")
     try:
-        with Image.open(path) as picture:
-            size = picture.size
-            picture.verify()
+        with Image.open(path) as image:
+            size = image.size
+            image.verify()
     except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
-        raise ValueError(f"{path} is no readable picture ({error})") from error
+        raise ValueError(f"{path} is no readable image ({error})") from error
     return size

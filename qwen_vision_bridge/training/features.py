@@ -1,4 +1,4 @@
-"""What both towers see of many pictures, as an edit pipeline would show them, several at a time."""
+"""What both towers see of many images, as an edit pipeline would show them, several at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Eyes:
     """Both towers over lessons: the source's levels and the target's features, on one grid.
 
     Args:
-        teacher: also the target's features of the picture seen finer: as large as its own processor takes it,
+        teacher: also the target's features of the image seen finer: as large as its own processor takes it,
             where only the pipeline reduces it and the grid stays; else at `FINER` times the grid, averaged
             over the tokens that share a place.
         load_in_8bit: of the towers; needs CUDA.
@@ -43,7 +43,7 @@ class Eyes:
         )
 
     def key(self) -> str:
-        """Changes whenever the features of an equal picture would."""
+        """Changes whenever the features of an equal image would."""
         extractor = self.extractor
         return digest_of([
             FEATURES_VERSION, extractor.revision("qwen3"), extractor.revision("qwen25"), str(extractor.dtype),
@@ -53,10 +53,10 @@ class Eyes:
 
     def see(self, lessons: Sequence[Lesson]) -> list[Seen]:
         """The fields `early`, `mid`, `late`, `vision` and perhaps `teacher`, and each lesson's `grid`."""
-        pictures = [lesson.image for lesson in lessons]
-        target = self.extractor.extract_qwen25_vision([self._shown(picture) for picture in pictures])
-        source = self.extractor.extract_qwen3_vision(pictures, grids=target.grids)
-        finer = self._finer(pictures, target.grids) if self.teacher else None
+        images = [lesson.image for lesson in lessons]
+        target = self.extractor.extract_qwen25_vision([self._shown(image) for image in images])
+        source = self.extractor.extract_qwen3_vision(images, grids=target.grids)
+        finer = self._finer(images, target.grids) if self.teacher else None
         seen = []
         for number, (one, other) in enumerate(zip(source.split(), target.split(), strict=True)):
             fields = {name: one.features[name][0] for name in LEVEL_NAMES}
@@ -70,21 +70,21 @@ class Eyes:
         """Free both towers."""
         self.extractor.unload()
 
-    def _shown(self, picture: Image.Image) -> Image.Image:
-        """The picture as the pipeline gives it to the target's processor."""
+    def _shown(self, image: Image.Image) -> Image.Image:
+        """The image as the pipeline gives it to the target's processor."""
         import diffusers
 
         editor = self.family.editor
-        width, height = condition_size(getattr(diffusers, editor.pipeline_class), editor, picture)
-        return picture.resize((width, height), Image.Resampling.LANCZOS)
+        width, height = condition_size(getattr(diffusers, editor.pipeline_class), editor, image)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
 
-    def _finer(self, pictures: list[Image.Image], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        whole = [self.extractor.target_grid(one) == grid for one, grid in zip(pictures, grids, strict=True)]
+    def _finer(self, images: list[Image.Image], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        whole = [self.extractor.target_grid(one) == grid for one, grid in zip(images, grids, strict=True)]
         seen = [
             (rows, columns) if stays else (FINER * rows, FINER * columns)
             for stays, (rows, columns) in zip(whole, grids, strict=True)
         ]
-        parts = self.extractor.extract_qwen25_vision(pictures, grids=seen).split()
+        parts = self.extractor.extract_qwen25_vision(images, grids=seen).split()
         return [
             part.vision_features[0] if stays else pooled(part.vision_features[0], part.grid)
             for stays, part in zip(whole, parts, strict=True)

@@ -27,7 +27,7 @@ class Flow:
     """A stock edit pipeline's VAE and transformer, frozen.
 
     Args:
-        pipe: the pipeline. editor: the sizes of its pictures.
+        pipe: the pipeline. editor: the sizes of its images.
         checkpointing: trade time for memory in the transformer's blocks.
     """
 
@@ -77,11 +77,11 @@ class Flow:
         return (errors * weight).sum(1) / weight.sum(1)
 
     def _latents(
-        self, pictures: Sequence[Any], like: Sequence[Any] | None = None
+        self, images: Sequence[Any], like: Sequence[Any] | None = None
     ) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        """Packed, normalised latents of each picture at the size of itself or of another."""
+        """Packed, normalised latents of each image at the size of itself or of another."""
         pipe = self.pipe
-        sizes = [vae_size(type(pipe), self.editor, picture) for picture in like or pictures]
+        sizes = [vae_size(type(pipe), self.editor, image) for image in like or images]
         found: list[Tensor | None] = [None] * len(sizes)
         shapes = [(0, 0)] * len(sizes)
         for width, height in sorted(set(sizes)):
@@ -89,7 +89,7 @@ class Flow:
             together = max(TOGETHER // (width * height), 1)
             for first in range(0, len(alike), together):
                 part = alike[first : first + together]
-                shown = [pictures[number] for number in part]
+                shown = [images[number] for number in part]
                 pixels = pipe.image_processor.preprocess(shown, height, width)[:, :, None]  # (B, 3, 1, H, W)
                 pixels = pixels.to(pipe.vae.device, pipe.vae.dtype)
                 latents = pipe._encode_vae_image(image=pixels, generator=None)[:, :, 0]  # (B, 16, H/8, W/8)

@@ -1,7 +1,7 @@
 """The frozen target's language model over vision features given by hand: what it answers, and how wrong.
 
 The stock modules are used as they are, through `inputs_embeds`; gradients reach the features and stop at the
-weights. All texts of a batch follow pictures on one grid, so what comes before the first picture, the
+weights. All texts of a batch follow images on one grid, so what comes before the first image, the
 template, is the same in every batch: its keys and values are worked out once.
 """
 
@@ -18,14 +18,14 @@ from torch.nn import functional as F  # noqa: N812
 from ..specs import Family
 from ..synthetic.tokenizer import TEMPLATE_PREFIX
 
-ROOM = 512  # tokens after the picture that positions are worked out for
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+ROOM = 512  # tokens after the image that positions are worked out for
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CLOSING = "<|im_end|>\n<|im_start|>assistant\n"
 AHEAD = 5  # tokens of the template's end that the miniature was taught the answer's first tokens in
 
 
 class Rows(NamedTuple):
-    """Texts behind a picture as tokens, padded on the right to one length."""
+    """Texts behind an image as tokens, padded on the right to one length."""
 
     ids: Tensor
     """(n, T), prompt and reply."""
@@ -53,16 +53,16 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Opening:
-    """Everything up to the end of a picture on one grid, which all texts share."""
+    """Everything up to the end of an image on one grid, which all texts share."""
 
     ids: Tensor
     """(P,)"""
     start: int
-    """Place of the first picture token; the last is P − 2, behind it ends the picture."""
+    """Place of the first image token; the last is P − 2, behind it ends the image."""
     positions: Tensor
     """(3, 1, P + ROOM)"""
     past: list[tuple[Tensor, Tensor]] | None
-    """Keys and values of the tokens before the picture, each (1, H, start, D), a pair a layer."""
+    """Keys and values of the tokens before the image, each (1, H, start, D), a pair a layer."""
     states: Tensor | None
     """(1, start, D): their last states. Both are None where they are worked out in every batch."""
 
@@ -100,10 +100,10 @@ class Reader:
         return AHEAD if self.family.name == "miniature" else 1
 
     def template(self, prompt: str, edit: bool = False) -> tuple[str, str]:
-        """A prompt in its template: up to the end of the picture, and from there to the reply."""
+        """A prompt in its template: up to the end of the image, and from there to the reply."""
         if edit or self.family.name == "miniature":
             named = "" if self.family.editor.pipeline_class == "QwenImageEditPipeline" else "Picture 1: "
-            return f"{TEMPLATE_PREFIX}{named}{PICTURE}", prompt + CLOSING
+            return f"{TEMPLATE_PREFIX}{named}{IMAGE}", prompt + CLOSING
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -143,7 +143,7 @@ class Reader:
         """The language model's states after its final norm.
 
         Args:
-            features: (B, N, D) on `grid`. ids: (B, T), the text behind the picture.
+            features: (B, N, D) on `grid`. ids: (B, T), the text behind the image.
             edit: whether the text is an instruction in the edit pipelines' template.
             cut: None gives the states of the text, (B, T, D); a number those of everything from that token
                 on, as edit pipelines read them.
@@ -174,7 +174,7 @@ class Reader:
     def reply(
         self, features: Tensor, prompts: Sequence[str], grid: tuple[int, int], most: int = 24
     ) -> list[str]:
-        """Greedy replies to a question about each of several pictures' features (B, N, D).
+        """Greedy replies to a question about each of several images' features (B, N, D).
 
         Raises:
             ValueError: prompts of different lengths in tokens, which are not padded here.

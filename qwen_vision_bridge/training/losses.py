@@ -141,9 +141,9 @@ def distance(features: Tensor, baseline: Tensor) -> Tensor:
 
 
 def strangeness(features: Tensor, baseline: Tensor) -> Tensor:
-    """How far each channel's mean and spread over a picture's tokens are from the baseline's, (B,).
+    """How far each channel's mean and spread over an image's tokens are from the baseline's, (B,).
 
-    In squared spreads of the baseline's channel over the picture.
+    In squared spreads of the baseline's channel over the image.
     """
     spread = baseline.std(1).clamp_min(1e-6)  # (B, D)
     means = (features.mean(1) - baseline.mean(1)) / spread

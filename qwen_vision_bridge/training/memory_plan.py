@@ -58,15 +58,15 @@ def features_needs(course: Course) -> list[Need]:
     config = course.config or BridgeConfig.for_family(family)
     tokens = tokens_of(family)
     width = len(config.levels) * config.source_dim + config.target_dim * (2 if course.teacher else 1)
-    pictures = len(course.kinds) * (count + course.validation_samples)
+    images = len(course.kinds) * (count + course.validation_samples)
     needs = [] if _is_small(family) else [
         Need(f"vision tower of {family.source.name}, bf16", "device", 2 * SOURCE_TOWER_B),
         Need(f"vision tower of {family.target.name}, bf16", "device", 2 * TARGET_TOWER_B),
     ]  # fmt: skip
     if _is_small(family):
         needs.append(Need("both towers, fp32", "device", 0.01))
-    what = f"features of {pictures} pictures of about {tokens} tokens, bf16"
-    needs.append(Need(what, "disk", pictures * tokens * width * 2 / 1e9))
+    what = f"features of {images} images of about {tokens} tokens, bf16"
+    needs.append(Need(what, "disk", images * tokens * width * 2 / 1e9))
     if "edit" in course.kinds:
         latents = (course.family.editor.vae_area or 1024 * 1024) // 256
         edits = count + course.validation_samples
@@ -107,7 +107,7 @@ def download_gb(course: Course) -> float:
 
 
 def tokens_of(family: Family) -> int:
-    """Merged tokens of a square picture as the editor shows it to the target."""
+    """Merged tokens of a square image as the editor shows it to the target."""
     if _is_small(family):  # whose processor has a limit of its own
         return (TARGET_PX // family.target.token_px) ** 2
     return round(AREA**0.5 / family.target.token_px) ** 2
@@ -121,7 +121,7 @@ def _first(course: Course) -> str:
 
 def _second(course: Course) -> str:
     if course.method == "calibrate":
-        return "regression on the CPU, then reading held-out pictures"
+        return "regression on the CPU, then reading held-out images"
     through = "language model and transformer" if "edit" in course.kinds else "language model"
     return f"training through the frozen {through}; the towers are freed"
 

@@ -190,7 +190,7 @@ def _fill(
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         log = stack.enter_context((folder / "lessons.jsonl").open("a", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(total=len(lessons), initial=done, desc="features", unit="picture"))
+        bar = stack.enter_context(tqdm(total=len(lessons), initial=done, desc="features", unit="image"))
         for chunk in _chunks(lessons, done, workers):
             found = looking(chunk)
             for lesson, seen in zip(chunk, found, strict=True):

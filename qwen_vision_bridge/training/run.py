@@ -54,7 +54,7 @@ class Course:
     """`lora` trains a LoRA of the bridge's size on the target's language model instead."""
     strength: float = 1.0
     teacher: bool = False
-    """Calibrate on the target's features of the picture seen finer."""
+    """Calibrate on the target's features of the image seen finer."""
     train_data_dir: Path | None = None
     dataset_name: str | None = None
     max_train_samples: int | None = None
@@ -115,7 +115,7 @@ class Course:
             FileNotFoundError, ValueError: what is wrong with the data.
         """
         if self.is_world:
-            taught, size = self.family.name == "miniature", self.family.picture_size
+            taught, size = self.family.name == "miniature", self.family.image_size
             counts = {"train": self.max_train_samples or WORLD_SAMPLES, "validation": self.validation_samples}
             train, validation = (WorldLessons(kind, s, n, taught, size) for s, n in counts.items())
             return train, validation
@@ -274,11 +274,11 @@ def _calibrate(
 
 
 def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
-    """All tokens of a pack, in chunks of whole pictures, with the levels that a learner sees."""
+    """All tokens of a pack, in chunks of whole images, with the levels that a learner sees."""
     for members in pack.layouts.values():
         rows, columns = pack.grid_of(members)
-        pictures = min(CALIBRATION_CHUNK // (rows * columns), len(members) // (2 * FOLDS))
-        for lessons in members.split(max(pictures, 1)):
+        images = min(CALIBRATION_CHUNK // (rows * columns), len(members) // (2 * FOLDS))
+        for lessons in members.split(max(images, 1)):
             baseline = pack.rows("vision", lessons)
             levels = [level.flatten(0, 1).cpu() for level in learner.levels(pack, lessons, baseline)]
             teacher = pack.rows("teacher", lessons) if "teacher" in pack.fields else None

@@ -1,4 +1,4 @@
-"""How well held-out questions are answered through a learner: by greedy replies, many pictures at a time."""
+"""How well held-out questions are answered through a learner: by greedy replies, many images at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .packs import Pack
 from .trainable import BridgeLearner, Learner
 
 GATES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
-BATCH = {"cpu": 64, "cuda": 512}  # pictures
+BATCH = {"cpu": 64, "cuda": 512}  # images
 
 
 class Answer(NamedTuple):

@@ -66,7 +66,7 @@ class Bench:
 
     Args:
         folder: of packs and runs. samples: questions to learn from; edits are fewer.
-        workers: processes that render, or measure pictures.
+        workers: processes that render, or measure images.
         packs: where features are kept; None is the folder itself.
         settings: of all designs, where they say nothing else.
     """
@@ -100,14 +100,14 @@ class Bench:
         return Reader(model or own, processor, self.family, learning=model is not None)
 
     def lessons_part(self, kind: str, number: int) -> Pack:
-        """The features of one part; those of questions with what the target sees of sharp pictures."""
+        """The features of one part; those of questions with what the target sees of sharp images."""
         return self._pack(lessons_parts(kind, self.samples)[number], kind, teacher=kind == "perceive")
 
     def lessons(self, kind: str, count: int | None = None, teacher: bool = True) -> Pack:
         """What is learnt from, the first `count` lessons alone if that is given.
 
         Args:
-            teacher: whether what the target sees of sharp pictures is in it.
+            teacher: whether what the target sees of sharp images is in it.
         """
         if kind not in self._joined:
             numbers = range(len(lessons_parts(kind, self.samples)))
@@ -124,7 +124,7 @@ class Bench:
 
     @property
     def measurer(self) -> Measurer:
-        """Measures edited pictures, for as long as this process lives."""
+        """Measures edited images, for as long as this process lives."""
         if self._measurer is None:
             self._measurer = Measurer(self.workers)
         return self._measurer
@@ -231,7 +231,7 @@ class Learning:
 
 
 class Untouched:
-    """The features as the target's tower makes them, of what the pipeline shows it or of sharp pictures."""
+    """The features as the target's tower makes them, of what the pipeline shows it or of sharp images."""
 
     def __init__(self, field: str = "vision") -> None:
         self.field = field

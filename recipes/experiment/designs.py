@@ -15,13 +15,13 @@ class Design:
     name: str
     method: str = "perceive"
     """`fresh`, `random`, `calibrate`, `perceive`, `edit` or `perceive+edit`; `sharp` is no bridge but the
-    target's own tower, shown pictures that the pipeline does not reduce: what better eyes alone are worth."""
+    target's own tower, shown images that the pipeline does not reduce: what better eyes alone are worth."""
     features: str = "own"
     rival: bool = False
     start: str | None = None
     """The design whose finished bridge training goes on from; None is a new bridge."""
     teacher: bool = True
-    """Calibrate to what the target sees of sharp pictures; else to its own features."""
+    """Calibrate to what the target sees of sharp images; else to its own features."""
     config: dict[str, Any] = field(default_factory=dict)
     """Changes of `BridgeConfig`."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -53,7 +53,7 @@ class Edits(NamedTuple):
         return make_cases(self.group, self.count, seed=7, split=self.split)[self.part :: self.parts]
 
     def drawn(self, folder: Path, arm: str, seed: int) -> Path:
-        """Where their pictures are."""
+        """Where their images are."""
         return folder / "drawn" / f"{self.split}-{self.count}" / f"{self._name(arm, seed)}.zip"
 
     def kept(self, folder: Path, arm: str, seed: int) -> Path:
@@ -66,14 +66,14 @@ class Edits(NamedTuple):
 
 
 def draw(bench: Bench, arm: str, seed: int, edits: Edits) -> None:
-    """Make the pictures of one arm and seed, unless they or their records are there."""
+    """Make the images of one arm and seed, unless they or their records are there."""
     place = edits.drawn(bench.folder, arm, seed)
     if not (place.is_file() or edits.kept(bench.folder, arm, seed).is_file()):
         write_whole(place, lambda path: _draw(bench, arm, seed, edits, path))
 
 
 def measure(bench: Bench, arm: str, seed: int, edits: Edits) -> list[Record]:
-    """Records of one arm and seed: those that are kept, or of drawn pictures measured now."""
+    """Records of one arm and seed: those that are kept, or of drawn images measured now."""
     kept = edits.kept(bench.folder, arm, seed)
     if not kept.is_file():
         keep_records(kept, _measured(bench, arm, seed, edits))
@@ -101,8 +101,8 @@ def _draw(bench: Bench, arm: str, seed: int, edits: Edits, path: Path) -> None:
                 prepared = [_call(run, pipeline.prepare, case) for case in some]
                 attentions = [one.attention for one in prepared]
                 made = list(zip(pipeline.denoise(prepared), attentions, strict=True))
-            for case, (picture, attention) in zip(some, made, strict=True):
-                file.writestr(f"{case.case_id}.webp", _lossless(picture))
+            for case, (image, attention) in zip(some, made, strict=True):
+                file.writestr(f"{case.case_id}.webp", _lossless(image))
                 if attention is not None:
                     weights[case.case_id] = _shares(attention)
         file.writestr(WEIGHTS, json.dumps(weights))
@@ -117,8 +117,8 @@ def _call(run: Run, make: Any, case: Case) -> Any:
     elif arm.bridge is not None:
         shown = case.case_id if arm.features == "own" else run.partners[case.case_id]
         if shown is None:
-            raise ValueError(f"{case.case_id}: no other picture of its part has its grid; take fewer --parts")
-        source = run.pipeline.extract_source(run.cases[shown].pictures)
+            raise ValueError(f"{case.case_id}: no other image of its part has its grid; take fewer --parts")
+        source = run.pipeline.extract_source(run.cases[shown].images)
     return make(
         case.image, case.prompt, run.seed_of(case), bridge=arm.bridge, source=source, strength=arm.strength,
         site=arm.site, **run.options,
@@ -131,8 +131,8 @@ def _measured(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Recor
         weights = json.loads(file.read(WEIGHTS))
         waiting = []
         for case in edits.cases():
-            picture = Image.open(io.BytesIO(file.read(f"{case.case_id}.webp"))).convert("RGB")
-            waiting.append((case, bench.measurer.submit(case, picture)))
+            image = Image.open(io.BytesIO(file.read(f"{case.case_id}.webp"))).convert("RGB")
+            waiting.append((case, bench.measurer.submit(case, image)))
     for case, measured in waiting:
         yield {
             "arm": shown, "seed": seed, "group": case.group, "difficulty": case.difficulty,
@@ -141,14 +141,14 @@ def _measured(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Recor
         }  # fmt: skip
 
 
-def _lossless(picture: Image.Image) -> bytes:
+def _lossless(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)
+    image.save(buffer, "WEBP", lossless=True, quality=50, method=2)
     return buffer.getvalue()
 
 
 def _shares(attention: LevelAttention) -> dict[str, float]:
-    """The mean weight of each level over a picture."""
+    """The mean weight of each level over an image."""
     maps = attention.maps()[-1]  # (gh, gw, L)
     means = maps.reshape(-1, maps.shape[-1]).mean(0).tolist()
     return dict(zip(attention.levels, means, strict=True))
@@ -156,7 +156,7 @@ def _shares(attention: LevelAttention) -> dict[str, float]:
 
 @contextmanager
 def _other_model(bench: Bench, design: Design | None, seed: int) -> Iterator[None]:
-    """The rival in the place of the text encoder, or pictures as sharp as the target takes them."""
+    """The rival in the place of the text encoder, or images as sharp as the target takes them."""
     pipeline = bench.pipeline
     encoder, family = pipeline.pipe.text_encoder, pipeline.family
     try:
@@ -164,7 +164,7 @@ def _other_model(bench: Bench, design: Design | None, seed: int) -> Iterator[Non
             _, reader = bench.load(design, seed)
             pipeline.pipe.text_encoder = cast_weights(reader.model, encoder.dtype)
         elif design is not None and design.method == "sharp":
-            side = family.picture_size
+            side = family.image_size
             pipeline.family = replace(family, editor=replace(family.editor, condition_area=side * side))
         yield
     finally:

@@ -46,20 +46,20 @@ def once(source: str, editor: str, steps: int) -> dict[str, float]:
     )
 
     from qwen_vision_bridge import EnhancedQwenImageEdit
-    from qwen_vision_bridge.synthetic.cases import sample_picture
+    from qwen_vision_bridge.synthetic.cases import sample_image
 
-    picture = sample_picture(128)
+    image = sample_image(128)
     start = time.perf_counter()
     pipeline = EnhancedQwenImageEdit(
         "miniature", bridge="random", source=source, editor=editor, device="cpu", feature_cache=False,
         keep_source=True,
     )  # fmt: skip
     pipeline.pipe.set_progress_bar_config(disable=True)
-    pipeline.extractor.extract_qwen3_vision(picture)
+    pipeline.extractor.extract_qwen3_vision(image)
     seconds = {"load": time.perf_counter() - start}
     for name, enhanced in (("baseline", False), ("enhanced", True)):
         start = time.perf_counter()
-        pipeline.generate(picture, PROMPT, enhanced, num_inference_steps=steps)
+        pipeline.generate(image, PROMPT, enhanced, num_inference_steps=steps)
         seconds[name] = time.perf_counter() - start
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of Linux; macOS counts bytes
     return {**seconds, "memory": kibibytes * (1 if sys.platform == "darwin" else 1024) / 1e9}

@@ -16,14 +16,14 @@ from qwen_vision_bridge.synthetic import tokenizer as tokens
 from qwen_vision_bridge.synthetic.instructions import Edit
 from qwen_vision_bridge.synthetic.scene import render
 
-PICTURE = 128  # px a side: what source, VAE and cases have
+IMAGE = 128  # px a side: what source, VAE and cases have
 CONDITION = isqrt(FAMILIES["miniature"].editor.condition_area or 0)  # px: to what the pipeline reduces it,
 SMALL = miniature.TARGET_PX  # and then the target's processor
 PROMPT_TOKENS = 32  # the longest prompt with the template's end, padded
 TEXT_TOKENS = 64  # the same with the longest answer
 SEEN_AHEAD = 8  # of the nine tokens that end the template: they learn the answer's first tokens
-ONE_PICTURE = [(g, kind) for g in ("ocr", "space", "detail") for kind in world.KINDS[g]]
-TWO_PICTURES = [("consistency", kind) for kind in world.KINDS["consistency"]]
+ONE_IMAGE = [(g, kind) for g in ("ocr", "space", "detail") for kind in world.KINDS[g]]
+TWO_IMAGES = [("consistency", kind) for kind in world.KINDS["consistency"]]
 FINDING = [
     *(("ocr", kind) for kind in world.REFERRING_WORDS),
     *(("space", kind) for kind in ("marked", "striped", "dotted")),
@@ -42,10 +42,10 @@ def encode(text: str) -> list[int]:
 
 
 @lru_cache(maxsize=8)
-def opening(pictures: int) -> tuple[tuple[int, ...], int]:
-    """Token ids from the template's start to the prompt, a pad a picture token, and how many are cut off."""
+def opening(images: int) -> tuple[tuple[int, ...], int]:
+    """Token ids from the template's start to the prompt, a pad an image token, and how many are cut off."""
     slots = 64 * "<|image_pad|>"
-    shown = (f"Picture {i + 1}: <|vision_start|>{slots}<|vision_end|>" for i in range(pictures))
+    shown = (f"Picture {i + 1}: <|vision_start|>{slots}<|vision_end|>" for i in range(images))
     return tuple(encode(tokens.TEMPLATE_PREFIX + "".join(shown))), tokens.TEMPLATE_PREFIX_TOKENS
 
 
@@ -54,44 +54,44 @@ def closing() -> list[int]:
     return encode("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def small(picture: Image.Image, side: int = CONDITION) -> np.ndarray:
-    """The picture as the target sees it, uint8 (SMALL, SMALL, 3).
+def small(image: Image.Image, side: int = CONDITION) -> np.ndarray:
+    """The image as the target sees it, uint8 (SMALL, SMALL, 3).
 
     Args:
-        side: px to which it is reduced first: CONDITION by the pipeline, PICTURE where it is not reduced.
+        side: px to which it is reduced first: CONDITION by the pipeline, IMAGE where it is not reduced.
     """
-    picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(picture.resize((SMALL, SMALL), Image.Resampling.BICUBIC))
+    image = image.resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image.resize((SMALL, SMALL), Image.Resampling.BICUBIC))
 
 
 def _stream(split: str, purpose: int, index: int) -> np.random.Generator:
     return np.random.default_rng([world.SPLITS.index(split), 1000 + purpose, index])
 
 
-def _edit(rng: np.random.Generator, pictures: int, writing: float) -> tuple[str, Edit]:
-    options = ONE_PICTURE if pictures == 1 else TWO_PICTURES
+def _edit(rng: np.random.Generator, images: int, writing: float) -> tuple[str, Edit]:
+    options = ONE_IMAGE if images == 1 else TWO_IMAGES
     group, kind = options[int(rng.integers(len(options)))]
-    if pictures == 1 and rng.random() < writing:
+    if images == 1 and rng.random() < writing:
         group, kind = "ocr", WRITING[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
     zoom = 1.0 if rng.random() < 0.5 else float(rng.uniform(1.2, 1.7))
-    return kind, world.make_edit(group, kind, rng, PICTURE, zoom=zoom)
+    return kind, world.make_edit(group, kind, rng, IMAGE, zoom=zoom)
 
 
 def _finding(rng: np.random.Generator) -> Edit:
     group, kind = FINDING[int(rng.integers(len(FINDING)))]
-    return world.make_edit(group, kind, rng, PICTURE, zoom=float(rng.uniform(1.0, 1.7)))
+    return world.make_edit(group, kind, rng, IMAGE, zoom=float(rng.uniform(1.0, 1.7)))
 
 
 def _small_type(rng: np.random.Generator) -> Edit:
-    return world.make_edit("ocr", world.REFERRING_WORDS[int(rng.integers(3))], rng, PICTURE)
+    return world.make_edit("ocr", world.REFERRING_WORDS[int(rng.integers(3))], rng, IMAGE)
 
 
 def _prompt(edit: Edit, rng: np.random.Generator) -> str:
     return edit.outright if edit.outright and rng.random() < 0.25 else edit.prompt
 
 
-def pictures(split: str, first: int, count: int) -> np.ndarray:
-    """World pictures for the VAE: uint8 (count, 128, 128, 3)."""
+def images(split: str, first: int, count: int) -> np.ndarray:
+    """World images for the VAE: uint8 (count, 128, 128, 3)."""
     shown = []
     for index in range(first, first + count):
         rng = _stream(split, 0, index)
@@ -111,15 +111,15 @@ def dialogues(
     reading: float = 0.0,
     sides: tuple[int, ...] = (CONDITION,),
 ) -> dict[str, np.ndarray]:
-    """Pictures with an instruction or a question and its answer.
+    """Images with an instruction or a question and its answer.
 
     Args:
-        shown: pictures a dialogue.
-        asked: how often it is a question about the picture, not an instruction.
+        shown: images a dialogue.
+        asked: how often it is a question about the image, not an instruction.
         finding: how often it asks for a word or letter that the prompt names, mostly well legible: comparing
             what is asked with what is seen is a skill of its own, which reading does not bring.
-        reading: how often a picture with the smallest type is shown and its words are asked for.
-        sides: to which of them, drawn at random, pictures are reduced before the target sees them. With
+        reading: how often an image with the smallest type is shown and its words are asked for.
+        sides: to which of them, drawn at random, images are reduced before the target sees them. With
             larger ones than the pipeline's it knows what finer features mean than it gets there.
         primer: samples up to this index show one large word and ask for it: with that, reading begins.
 
@@ -153,9 +153,9 @@ def dialogues(
         else:
             prompt, answer = _prompt(edit, rng), edit.answer
         seen = [render(other) for other in (*edit.references, scene)]
-        rows["full"].append(np.stack([np.asarray(picture) for picture in seen]))
+        rows["full"].append(np.stack([np.asarray(image) for image in seen]))
         side = sides[int(rng.integers(len(sides)))]
-        rows["small"].append(np.stack([small(picture, side) for picture in seen]))
+        rows["small"].append(np.stack([small(image, side) for image in seen]))
         for name, row in zip(("text", "label", "weight"), reply_rows(prompt, answer), strict=True):
             rows[name].append(row)
     return {name: np.stack(values) for name, values in rows.items()}
@@ -188,7 +188,7 @@ def reply_rows(prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray, np.nda
 def edit_pairs(
     split: str, first: int, count: int, shown: int = 1, writing: float = 0.2
 ) -> dict[str, np.ndarray]:
-    """Instructions with their pictures before and after.
+    """Instructions with their images before and after.
 
     Args:
         writing: how often a new word is asked for, beside the times that all kinds come up.
@@ -203,8 +203,8 @@ def edit_pairs(
         rng = _stream(split, 10 + shown, index)
         _, edit = _edit(rng, shown, writing)
         seen = [render(scene) for scene in (*edit.references, edit.before)]
-        rows["full"].append(np.stack([np.asarray(picture) for picture in seen]))
-        rows["small"].append(np.stack([small(picture) for picture in seen]))
+        rows["full"].append(np.stack([np.asarray(image) for image in seen]))
+        rows["small"].append(np.stack([small(image) for image in seen]))
         rows["after"].append(np.asarray(render(edit.after)))
         text, length = prompt_row(_prompt(edit, rng))
         rows["text"].append(text)

@@ -1,7 +1,7 @@
 """The miniature's editor in batches: what the stock pipeline does to one prompt, for many at a time.
 
 Only for training and quick looks: figures come from the stock pipeline. `tests/test_recipes.py` holds both to
-the same picture.
+the same image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .data import PROMPT_TOKENS, closing, encode, opening
 from .fast import FastModel, compile_modules
 
 SIDE = 16  # tokens a side of a packed latent
-TOKENS = SIDE * SIDE  # of a picture
+TOKENS = SIDE * SIDE  # of an image
 CUT = tokens.TEMPLATE_PREFIX_TOKENS
 
 
 class Editor(nn.Module):
-    """Frozen target and VAE with the transformer that is trained; all over pictures of 128² px."""
+    """Frozen target and VAE with the transformer that is trained; all over images of 128² px."""
 
     def __init__(self, target: FastModel, vae: nn.Module, transformer: nn.Module) -> None:
         super().__init__()
@@ -45,19 +45,19 @@ class Editor(nn.Module):
         compile_modules(self.transformer.transformer_blocks, on)
 
     @torch.no_grad()
-    def to_latents(self, pictures: Tensor) -> Tensor:
-        """Packed, normalised latents (B, 256, 32) of uint8 pictures (B, 128, 128, 3)."""
-        x = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Packed, normalised latents (B, 256, 32) of uint8 images (B, 128, 128, 3)."""
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         z = self.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0].float()
         return pack((z - self.latents_mean) / self.latents_std)
 
-    def references(self, pictures: Tensor) -> Tensor:
-        """Packed latents (B, shown·256, 32) of all pictures of each prompt, uint8 (B, shown, 128, 128, 3)."""
-        latents = self.to_latents(pictures.flatten(0, 1))
-        return latents.reshape(len(pictures), -1, latents.shape[-1])
+    def references(self, images: Tensor) -> Tensor:
+        """Packed latents (B, shown·256, 32) of all images of each prompt, uint8 (B, shown, 128, 128, 3)."""
+        latents = self.to_latents(images.flatten(0, 1))
+        return latents.reshape(len(images), -1, latents.shape[-1])
 
     @torch.no_grad()
-    def to_pictures(self, latents: Tensor) -> Tensor:
+    def to_images(self, latents: Tensor) -> Tensor:
         """The inverse, uint8."""
         batch, _, width = latents.shape
         z = latents.float().view(batch, SIDE, SIDE, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
@@ -67,7 +67,7 @@ class Editor(nn.Module):
 
     @torch.no_grad()
     def embed(self, small: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What the transformer reads of pictures and prompts, and of the same pictures with no prompt.
+        """What the transformer reads of images and prompts, and of the same images with no prompt.
 
         Args:
             small: (B, shown, 32, 32, 3) uint8.

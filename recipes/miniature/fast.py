@@ -1,6 +1,6 @@
 """The stock vision-language models' forward passes for batches of equal layout, several times faster.
 
-Stock code handles pictures of any size on one packed axis, with index arithmetic and synchronisation in
+Stock code handles images of any size on one packed axis, with index arithmetic and synchronisation in
 every call. In training all grids and positions are equal: they are worked out once with the stock code, and
 the stock modules run batched, which CUDA graphs can replay. `tests/test_recipes.py` holds both to the same
 result.
@@ -22,26 +22,26 @@ from .data import opening
 GRID = 8  # merged tokens a side
 
 
-def to_patches(pictures: Tensor, patch: int, mean: Tensor, std: Tensor) -> Tensor:
+def to_patches(images: Tensor, patch: int, mean: Tensor, std: Tensor) -> Tensor:
     """Pixels as the stock image processors flatten them.
 
     Args:
-        pictures: (B, H, W, 3) uint8.
+        images: (B, H, W, 3) uint8.
 
     Returns:
         (B, S, 2·3·patch²) in merge order: the four patches of a token are neighbours.
     """
-    batch, height, width, _ = pictures.shape
-    x = (pictures.float() / 255 - mean) / std  # (B, H, W, 3)
+    batch, height, width, _ = images.shape
+    x = (images.float() / 255 - mean) / std  # (B, H, W, 3)
     rows, columns = height // (2 * patch), width // (2 * patch)
     x = x.permute(0, 3, 1, 2).reshape(batch, 3, rows, 2, patch, columns, 2, patch)
     x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (B, rows, columns, 2, 2, 3, p, p)
-    x = x[..., None, :, :].expand(*x.shape[:-2], 2, patch, patch)  # the still picture twice in time
+    x = x[..., None, :, :].expand(*x.shape[:-2], 2, patch, patch)  # the still image twice in time
     return x.reshape(batch, rows * columns * 4, -1)
 
 
 class FastModel(nn.Module):
-    """A miniature vision-language model over batches that all show `shown` pictures of the same size.
+    """A miniature vision-language model over batches that all show `shown` images of the same size.
 
     Parameters are the stock model's own: training this trains that.
     """
@@ -53,7 +53,7 @@ class FastModel(nn.Module):
         self.is_source = model.config.model_type == "qwen3_vl"
         self.patch = self.visual.config.patch_size
         self._block = self._tower_block
-        self._starts: dict[int, list[int]] = {}  # pictures shown → where the tokens of each begin
+        self._starts: dict[int, list[int]] = {}  # images shown → where the tokens of each begin
         for name in ("mean", "std"):
             values = torch.tensor(getattr(image_processor, f"image_{name}"))
             self.register_buffer(f"pixel_{name}", values, persistent=False)
@@ -74,9 +74,9 @@ class FastModel(nn.Module):
         self._block = torch.compile(block, dynamic=False, fullgraph=True) if on else block
         compile_modules(self.language.layers, on)
 
-    def see(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Merged features (B, 64, D) in picture order and DeepStack features, for uint8 (B, H, W, 3)."""
-        patches = to_patches(pictures, self.patch, self.pixel_mean, self.pixel_std)
+    def see(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Merged features (B, 64, D) in image order and DeepStack features, for uint8 (B, H, W, 3)."""
+        patches = to_patches(images, self.patch, self.pixel_mean, self.pixel_std)
         batch, length, _ = patches.shape
         embed = self.visual.patch_embed.proj  # a convolution whose stride is its kernel: a linear map
         x = F.linear(patches, embed.weight.flatten(1), embed.bias)
@@ -108,15 +108,15 @@ class FastModel(nn.Module):
         q, k, v = (part.reshape(shape).transpose(1, 2) for part in (q, k, v))
         return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
-    def embed(self, pictures: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def embed(self, images: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Input embeddings (B, L, D), DeepStack features laid out alike, and positions (3, 1, L).
 
         Args:
-            pictures: (B, shown, H, W, 3) uint8.
+            images: (B, shown, H, W, 3) uint8.
             text: (B, T) ids from the prompt on.
         """
-        batch, shown = pictures.shape[:2]
-        features, taps = self.see(pictures.flatten(0, 1))
+        batch, shown = images.shape[:2]
+        features, taps = self.see(images.flatten(0, 1))
         ids = getattr(self, f"opening_{shown}")
         start = self.language.embed_tokens(ids).to(features.dtype).expand(batch, -1, -1)
         inputs = torch.cat([start, self.language.embed_tokens(text).to(features.dtype)], dim=1)
@@ -125,7 +125,7 @@ class FastModel(nn.Module):
         return inputs, laid, getattr(self, f"positions_{shown}")[..., : inputs.shape[1]]
 
     def _lay(self, base: Tensor, features: Tensor, shown: int) -> Tensor:
-        """`base` (B, L, D) with the pictures' features (B·shown, 64, D) in the places of their tokens."""
+        """`base` (B, L, D) with the images' features (B·shown, 64, D) in the places of their tokens."""
         features = features.reshape(len(base), shown * GRID * GRID, -1)
         parts, place = [], 0
         for seen, start in zip(features.chunk(shown, 1), self._starts[shown], strict=True):
@@ -133,9 +133,9 @@ class FastModel(nn.Module):
             place = start + GRID * GRID
         return torch.cat([*parts, base[:, place:]], dim=1)
 
-    def hidden(self, pictures: Tensor, text: Tensor) -> Tensor:
+    def hidden(self, images: Tensor, text: Tensor) -> Tensor:
         """Hidden states after the final norm, (B, L, D): the opening first, then the text's places."""
-        x, laid, positions = self.embed(pictures, text)
+        x, laid, positions = self.embed(images, text)
         rotations = self.language.rotary_emb(x, positions)
         for index, layer in enumerate(self.language.layers):
             x = layer(x, attention_mask=None, position_embeddings=rotations)
@@ -144,9 +144,9 @@ class FastModel(nn.Module):
                 x = x + laid[index]
         return self.language.norm(x)
 
-    def forward(self, pictures: Tensor, text: Tensor) -> Tensor:
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
         """Logits at the places of the text, (B, T, V)."""
-        states = self.hidden(pictures, text)[:, -text.shape[1] :]
+        states = self.hidden(images, text)[:, -text.shape[1] :]
         return F.linear(states, self.language.embed_tokens.weight)
 
 
@@ -182,7 +182,7 @@ class _Seen(Exception):  # noqa: N818  (no error: it ends a forward pass whose f
 
 
 def _tower_rotations(visual: nn.Module, patch: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (S, head) that the stock tower gives its blocks for one picture, in its blocks' order."""
+    """cos and sin (S, head) that the stock tower gives its blocks for one image, in its blocks' order."""
     found: dict[str, Any] = {}
 
     def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -42,17 +42,17 @@ def main() -> None:
         made = dict(zip(names, processes.map(partial(_cases, arguments), names), strict=True))
         editor = load(arguments.target, arguments.vae, arguments.transformer, 0).to(device).eval()
         judged: dict[tuple[str, str, str], list[Future[bool]]] = {}
-        pictures: dict[tuple[str, str], list[np.ndarray]] = {}
+        images: dict[tuple[str, str], list[np.ndarray]] = {}
         for batch in batches(made, arguments.also, arguments.batch):
             scale = arguments.scale if batch[0].scale is None else batch[0].scale
-            for one, picture in zip(batch, edit(editor, batch, arguments.steps, scale), strict=True):
+            for one, image in zip(batch, edit(editor, batch, arguments.steps, scale), strict=True):
                 name = one.group, one.kind
                 arm = one.arm if one.scale is None else f"scale {one.scale:g}"
-                future = processes.submit(_right, *name, arguments.split, one.index, picture)
+                future = processes.submit(_right, *name, arguments.split, one.index, image)
                 judged.setdefault((*name, arm), []).append(future)
                 if arm == "asked":
-                    pictures.setdefault(name, []).append(picture)
-        for (group, kind), edited in pictures.items():
+                    images.setdefault(name, []).append(image)
+        for (group, kind), edited in images.items():
             _sheet(arguments.folder / f"{group}-{kind}.png", made[group, kind], edited)
         rows = [
             {"group": group, "kind": kind, "arm": arm, "right": np.mean([f.result() for f in futures]).item(),
@@ -73,13 +73,13 @@ class Task(NamedTuple):
     scale: float | None
     case: world.Case
     seen: world.Case
-    """Whose pictures the target sees."""
+    """Whose images the target sees."""
 
 
 def batches(
     made: dict[tuple[str, str], list[world.Case]], also: list[float], size: int
 ) -> Iterator[list[Task]]:
-    """All edits, in batches that share the number of pictures and the guidance."""
+    """All edits, in batches that share the number of images and the guidance."""
     alike: dict[tuple[int, float | None], list[Task]] = {}
     for (group, kind), cases in made.items():
         for index, case in enumerate(cases):
@@ -89,7 +89,7 @@ def batches(
             for arm, scale in arms:
                 seen = cases[(index + 1) % len(cases)] if arm == "strange" else case
                 task = Task(group, kind, index, arm, scale, case, seen)
-                alike.setdefault((len(case.pictures), scale), []).append(task)
+                alike.setdefault((len(case.images), scale), []).append(task)
     for tasks in alike.values():
         yield from (tasks[first : first + size] for first in range(0, len(tasks), size))
 
@@ -124,10 +124,10 @@ def _cases(arguments: argparse.Namespace, name: tuple[str, str]) -> list[world.C
 
 @torch.no_grad()
 def edit(editor: Editor, tasks: list[Task], steps: int, scale: float) -> list[np.ndarray]:
-    """Edited pictures, uint8 (128, 128, 3), each from the noise of its index."""
+    """Edited images, uint8 (128, 128, 3), each from the noise of its index."""
     device = editor.latents_mean.device
-    full = _stack(np.stack([np.asarray(p) for p in task.case.pictures]) for task in tasks).to(device)
-    seen = _stack(np.stack([small(p) for p in task.seen.pictures]) for task in tasks).to(device)
+    full = _stack(np.stack([np.asarray(p) for p in task.case.images]) for task in tasks).to(device)
+    seen = _stack(np.stack([small(p) for p in task.seen.images]) for task in tasks).to(device)
     prompts = [task.case.outright if task.arm == "outright" else task.case.prompt for task in tasks]
     text, length = (_stack(column).to(device) for column in zip(*map(prompt_row, prompts), strict=True))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), as_images(editor.vae):
@@ -135,18 +135,18 @@ def edit(editor: Editor, tasks: list[Task], steps: int, scale: float) -> list[np
         states, empty = editor.embed(seen, text.int())
         seeds = [task.index for task in tasks]
         latents = editor.sample(references, states, empty, length, steps, scale, seeds)
-        return list(editor.to_pictures(latents).cpu().numpy())
+        return list(editor.to_images(latents).cpu().numpy())
 
 
 def _stack(arrays: Any) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(array) for array in arrays]))
 
 
-def _right(group: str, kind: str, split: str, index: int, picture: np.ndarray) -> bool:
+def _right(group: str, kind: str, split: str, index: int, image: np.ndarray) -> bool:
     from qwen_vision_bridge.evaluation.correctness import judge
 
     case = world.make_cases(group, 1, seed=0, split=split, kinds=(kind,), first=index)[0]
-    return judge(case, Image.fromarray(picture)).right
+    return judge(case, Image.fromarray(image)).right
 
 
 def _sheet(path: Path, cases: list[world.Case], edited: list[np.ndarray], most: int = 12) -> None:
@@ -156,9 +156,9 @@ def _sheet(path: Path, cases: list[world.Case], edited: list[np.ndarray], most: 
     shown = list(zip(cases, edited, strict=True))[:most]
     sheet = Image.new("RGB", (3 * 400, (len(shown) + 2) // 3 * 148), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (case, picture) in enumerate(shown):
+    for index, (case, image) in enumerate(shown):
         x, y = index % 3 * 400, index // 3 * 148
-        for column, part in enumerate((case.image, Image.fromarray(picture), case.target)):
+        for column, part in enumerate((case.image, Image.fromarray(image), case.target)):
             sheet.paste(part, (x + column * 130, y))
         draw.text((x, y + 131), case.prompt, "black")
     path.parent.mkdir(parents=True, exist_ok=True)

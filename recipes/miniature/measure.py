@@ -202,18 +202,18 @@ def _edit(job: Job) -> dict[str, Any]:
     prompt = case.outright if job.arm == "outright" else case.prompt
     eyes = replace_vision(pipeline.pipe, _seen(pipeline, other)) if job.arm == "strange" else nullcontext()
     with eyes:
-        shown = case.pictures if case.references else case.image
-        picture = pipeline.generate(shown, prompt, False, seed=job.index, **_settings["options"])
-    verdict = judge(case, picture)
+        shown = case.images if case.references else case.image
+        image = pipeline.generate(shown, prompt, False, seed=job.index, **_settings["options"])
+    verdict = judge(case, image)
     return {**row, "right": verdict.right, "reason": verdict.reason, "untouched_ssim": verdict.untouched_ssim}
 
 
 @torch.no_grad()
 def _seen(pipeline: Any, case: world.Case) -> torch.Tensor:
-    """The target tower's features of a case's pictures, as the pipeline would take them."""
+    """The target tower's features of a case's images, as the pipeline would take them."""
     pipe = pipeline.pipe
     width, height = condition_size(type(pipe), pipeline.family.editor, case.image)
-    small = [pipe.image_processor.resize(picture, height, width) for picture in case.pictures]
+    small = [pipe.image_processor.resize(image, height, width) for image in case.images]
     inputs = pipe.processor.image_processor(images=small, return_tensors="pt").to(pipeline.device)
     pixels = inputs["pixel_values"].to(pipe.text_encoder.dtype)
     return pipe.text_encoder.model.visual(pixels, grid_thw=inputs["image_grid_thw"]).pooler_output
@@ -269,19 +269,19 @@ def room_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def vae_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """How well the VAE gives held-out pictures back, through stock code."""
+    """How well the VAE gives held-out images back, through stock code."""
     from diffusers import AutoencoderKLQwenImage
 
-    from .data import pictures
+    from .data import images
     from .measure_vae import psnr_of
 
     vae = AutoencoderKLQwenImage.from_pretrained(arguments.editor, subfolder="vae", torch_dtype=torch.float32)
-    held_out = torch.from_numpy(pictures(arguments.split, 0, arguments.cases)).to(arguments.device)
+    held_out = torch.from_numpy(images(arguments.split, 0, arguments.cases)).to(arguments.device)
     return [row_of("VAE: PSNR, dB", psnr_of(vae.to(arguments.device), held_out))]
 
 
 def reading_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Letters of held-out pictures that source and target read right."""
+    """Letters of held-out images that source and target read right."""
     from .fast import build
     from .train_vlm import read_letters
 

@@ -1,4 +1,4 @@
-"""How well the miniature's VAE gives pictures back, and writing it in stock layout."""
+"""How well the miniature's VAE gives images back, and writing it in stock layout."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .single_frame import as_images
 RESAMPLES = 2000
 
 
-def to_range(pictures: Tensor) -> Tensor:
+def to_range(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) → [-1, 1] (B, 3, 1, H, W)."""
-    return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).unsqueeze(2)
+    return (images.permute(0, 3, 1, 2).float() / 127.5 - 1).unsqueeze(2)
 
 
 @torch.no_grad()
-def in_batches(call: Callable[[Tensor], Tensor], pictures: Tensor, batch: int = 32) -> Tensor:
-    """`call` on pictures as [-1, 1] (B, 3, 1, H, W), batch by batch, along the first dimension."""
-    return torch.cat([call(to_range(part)) for part in pictures.split(batch)])
+def in_batches(call: Callable[[Tensor], Tensor], images: Tensor, batch: int = 32) -> Tensor:
+    """`call` on images as [-1, 1] (B, 3, 1, H, W), batch by batch, along the first dimension."""
+    return torch.cat([call(to_range(part)) for part in images.split(batch)])
 
 
 def encode(vae: nn.Module, x: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def encode(vae: nn.Module, x: Tensor) -> Tensor:
     return vae.encode(x).latent_dist.mode()
 
 
-def psnr_of(vae: nn.Module, pictures: Tensor) -> np.ndarray:
-    """PSNR of each picture's reconstruction from its mode, dB (B,); `pictures` as `to_range` takes them."""
+def psnr_of(vae: nn.Module, images: Tensor) -> np.ndarray:
+    """PSNR of each image's reconstruction from its mode, dB (B,); `images` as `to_range` takes them."""
 
     def errors(x: Tensor) -> Tensor:
         return (vae.decode(encode(vae, x)).sample - x).square().flatten(1).mean(1)
 
-    errors_of_all = in_batches(errors, pictures).double().clamp(min=1e-10)
+    errors_of_all = in_batches(errors, images).double().clamp(min=1e-10)
     return (10 * torch.log10(4 / errors_of_all)).cpu().numpy()
 
 
@@ -49,7 +49,7 @@ def finish(vae: nn.Module, some: Tensor, held_out: Tensor, output: Path, seed: i
     """Put the latents' statistics in the config, save in stock layout, load with stock code, measure.
 
     Args:
-        some: pictures to take the statistics from, as `held_out` uint8 (B, H, W, 3) on the VAE's device.
+        some: images to take the statistics from, as `held_out` uint8 (B, H, W, 3) on the VAE's device.
 
     Returns:
         Rows of results.

@@ -1,6 +1,6 @@
-"""The stock VAE on single pictures: exact 2-D arithmetic instead of causal convolutions over time.
+"""The stock VAE on single images: exact 2-D arithmetic instead of causal convolutions over time.
 
-A picture is one frame after zeros. Of a causal kernel it meets the last slice in time, and of the layers that
+An image is one frame after zeros. Of a causal kernel it meets the last slice in time, and of the layers that
 resample time nothing.
 """
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-3
 
 
 def prepare(seed: int, start: str | None = None) -> nn.Module:
-    """The stock VAE, seeded or from a folder, on the CPU; what a single picture never meets is zero.
+    """The stock VAE, seeded or from a folder, on the CPU; what a single image never meets is zero.
 
     Raises:
         RuntimeError: the zeros or the 2-D path change what the stock model does.
@@ -44,7 +44,7 @@ def prepare(seed: int, start: str | None = None) -> nn.Module:
         worst = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
         print(f"{what}: differs from the stock model by at most {worst:.2g}", flush=True)
         if not worst <= TOLERANCE:
-            raise RuntimeError(f"{what}: latents or pictures differ from the stock model's by {worst}")
+            raise RuntimeError(f"{what}: latents or images differ from the stock model's by {worst}")
     return vae
 
 

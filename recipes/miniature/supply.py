@@ -1,4 +1,4 @@
-"""What the stages with one or two pictures a prompt share: their flags, and data that fills up meanwhile."""
+"""What the stages with one or two images a prompt share: their flags, and data that fills up meanwhile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stage_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
     parser.add_argument("--pool", type=int, default=400_000, help="items kept on the device")
     parser.add_argument("--first", type=int, default=0, help="index of the first item to render")
     parser.add_argument("--muon", type=float, default=0.0, help="times the rate for Muon; 0: AdamW alone")
-    parser.add_argument("--two-every", type=int, default=10, help="every so many steps has two pictures")
+    parser.add_argument("--two-every", type=int, default=10, help="every so many steps has two images")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -60,10 +60,10 @@ def settings_of(arguments: argparse.Namespace, seed: int) -> Settings:
 
 
 class Supply:
-    """Rendered items on the device, by how many pictures they show, filled up while training runs.
+    """Rendered items on the device, by how many images they show, filled up while training runs.
 
     Args:
-        make: pictures shown → (first index, count) → arrays; picklable.
+        make: images shown → (first index, count) → arrays; picklable.
     """
 
     def __init__(

@@ -117,7 +117,7 @@ def _make(writing: float, shown: int) -> Any:
 
 
 def loss(editor: Editor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Flow matching (Lipman et al. 2023): velocity from picture to noise, changed tokens counting more."""
+    """Flow matching (Lipman et al. 2023): velocity from image to noise, changed tokens counting more."""
     after, references = batch["after"].float(), batch["references"].float()
     count = len(after)
     device = after.device

@@ -1,4 +1,4 @@
-"""Train the miniature's VAE, the stock class, on single 128×128 pictures of the world.
+"""Train the miniature's VAE, the stock class, on single 128×128 images of the world.
 
     python recipes/miniature/train_vae.py --folder /dev/shm/vae --steps 16000 --minutes 9
 
@@ -30,10 +30,10 @@ from .measure_vae import finish, psnr_of, to_range, worst_percentile
 from .single_frame import as_images, prepare
 from .stepper import Loss, compiles
 
-CHUNK = 64  # pictures
-FIRST_BATCHES = 64  # as many batches of pictures are there before training begins
+CHUNK = 64  # images
+FIRST_BATCHES = 64  # as many batches of images are there before training begins
 MEASURE_EVERY = 2000  # steps
-STATISTICS = 4096  # pictures behind the latents' mean and std
+STATISTICS = 4096  # images behind the latents' mean and std
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     vae = prepare(arguments.seed, arguments.start)
     device = torch.device(arguments.device)
     with ExitStack() as stack:
-        make = partial(make_pictures, "train")
+        make = partial(make_images, "train")
         chunk = min(CHUNK, arguments.pool)
         feed = stack.enter_context(Feed(make, chunk, arguments.workers, arguments.first))
         supply = Supply(feed, Pool(arguments.pool, device), arguments.batch)
@@ -75,9 +75,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--pool", type=int, default=100_000, help="pictures kept on the device")
-    parser.add_argument("--first", type=int, default=0, help="index of the first picture to render")
-    parser.add_argument("--cases", type=int, default=512, help="held-out pictures to measure on")
+    parser.add_argument("--pool", type=int, default=100_000, help="images kept on the device")
+    parser.add_argument("--first", type=int, default=0, help="index of the first image to render")
+    parser.add_argument("--cases", type=int, default=512, help="held-out images to measure on")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -91,25 +91,25 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_pictures(split: str, first: int, count: int) -> dict[str, np.ndarray]:
-    """One chunk of training data: `picture` uint8 (count, 128, 128, 3)."""
-    from .data import pictures
+def make_images(split: str, first: int, count: int) -> dict[str, np.ndarray]:
+    """One chunk of training data: `image` uint8 (count, 128, 128, 3)."""
+    from .data import images
 
-    return {"picture": pictures(split, first, count)}
+    return {"image": images(split, first, count)}
 
 
 def render(split: str, count: int, workers: int) -> np.ndarray:
-    """The first pictures of a split: uint8 (count, 128, 128, 3)."""
+    """The first images of a split: uint8 (count, 128, 128, 3)."""
     started = time.perf_counter()
     chunk = min(CHUNK, -(-count // workers))
-    with Feed(partial(make_pictures, split), chunk, workers, 0, count, ordered=True) as feed:
-        chunks = [taken[1]["picture"] for taken in iter(lambda: feed.poll(block=True), None)]
-    print(f"{count} pictures of {split} rendered in {time.perf_counter() - started:.1f} s", flush=True)
+    with Feed(partial(make_images, split), chunk, workers, 0, count, ordered=True) as feed:
+        chunks = [taken[1]["image"] for taken in iter(lambda: feed.poll(block=True), None)]
+    print(f"{count} images of {split} rendered in {time.perf_counter() - started:.1f} s", flush=True)
     return np.concatenate(chunks)
 
 
 class Supply:
-    """Training pictures on the device, drawn at random from what the workers have rendered so far."""
+    """Training images on the device, drawn at random from what the workers have rendered so far."""
 
     def __init__(self, feed: Feed, pool: Pool, batch: int) -> None:
         self.feed, self.pool, self.batch = feed, pool, batch
@@ -120,24 +120,24 @@ class Supply:
         while self.pool.filled < min(self.pool.capacity, FIRST_BATCHES * self.batch):
             self.pool.add(self.feed.poll(block=True)[1])
         speed = self.pool.filled / (time.perf_counter() - started)
-        print(f"{self.pool.filled} pictures to begin with, {speed:.0f} a second", flush=True)
+        print(f"{self.pool.filled} images to begin with, {speed:.0f} a second", flush=True)
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        """A random batch; new pictures are taken in first."""
+        """A random batch; new images are taken in first."""
         if (chunk := self.feed.poll()) is not None:
             self.pool.add(chunk[1])
         index = torch.randint(self.pool.filled, (self.batch,), device=self.pool.device)
         return self.pool.gather(index)
 
     def some(self, count: int) -> Tensor:
-        """Up to `count` pictures."""
+        """Up to `count` images."""
         index = torch.arange(min(count, self.pool.filled), device=self.pool.device)
-        return self.pool.gather(index)["picture"]
+        return self.pool.gather(index)["image"]
 
 
 def loss(vae: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """L1 + 2·MSE + ½·L1 of the differences of neighbours + 1e-4·KL, each a mean over its elements."""
-    x = to_range(batch["picture"])
+    x = to_range(batch["image"])
     mean, log_variance = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)

@@ -25,13 +25,13 @@ from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import miniature
 from qwen_vision_bridge.synthetic import tokenizer as tokens
 
-from .data import CONDITION, PICTURE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
+from .data import CONDITION, IMAGE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
 from .fast import FastModel, build
 from .loop import Loop, plot_log
 from .stepper import compile_if_possible
 from .supply import Supply, settings_of, stage_parser
 
-PICTURES = {"source": "full", "target": "small"}
+IMAGES = {"source": "full", "target": "small"}
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = stage_parser(__doc__)
-    parser.add_argument("--role", choices=sorted(PICTURES), required=True)
+    parser.add_argument("--role", choices=sorted(IMAGES), required=True)
     parser.add_argument("--primer", type=int, default=0, help="samples that only ask for one large word")
     parser.add_argument("--finding", type=float, default=0.0, help="how often a named word is to be found")
     parser.add_argument("--reading", type=float, default=0.0, help="how often the smallest type is read")
@@ -75,10 +75,10 @@ def _arguments() -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[CONDITION],
-        help="px to which the target's pictures are "
-        f"reduced first, one drawn for each sample; {PICTURE}: not reduced",
+        help="px to which the target's images are "
+        f"reduced first, one drawn for each sample; {IMAGE}: not reduced",
     )
-    parser.add_argument("--cases", type=int, default=1024, help="held-out pictures to measure on")
+    parser.add_argument("--cases", type=int, default=1024, help="held-out images to measure on")
     return parser.parse_args()
 
 
@@ -89,14 +89,14 @@ def _make(role: str, kinds: dict[str, Any], sides: tuple[int, ...], shown: int) 
 def rendered(
     role: str, kinds: dict[str, Any], sides: tuple[int, ...], shown: int, first: int, count: int
 ) -> dict[str, np.ndarray]:
-    """One chunk of training data: pictures as the role sees them, of the kinds that `dialogues` takes."""
+    """One chunk of training data: images as the role sees them, of the kinds that `dialogues` takes."""
     rows = dialogues("train", first, count, shown, sides=sides, **kinds)
-    return {"pictures": rows[PICTURES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
+    return {"images": rows[IMAGES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
 
 
 def loss(model: FastModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weighted cross-entropy of the answers' tokens, and the share that is right."""
-    logits = model(batch["pictures"], batch["text"].int()).float()
+    logits = model(batch["images"], batch["text"].int()).float()
     label, weight = batch["label"].long(), batch["weight"].float()
     errors = F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=-1, reduction="none")
     right = (logits.argmax(-1) == label).float() * weight
@@ -108,7 +108,7 @@ def loss(model: FastModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def measure(model: FastModel, role: str, cases: int, device: torch.device) -> dict[str, Any]:
     """Letters and words read right, and by kind of instruction how often the answer's first token is.
 
-    On held-out pictures of the `validation` split; words by greedy decoding.
+    On held-out images of the `validation` split; words by greedy decoding.
     """
     rights = read_letters(model, role, cases, device)
     letters = [right for word in rights for right in word]
@@ -130,19 +130,19 @@ def read_letters(
     split: str = "validation",
     side: int = CONDITION,
 ) -> list[list[bool]]:
-    """For every word in `cases` held-out pictures, which letters are read right, by greedy decoding.
+    """For every word in `cases` held-out images, which letters are read right, by greedy decoding.
 
     Args:
-        side: px to which the target's pictures are reduced first.
+        side: px to which the target's images are reduced first.
     """
-    pictures, wanted = [], []
+    images, wanted = [], []
     kinds = [kind for kind in world.KINDS["ocr"] if kind != "spell_digit"]
     for index in range(cases):
         rng = np.random.default_rng([world.SPLITS.index(split), 77, index])
         scene = world.make_edit("ocr", kinds[index % len(kinds)], rng).before
         wanted.append([block.text for block in world.words_of(scene)])
-        pictures.append(_as_seen(scene, role, side))
-    said = decode(model, np.stack(pictures), world.read_question(scene)[0], 24, device)
+        images.append(_as_seen(scene, role, side))
+    said = decode(model, np.stack(images), world.read_question(scene)[0], 24, device)
     rights = []
     for text, words in zip(said, wanted, strict=True):
         for heard, word in zip(text.split("/") + [""] * len(words), words, strict=False):
@@ -154,7 +154,7 @@ def read_letters(
 def letters_by_side(
     model: FastModel, arguments: argparse.Namespace, device: torch.device
 ) -> dict[str, float]:
-    """How many letters the target reads right in pictures reduced to each of the sides it was trained on."""
+    """How many letters the target reads right in images reduced to each of the sides it was trained on."""
     found = {}
     for side in arguments.sides:
         rights = read_letters(model, "target", arguments.cases, device, side=side)
@@ -165,17 +165,17 @@ def letters_by_side(
 
 
 def _as_seen(scene: world.Scene, role: str, side: int = CONDITION) -> np.ndarray:
-    picture = world.render(scene)
-    return (np.asarray(picture) if role == "source" else small(picture, side))[None]
+    image = world.render(scene)
+    return (np.asarray(image) if role == "source" else small(image, side))[None]
 
 
 @torch.no_grad()
-def decode(model: FastModel, pictures: np.ndarray, prompt: str, most: int, device: torch.device) -> list[str]:
-    """Greedy replies to one prompt about each of the pictures (N, shown, H, W, 3)."""
+def decode(model: FastModel, images: np.ndarray, prompt: str, most: int, device: torch.device) -> list[str]:
+    """Greedy replies to one prompt about each of the images (N, shown, H, W, 3)."""
     tokenizer, asked, end = tokens.train_bpe(), encode(prompt), closing()
     replies = []
-    for first in range(0, len(pictures), 256):
-        shown = torch.from_numpy(pictures[first : first + 256]).to(device)
+    for first in range(0, len(images), 256):
+        shown = torch.from_numpy(images[first : first + 256]).to(device)
         text = torch.zeros(len(shown), TEXT_TOKENS, dtype=torch.long, device=device)
         start = len(asked) + len(end)
         text[:, :start] = torch.tensor([*asked, *end], device=device)
@@ -193,7 +193,7 @@ def first_tokens(
     model: FastModel, role: str, group: str, kind: str, cases: int, device: torch.device
 ) -> float:
     """How often the last prompt token knows the answer's first token: where, what or which colour."""
-    rows: dict[str, list[Any]] = {"pictures": [], "text": [], "place": [], "wanted": []}
+    rows: dict[str, list[Any]] = {"images": [], "text": [], "place": [], "wanted": []}
     for index in range(cases):
         edit = world.make_edit(group, kind, np.random.default_rng([1, 78, index]))
         scenes = (*edit.references, edit.before)
@@ -202,9 +202,9 @@ def first_tokens(
         values = np.concatenate([_as_seen(s, role) for s in scenes]), text, place, label[place]
         for name, value in zip(rows, values, strict=True):
             rows[name].append(value)
-    pictures = torch.from_numpy(np.stack(rows["pictures"])).to(device)
+    images = torch.from_numpy(np.stack(rows["images"])).to(device)
     text = torch.from_numpy(np.stack(rows["text"])).to(device).int()
-    logits = model(pictures, text)[
+    logits = model(images, text)[
         torch.arange(cases, device=device), torch.tensor(rows["place"], device=device)
     ]
     return float(

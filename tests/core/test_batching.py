@@ -15,7 +15,7 @@ from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 SHORT = {"num_inference_steps": 3}
-CLOSE = 2  # grey levels of 255: how far a picture of a batch may be from the one made alone
+CLOSE = 2  # grey levels of 255: how far an image of a batch may be from the one made alone
 
 
 def farthest(one: Image.Image, other: Image.Image) -> int:
@@ -25,7 +25,7 @@ def farthest(one: Image.Image, other: Image.Image) -> int:
 def edits_of(cases: list[Any], bridge: Any) -> list[dict[str, Any]]:
     arms = [{"bridge": None}, {"bridge": bridge, "strength": 0.0}, {"bridge": bridge, "strength": 3.0}]
     return [
-        {"image": case.pictures, "prompt": case.prompt, "seed": 7 + index, **arm, **SHORT}
+        {"image": case.images, "prompt": case.prompt, "seed": 7 + index, **arm, **SHORT}
         for index, case in enumerate(cases)
         for arm in arms
     ]
@@ -123,7 +123,7 @@ def test_a_run_in_batches_finds_what_one_by_one_finds_under_keys_of_its_own(
     assert {r["key"] for r in edits[0]}.isdisjoint(r["key"] for r in edits[1])
     for one, other in zip(*edits, strict=True):
         assert (one["case_id"], one["arm"], one["seed"]) == (other["case_id"], other["arm"], other["seed"])
-        shown = [Image.open(tmp_path / record["picture"]) for record in (one, other)]
+        shown = [Image.open(tmp_path / record["image"]) for record in (one, other)]
         assert farthest(*shown) <= CLOSE
         assert one["metrics"].keys() == other["metrics"].keys()
         difference = one["metrics"]["target_difference"] - other["metrics"]["target_difference"]
@@ -160,7 +160,7 @@ def test_one_bad_edit_of_a_batch_is_an_error_and_can_be_tried_again(
     assert evaluate(editor, [good, bad], tmp_path, **same).records == tried.records
 
 
-def test_pictures_measured_in_other_processes_have_the_same_records(editor: Any, tmp_path: Path) -> None:
+def test_images_measured_in_other_processes_have_the_same_records(editor: Any, tmp_path: Path) -> None:
     cases, arms = make_cases("detail", 2), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
     found = [
         evaluate(editor, cases, tmp_path / str(workers), arms, perception=False, workers=workers, **SHORT)

@@ -62,10 +62,10 @@ def test_a_damaged_entry_is_reported_deleted_and_rebuilt(
 
 
 def test_everything_that_changes_features_changes_their_place(tmp_path: Path) -> None:
-    store, cache = FeatureCache(tmp_path), made(revision="1", dtype="float32", pictures="abc")
+    store, cache = FeatureCache(tmp_path), made(revision="1", dtype="float32", images="abc")
     place = store.path(cache.provenance, cache.grids)
     assert place == store.path(dict(reversed(cache.provenance.items())), cache.grids)
-    for changed in ("model", "revision", "dtype", "pictures"):
+    for changed in ("model", "revision", "dtype", "images"):
         assert store.path({**cache.provenance, changed: "other"}, cache.grids) != place
     assert store.path(cache.provenance, ((3, 2), (3, 4))) != place
 
@@ -74,7 +74,7 @@ def write_and_read(folder: str, number: int) -> int:
     """In a process of its own: put and get the same entries as all the others."""
     store, good = FeatureCache(folder), 0
     for round_number in range(20):
-        cache = made(round_number % 4, pictures=str(round_number % 4))
+        cache = made(round_number % 4, images=str(round_number % 4))
         store.put(cache)
         found = store.get(cache.provenance, cache.grids)
         good += found is not None and torch.equal(found.late_features, cache.late_features)
@@ -88,12 +88,12 @@ def test_processes_may_share_a_folder(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
 
 
-def test_several_pictures_split_in_order_and_have_no_single_grid() -> None:
+def test_several_images_split_in_order_and_have_no_single_grid() -> None:
     cache = made()
     first, second = cache.split()
     assert (first.grid, second.grid) == ((2, 3), (3, 4))
     assert torch.equal(torch.cat([first.mid_features, second.mid_features], 1), cache.mid_features)
-    with pytest.raises(ValueError, match="2 pictures"):
+    with pytest.raises(ValueError, match="2 images"):
         _ = cache.grid
 
 

@@ -38,12 +38,12 @@ class StandIn:
 
     sharing_references = keeping_source
 
-    def extract_source(self, pictures):
+    def extract_source(self, images):
         return None
 
-    def edit(self, pictures, prompt, seed, bridge=None, **_):
-        picture = pictures[-1] if isinstance(pictures, list) else pictures
-        return picture if bridge is None else picture.rotate(seed % 7), None
+    def edit(self, images, prompt, seed, bridge=None, **_):
+        image = images[-1] if isinstance(images, list) else images
+        return image if bridge is None else image.rotate(seed % 7), None
 
 
 arms = [Arm("baseline"), Arm("turned", VisionBridge(BridgeConfig.for_family(FAMILIES["miniature"])), "x")]

@@ -15,7 +15,7 @@ from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.miniature import TARGET_PX, locate
 
 FAMILY = FAMILIES["miniature"]
-PX, AREA = FAMILY.target.token_px, TARGET_PX**2  # px²: no picture is seen larger
+PX, AREA = FAMILY.target.token_px, TARGET_PX**2  # px²: no image is seen larger
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_seeds_calls_give_the_seeds_shapes(extractor: VisionCacheExtractor) 
     assert qwen3.grid == qwen25.grid == (int(AREA**0.5) // PX,) * 2
 
 
-def test_a_448_px_picture_gives_256_tokens_at_the_released_shapes() -> None:
+def test_a_448_px_image_gives_256_tokens_at_the_released_shapes() -> None:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     px = FAMILIES["qwen"].target.token_px
@@ -58,7 +58,7 @@ def test_the_levels_are_deepstacks_own_and_merged_is_the_towers_output(
     for got, expected in zip(cache.levels, output.deepstack_features, strict=True):
         assert torch.equal(
             got[0], torch.cat(tuple(expected)).view_as(got[0])
-        )  # one tensor a picture, or packed
+        )  # one tensor an image, or packed
     assert torch.equal(cache.merged_features[0], output.pooler_output[0])
 
 
@@ -98,12 +98,12 @@ def test_the_patch_order_equals_a_naive_reference() -> None:
     """Pixels of the processor, block by block of merge × merge patches, row by row."""
     processor = VisionCacheExtractor("miniature")._image_processor("qwen3")
     rows, columns, px = 3, 5, FAMILY.source.token_px
-    picture = Image.new("RGB", (columns * px, rows * px))
-    picture.putdata(
+    image = Image.new("RGB", (columns * px, rows * px))
+    image.putdata(
         [(x * 3 % 256, y * 5 % 256, (x + y) % 256) for y in range(rows * px) for x in range(columns * px)]
     )
-    got = processor(images=[picture], do_resize=False, return_tensors="pt")["pixel_values"]
-    pixels = torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.float32).reshape(
+    got = processor(images=[image], do_resize=False, return_tensors="pt")["pixel_values"]
+    pixels = torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.float32).reshape(
         rows * px, columns * px, 3
     )
     pixels, expected, side = (pixels / 255 - 0.5) / 0.5, [], px // 2
@@ -117,12 +117,12 @@ def test_the_patch_order_equals_a_naive_reference() -> None:
     torch.testing.assert_close(got, torch.stack(expected))
 
 
-def test_several_pictures_are_packed_in_order(extractor: VisionCacheExtractor, photo: Image.Image) -> None:
+def test_several_images_are_packed_in_order(extractor: VisionCacheExtractor, photo: Image.Image) -> None:
     other = photo.rotate(90, expand=True)
     both = extractor.extract_qwen3_vision([photo, other])
     assert both.grids == (extractor.target_grid(photo), extractor.target_grid(other))
-    for part, picture in zip(both.split(), (photo, other), strict=True):
-        alone = extractor.extract_qwen3_vision(picture)
+    for part, image in zip(both.split(), (photo, other), strict=True):
+        alone = extractor.extract_qwen3_vision(image)
         torch.testing.assert_close(part.late_features, alone.late_features, atol=1e-4, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what must work works, and everything else ends in one clear line."""
+"""Images: what must work works, and everything else ends in one clear line."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
 def test_every_mode_becomes_eight_bit_rgb_of_the_same_size(mode: str) -> None:
     grey = Image.fromarray(GRADIENT)
     if mode == "I;16":
-        picture = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
+        image = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
     elif mode == "I":
-        picture = Image.fromarray(GRADIENT.astype(np.int32) * 257)
+        image = Image.fromarray(GRADIENT.astype(np.int32) * 257)
     elif mode == "F":
-        picture = Image.fromarray(GRADIENT.astype(np.float32) / 255)
+        image = Image.fromarray(GRADIENT.astype(np.float32) / 255)
     else:
-        picture = grey.convert(mode)
-    (loaded,) = load_images(picture)
+        image = grey.convert(mode)
+    (loaded,) = load_images(image)
     assert (loaded.mode, loaded.size) == ("RGB", (64, 48))
 
 
@@ -100,7 +100,7 @@ def test_transparency_is_laid_over_white() -> None:
     assert load_images(clear)[0].getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_exif_orientation_turns_the_picture_upright(tmp_path: Path) -> None:
+def test_exif_orientation_turns_the_image_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90°
     path = saved(tmp_path / "phone.jpg", Image.fromarray(GRADIENT).convert("RGB"), exif=exif)
@@ -117,16 +117,16 @@ def test_an_animation_gives_its_first_frame_and_says_so(
 
 
 def test_equal_pixels_have_equal_digests_whatever_the_file(tmp_path: Path) -> None:
-    picture = Image.fromarray(GRADIENT).convert("RGB")
-    from_png = load_images(saved(tmp_path / "a.png", picture))[0]
-    from_bmp = load_images(saved(tmp_path / "b.bmp", picture))[0]
-    assert image_digest(from_png) == image_digest(from_bmp) != image_digest(picture.rotate(180))
+    image = Image.fromarray(GRADIENT).convert("RGB")
+    from_png = load_images(saved(tmp_path / "a.png", image))[0]
+    from_bmp = load_images(saved(tmp_path / "b.bmp", image))[0]
+    assert image_digest(from_png) == image_digest(from_bmp) != image_digest(image.rotate(180))
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
     good = saved(folder / "good.png", Image.fromarray(GRADIENT))
     (folder / "empty.png").touch()
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     (folder / "cut.png").write_bytes(good.read_bytes()[:120])
     jpeg = saved(folder / "good.jpg", Image.fromarray(GRADIENT))
     (folder / "cut.jpg").write_bytes(jpeg.read_bytes()[: jpeg.stat().st_size // 2])
@@ -137,7 +137,7 @@ def bad_files(folder: Path) -> dict[str, Path]:
     ("name", "says"),
     [
         ("empty.png", "is empty"),
-        ("text.png", "not a picture"),
+        ("text.png", "not an image"),
         ("cut.png", "cut short"),
         ("cut.jpg", "cut short"),
     ],
@@ -150,13 +150,13 @@ def test_broken_files_are_os_errors_that_name_the_file(tmp_path: Path, name: str
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such picture"):
+    with pytest.raises(FileNotFoundError, match="no such image"):
         load_images(tmp_path / "absent.png")
     with pytest.raises(OSError, match="is not a file"):
         load_images(tmp_path)
 
 
-def test_pictures_below_one_token_or_beyond_200_to_1_are_refused() -> None:
+def test_images_below_one_token_or_beyond_200_to_1_are_refused() -> None:
     with pytest.raises(ValueError, match=r"5×40 px, smaller than one vision token \(28×28 px\)"):
         load_images(Image.new("RGB", (5, 40)), 28)
     with pytest.raises(ValueError, match="200:1"):
@@ -183,5 +183,5 @@ def test_other_types_are_type_errors(given: object) -> None:
 
 
 def test_an_empty_list_is_refused() -> None:
-    with pytest.raises(ValueError, match="no picture given"):
+    with pytest.raises(ValueError, match="no image given"):
         load_images([])

@@ -18,7 +18,7 @@ from qwen_vision_bridge.injection import (
     mrope_positions,
     replace_vision,
 )
-from qwen_vision_bridge.patches import condition_grids, picture_sizes
+from qwen_vision_bridge.patches import condition_grids, image_sizes
 from qwen_vision_bridge.specs import FAMILIES
 
 FAMILY = FAMILIES["miniature"]
@@ -37,7 +37,7 @@ def cache(editor: Any, photo: Image.Image) -> Any:
 @pytest.fixture
 def seen_by_tower(pipe: Any, photo: Image.Image) -> Image.Image:
     """The photograph at the pipeline's condition size."""
-    with picture_sizes(type(pipe), FAMILY.editor):
+    with image_sizes(type(pipe), FAMILY.editor):
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
 
         size = module.calculate_dimensions(module.CONDITION_IMAGE_SIZE, photo.width / photo.height)
@@ -115,7 +115,7 @@ def test_both_prompts_read_the_features(editor: Any, photo: Image.Image, cache: 
 
 
 def test_features_that_were_never_read_are_an_error(pipe: Any, bridge: VisionBridge, cache: Any) -> None:
-    with pytest.raises(FeaturesNotReadError, match="no enhanced picture"), inject(pipe, bridge, cache):
+    with pytest.raises(FeaturesNotReadError, match="no enhanced image"), inject(pipe, bridge, cache):
         pass
 
 
@@ -206,7 +206,7 @@ def test_positions_are_announced_once(
     assert caplog.text.count("three-axis positions") == 1
 
 
-def test_picture_sizes_are_set_for_the_call_and_put_back() -> None:
+def test_image_sizes_are_set_for_the_call_and_put_back() -> None:
     import diffusers
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as first
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
@@ -218,19 +218,19 @@ def test_picture_sizes_are_set_for_the_call_and_put_back() -> None:
         first.calculate_dimensions,
     )
     plus_class = diffusers.QwenImageEditPlusPipeline
-    with pytest.raises(KeyboardInterrupt), picture_sizes(plus_class, FAMILY.editor):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), image_sizes(plus_class, FAMILY.editor):  # noqa: PT012
         inside = (plus.CONDITION_IMAGE_SIZE, plus.VAE_IMAGE_SIZE)
         assert inside == (FAMILY.editor.condition_area, FAMILY.editor.vae_area)
         assert inside != before[:2]
         raise KeyboardInterrupt
-    with picture_sizes(diffusers.QwenImageEditPipeline, FAMILY.editor):
+    with image_sizes(diffusers.QwenImageEditPipeline, FAMILY.editor):
         assert first.calculate_dimensions(1024 * 1024, 1.0)[:2] == (128, 128)
-    with picture_sizes(plus_class, FAMILY.editor):  # the picture for the tower is rounded less than others
+    with image_sizes(plus_class, FAMILY.editor):  # the image for the tower is rounded less than others
         area = FAMILY.editor.condition_area
         assert plus.calculate_dimensions(area, 1.0) == (area**0.5, area**0.5)
         assert {side % 32 for side in plus.calculate_dimensions(area, 1.5)} != {0}
         assert plus.calculate_dimensions(1024 * 1024, 1.5)[:2] == (160, 96)
-    with picture_sizes(diffusers.QwenImageEditPlusPipeline, FAMILIES["qwen"].editor):
+    with image_sizes(diffusers.QwenImageEditPlusPipeline, FAMILIES["qwen"].editor):
         assert before[0] == plus.CONDITION_IMAGE_SIZE
     after = (
         plus.CONDITION_IMAGE_SIZE,
@@ -250,7 +250,7 @@ def test_condition_grids_of_the_released_plus_pipeline_are_the_known_ones(
     import diffusers
     from transformers import Qwen2VLImageProcessor
 
-    picture = Image.new("RGB", (ratio[0] * 100, ratio[1] * 100))
+    image = Image.new("RGB", (ratio[0] * 100, ratio[1] * 100))
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384})
     editor = FAMILIES["qwen"].editor
-    assert condition_grids(diffusers.QwenImageEditPlusPipeline, editor, processor, [picture]) == (grid,)
+    assert condition_grids(diffusers.QwenImageEditPlusPipeline, editor, processor, [image]) == (grid,)

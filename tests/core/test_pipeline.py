@@ -1,4 +1,4 @@
-"""The main job: baseline and enhanced edits of one picture, paired, the stock pipeline left as it was."""
+"""The main job: baseline and enhanced edits of one image, paired, the stock pipeline left as it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwen_vision_bridge.loading.editors import (
     check_device,
     find_mode,
 )
-from qwen_vision_bridge.patches import picture_sizes
+from qwen_vision_bridge.patches import image_sizes
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import FAMILIES
 
@@ -36,7 +36,7 @@ def stock_edit(pipe: Any, image: Any, positions: str = "fixed") -> Image.Image:
     """The untouched pipeline, called by hand."""
     generator = torch.Generator("cpu").manual_seed(0)
     options = {"negative_prompt": " ", "true_cfg_scale": 4.0, "generator": generator, **SHORT}
-    with picture_sizes(type(pipe), FAMILIES["miniature"].editor), mrope_positions(pipe, positions):
+    with image_sizes(type(pipe), FAMILIES["miniature"].editor), mrope_positions(pipe, positions):
         return pipe(image=image, prompt=PROMPT, **options).images[0]
 
 
@@ -44,7 +44,7 @@ def test_strength_zero_is_bit_identical_to_the_stock_pipeline(editor: Any, photo
     assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), stock_edit(editor.pipe, [photo]))
 
 
-def test_a_fresh_bridge_gives_the_stock_picture_bit_for_bit(pipe: Any, photo: Image.Image) -> None:
+def test_a_fresh_bridge_gives_the_stock_image_bit_for_bit(pipe: Any, photo: Image.Image) -> None:
     fresh = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe)
     assert same(fresh.generate(photo, PROMPT, **SHORT), stock_edit(pipe, [photo]))
 
@@ -63,7 +63,7 @@ def test_mrope_stock_leaves_the_installed_behaviour(pipe: Any, photo: Image.Imag
 
 
 @pytest.mark.parametrize("site", ["tower", "deepstack", "prompt_embeds"])
-def test_a_random_bridge_changes_the_picture(site: str, pipe: Any, photo: Image.Image) -> None:
+def test_a_random_bridge_changes_the_image(site: str, pipe: Any, photo: Image.Image) -> None:
     editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, site=site)
     baseline, enhanced, attention = editor.compare(photo, PROMPT, **SHORT)
     assert not same(baseline, enhanced)
@@ -71,8 +71,8 @@ def test_a_random_bridge_changes_the_picture(site: str, pipe: Any, photo: Image.
     assert attention.weights.shape == (sum(rows * columns for rows, columns in attention.grids), 3)
 
 
-def test_the_source_picture_and_not_only_the_bridge_decides_the_edit(editor: Any, photo: Image.Image) -> None:
-    """With another picture's source features the same edit comes out differently."""
+def test_the_source_image_and_not_only_the_bridge_decides_the_edit(editor: Any, photo: Image.Image) -> None:
+    """With another image's source features the same edit comes out differently."""
     from qwen_vision_bridge.injection import inject
 
     own = editor.generate(photo, PROMPT, **SHORT)
@@ -88,16 +88,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(editor: Any
     assert not same(one, other)
 
 
-def test_several_reference_pictures_are_one_edit(editor: Any, photo: Image.Image) -> None:
-    pictures = [photo.resize((240, 80)), photo.resize((128, 128)), photo.resize((80, 240))]
-    result = editor.compare(pictures, PROMPT, **SHORT)
-    grids = editor.condition_grids(pictures)
+def test_several_reference_images_are_one_edit(editor: Any, photo: Image.Image) -> None:
+    images = [photo.resize((240, 80)), photo.resize((128, 128)), photo.resize((80, 240))]
+    result = editor.compare(images, PROMPT, **SHORT)
+    grids = editor.condition_grids(images)
     assert grids[1] == (8, 8)
     assert grids[0] == grids[2][::-1]
     assert grids[0][1] == pytest.approx(3 * grids[0][0], abs=2)
     assert result.attention.grids == grids
     assert [weights.shape for weights in result.attention.maps()] == [(*grid, 3) for grid in grids]
-    assert same(result.baseline, stock_edit(editor.pipe, pictures))
+    assert same(result.baseline, stock_edit(editor.pipe, images))
     assert not same(result.baseline, result.enhanced)
 
 
@@ -115,7 +115,7 @@ def test_the_source_tower_is_freed_before_the_dit_runs_unless_kept(pipe: Any, ph
         assert set(alive) == {keep}
 
 
-def test_the_first_edit_pipeline_works_and_takes_one_picture(pipe: Any, photo: Image.Image) -> None:
+def test_the_first_edit_pipeline_works_and_takes_one_image(pipe: Any, photo: Image.Image) -> None:
     import diffusers
 
     first = diffusers.QwenImageEditPipeline(**pipe.components)
@@ -125,7 +125,7 @@ def test_the_first_edit_pipeline_works_and_takes_one_picture(pipe: Any, photo: I
     assert result.baseline.size == (160, 96)
     assert not same(result.baseline, result.enhanced)
     assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), result.baseline)
-    with pytest.raises(ValueError, match="takes one picture, got 2"):
+    with pytest.raises(ValueError, match="takes one image, got 2"):
         editor.generate([photo, photo], PROMPT)
 
 
@@ -162,7 +162,7 @@ def test_compare_saves_a_labelled_sheet(editor: Any, photo: Image.Image, tmp_pat
         assert sheet.width > 3 * sheet.height
 
 
-def test_benchmark_writes_pictures_and_records_and_resumes(
+def test_benchmark_writes_images_and_records_and_resumes(
     editor: Any, photo: Image.Image, tmp_path: Path
 ) -> None:
     first = editor.benchmark([photo], ["a", "b"], tmp_path, **SHORT)
@@ -289,7 +289,7 @@ def test_quantisation_and_offload_without_cuda_are_refused(mode: MemoryMode) -> 
         ({"seed": 2**64}, ValueError, "from 0 to"),
         ({"num_inference_steps": 1}, ValueError, "whole number from 2"),
         ({"latents": None}, ValueError, "latents cannot be given"),
-        ({"image": "absent.png"}, FileNotFoundError, "no such picture"),
+        ({"image": "absent.png"}, FileNotFoundError, "no such image"),
         ({"image": Image.new("RGB", (3, 30))}, ValueError, "one vision token"),
     ],
 )
@@ -333,7 +333,7 @@ def test_running_out_of_gpu_memory_names_every_mode_and_leaves_no_hook(
     assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), stock_edit(editor.pipe, [photo]))
 
 
-def test_what_decides_a_picture_is_in_its_key(pipe: Any) -> None:
+def test_what_decides_a_image_is_in_its_key(pipe: Any) -> None:
     random = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe)
     fresh = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, site="deepstack")
     assert random.made_from(False) == fresh.made_from(False)

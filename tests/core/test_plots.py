@@ -33,7 +33,7 @@ def test_several_inputs_widen_the_sheet() -> None:
     assert three == pytest.approx(one * 6 / 4, rel=0.02)
 
 
-def test_pictures_of_different_sizes_are_refused() -> None:
+def test_images_of_different_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(96, 64\).*\(64, 64\)"):
         sheet(Image.new("RGB", (64, 64)))
 
@@ -42,8 +42,8 @@ def test_the_attention_map_colours_the_places_that_draw_on_a_level() -> None:
     weights = np.zeros((4, 6, 3))
     weights[..., 0] = 1.0
     weights[:2, :3] = (0.0, 0.0, 1.0)  # the top left corner draws on `late`
-    picture = Image.new("RGB", (96, 64), "grey")
-    drawn = np.asarray(attention_figure(picture, weights, LEVELS)).astype(int)
+    image = Image.new("RGB", (96, 64), "grey")
+    drawn = np.asarray(attention_figure(image, weights, LEVELS)).astype(int)
     early, late = drawn[:, drawn.shape[1] // 4 : drawn.shape[1] // 2], drawn[:, drawn.shape[1] * 2 // 3 :]
     yellow = [(panel[..., 0] - panel[..., 2] > 60).mean() for panel in (early, late)]
     assert yellow[0] > 2 * yellow[1] > 0

@@ -37,7 +37,7 @@ def test_a_folder_with_a_released_models_shapes_goes_by_its_name(source_folder: 
     assert resolve_family("qwen", source=source_folder).source.name == "miniature-source"
 
 
-def test_an_editor_folder_keeps_the_familys_picture_sizes(editor_folder: Path) -> None:
+def test_an_editor_folder_keeps_the_familys_image_sizes(editor_folder: Path) -> None:
     editor = resolve_family("miniature", editor=editor_folder).editor
     assert (editor.repo, editor.vae_area) == (str(editor_folder), 128 * 128)
 

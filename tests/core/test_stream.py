@@ -1,4 +1,4 @@
-"""A folder's features are those of its pictures one by one, however often the run stops and who shares it."""
+"""A folder's features are those of its images one by one, however often the run stops and who shares it."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def extractor() -> VisionCacheExtractor:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, photo: Image.Image) -> Path:
-    """Seven pictures of four shapes, one in a folder below, and one that is cut short."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path, photo: Image.Image) -> Path:
+    """Seven images of four shapes, one in a folder below, and one that is cut short."""
+    folder = tmp_path / "images"
     (folder / "below").mkdir(parents=True)
     for number, size in enumerate(SIZES):
         photo.rotate(7 * number).resize(size).save(
             folder / ("below" if number == 3 else "") / f"{number}.png"
         )
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:400])
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
 @pytest.mark.parametrize("role", ["qwen3", "qwen25"])
-def test_the_features_are_those_of_each_picture_alone(
-    role: Any, extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+def test_the_features_are_those_of_each_image_alone(
+    role: Any, extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
-    done = extract_folder(extractor, pictures, tmp_path / "out", role, shard_pictures=3, batch_tokens=150)
+    done = extract_folder(extractor, images, tmp_path / "out", role, shard_images=3, batch_tokens=150)
     found = FeatureFolder(tmp_path / "out")
-    assert done.done == done.pictures == len(found) == len(SIZES)
+    assert done.done == done.images == len(found) == len(SIZES)
     assert "below/3.png" in found.names
     assert list(done.skipped) == ["cut.png"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
     extract = extractor.extract_qwen3_vision if role == "qwen3" else extractor.extract_qwen25_vision
     for name in found.names:
-        alone = extract(pictures / name)
+        alone = extract(images / name)
         assert found[name].grid == alone.grid
         for key, features in found[name].features.items():
             torch.testing.assert_close(features, alone.features[key], atol=1e-4, rtol=1e-4)
 
 
-def test_pictures_of_one_grid_share_a_batch(
-    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_of_one_grid_share_a_batch(
+    extractor: VisionCacheExtractor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
     stock = extractor.extract_batch
@@ -70,15 +70,15 @@ def test_pictures_of_one_grid_share_a_batch(
         "extract_batch",
         lambda role, batch, grids: batches.append(grids) or stock(role, batch, grids),
     )
-    extract_folder(extractor, pictures, tmp_path / "out")
+    extract_folder(extractor, images, tmp_path / "out")
     assert all(len(set(grids)) == 1 for grids in batches)
     assert max(map(len, batches)) >= 3
 
 
 def test_a_run_that_was_stopped_goes_on_and_makes_nothing_twice(
-    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extractor: VisionCacheExtractor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = extract_folder(extractor, pictures, tmp_path / "whole", shard_pictures=2)
+    whole = extract_folder(extractor, images, tmp_path / "whole", shard_images=2)
     stock, calls = stream.atomic_save, []
 
     def stops(*arguments: Any) -> None:
@@ -90,60 +90,60 @@ def test_a_run_that_was_stopped_goes_on_and_makes_nothing_twice(
     with monkeypatch.context() as patch:
         patch.setattr(stream, "atomic_save", stops)
         with pytest.raises(KeyboardInterrupt):
-            extract_folder(extractor, pictures, tmp_path / "parts", shard_pictures=2)
+            extract_folder(extractor, images, tmp_path / "parts", shard_images=2)
     with pytest.raises(FileNotFoundError, match="run the extraction to its end"):
         FeatureFolder(tmp_path / "parts")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}
     assert kept
-    again = extract_folder(extractor, pictures, tmp_path / "parts", shard_pictures=2)
+    again = extract_folder(extractor, images, tmp_path / "parts", shard_images=2)
     assert 0 < again.done < whole.done
     for name, time in kept.items():
         assert (tmp_path / "parts" / name).stat().st_mtime_ns == time
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_a_changed_picture_and_a_damaged_shard_are_made_anew(
-    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+def test_a_changed_image_and_a_damaged_shard_are_made_anew(
+    extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    extract_folder(extractor, pictures, out, shard_pictures=2)
+    extract_folder(extractor, images, out, shard_images=2)
     before = FeatureFolder(out)["0.png"].late_features
-    Image.open(pictures / "0.png").rotate(90).save(pictures / "0.png")
+    Image.open(images / "0.png").rotate(90).save(images / "0.png")
     last = sorted(out.glob("*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:100])
-    done = extract_folder(extractor, pictures, out, shard_pictures=2)
-    assert done.done == 3  # two beside the changed one's shard, and one beside the cut picture
+    done = extract_folder(extractor, images, out, shard_images=2)
+    assert done.done == 3  # two beside the changed one's shard, and one beside the cut image
     assert not torch.equal(FeatureFolder(out)["0.png"].late_features, before)
-    assert extract_folder(extractor, pictures, out, shard_pictures=2).done == 0
+    assert extract_folder(extractor, images, out, shard_images=2).done == 0
 
 
 def test_other_models_features_are_not_mixed_in(
-    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+    extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
-    extract_folder(extractor, pictures, tmp_path / "out")
+    extract_folder(extractor, images, tmp_path / "out")
     with pytest.raises(ValueError, match="holds features of other models or settings"):
-        extract_folder(extractor, pictures, tmp_path / "out", "qwen25")
+        extract_folder(extractor, images, tmp_path / "out", "qwen25")
 
 
 @pytest.fixture
-def used(extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path) -> Path:
+def used(extractor: VisionCacheExtractor, images: Path, tmp_path: Path) -> Path:
     """An output with the features of the seven images, two a shard."""
-    extract_folder(extractor, pictures, tmp_path / "used", shard_pictures=2)
+    extract_folder(extractor, images, tmp_path / "used", shard_images=2)
     return tmp_path / "used"
 
 
 def test_files_that_no_run_wrote_stay_as_they_are(
-    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+    extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
     """Beside the shards they are left alone; where a shard would go they are refused before a model loads."""
     out = tmp_path / "out"
     out.mkdir()
     for name in ("features-mine.safetensors", "features-00007.safetensors"):
         (out / name).write_bytes(b"mine")
-    extract_folder(extractor, pictures, out, shard_pictures=2)
+    extract_folder(extractor, images, out, shard_images=2)
     for number in (5, 6):
-        (pictures / f"{number}.png").unlink()
-    extract_folder(extractor, pictures, out, shard_pictures=2)
+        (images / f"{number}.png").unlink()
+    extract_folder(extractor, images, out, shard_images=2)
     assert (out / "features-mine.safetensors").read_bytes() == b"mine"
     assert (out / "features-00007.safetensors").read_bytes() == b"mine"
     assert len(list(out.glob("*.safetensors"))) == 2 + 3
@@ -151,7 +151,7 @@ def test_files_that_no_run_wrote_stay_as_they_are(
     clash.mkdir()
     (clash / "features-00002.safetensors").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="holds features-00002"):
-        extract_folder(cold(), pictures, clash, shard_pictures=2)
+        extract_folder(cold(), images, clash, shard_images=2)
     assert contents(clash) == {"features-00002.safetensors": b"mine"}
 
 
@@ -163,14 +163,14 @@ def cold() -> VisionCacheExtractor:
 
 
 def test_another_folders_features_are_not_overwritten(
-    pictures: Path, used: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, used: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (64, 64), "red").save(other / "0.png")
     before = contents(used)
-    with pytest.raises(ValueError, match=r"of the images in .*pictures: give another"):
-        extract_folder(cold(), other, used, shard_pictures=2)
+    with pytest.raises(ValueError, match=r"of the images in .*images: give another"):
+        extract_folder(cold(), other, used, shard_images=2)
     (tmp_path / "out").mkdir()
     used.rename(tmp_path / "out" / "target")
     monkeypatch.setattr(stream, "extract_folder", lambda *_: pytest.fail("the first one was begun"))
@@ -185,29 +185,29 @@ def test_another_folders_features_are_not_overwritten(
 @pytest.mark.parametrize(
     "content", ['{"format": "qwen-vision-bridge/feature-folder/1"}', '{"mine": 1}', "no"]
 )
-def test_an_index_of_another_kind_or_version_is_refused(content: str, pictures: Path, tmp_path: Path) -> None:
+def test_an_index_of_another_kind_or_version_is_refused(content: str, images: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "index.json").write_text(content)
     with pytest.raises(ValueError, match=r"index\.json"):
-        extract_folder(cold(), pictures, tmp_path / "out")
+        extract_folder(cold(), images, tmp_path / "out")
     with pytest.raises(ValueError, match=r"index\.json"):
         FeatureFolder(tmp_path / "out")
     assert contents(tmp_path / "out") == {"index.json": content.encode()}
 
 
-def test_an_index_names_shards_and_nothing_else(used: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_index_names_shards_and_nothing_else(used: Path, images: Path, tmp_path: Path) -> None:
     """What an index that was tampered with names is not removed."""
     index = json.loads((used / "index.json").read_text())
     (tmp_path / "precious").write_text("mine")
     (used / "index.json").write_text(json.dumps({**index, "shards": ["../precious"]}))
     with pytest.raises(ValueError, match=r"index\.json"):
-        extract_folder(cold(), pictures, used, shard_pictures=2)
+        extract_folder(cold(), images, used, shard_images=2)
     assert (tmp_path / "precious").exists()
 
 
 @pytest.mark.parametrize("kept", range(0, 12, 2))
 def test_a_run_killed_after_any_file_goes_on(
-    kept: int, extractor: VisionCacheExtractor, pictures: Path, used: Path, tmp_path: Path,
+    kept: int, extractor: VisionCacheExtractor, images: Path, used: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The run over fewer images dies before its `kept`-th change to the disk, and is started again."""
@@ -216,8 +216,8 @@ def test_a_run_killed_after_any_file_goes_on(
         pass
 
     for number in (4, 5, 6):
-        (pictures / f"{number}.png").unlink()
-    Image.new("RGB", (64, 64)).save(pictures / "0.png")
+        (images / f"{number}.png").unlink()
+    Image.new("RGB", (64, 64)).save(images / "0.png")
     left = [kept]
 
     def until_killed(change: Any) -> Any:
@@ -234,24 +234,24 @@ def test_a_run_killed_after_any_file_goes_on(
         patch.setattr(stream, "write_index", until_killed(stream.write_index))
         patch.setattr(Path, "unlink", until_killed(Path.unlink))
         with suppress(Killed):
-            extract_folder(extractor, pictures, used, shard_pictures=2)
-    extract_folder(extractor, pictures, used, shard_pictures=2)
-    extract_folder(extractor, pictures, tmp_path / "fresh", shard_pictures=2)
+            extract_folder(extractor, images, used, shard_images=2)
+    extract_folder(extractor, images, used, shard_images=2)
+    extract_folder(extractor, images, tmp_path / "fresh", shard_images=2)
     assert contents(used) == contents(tmp_path / "fresh")
 
 
 def test_added_and_removed_images_are_followed(
-    extractor: VisionCacheExtractor, pictures: Path, used: Path
+    extractor: VisionCacheExtractor, images: Path, used: Path
 ) -> None:
-    Image.new("RGB", (64, 64)).save(pictures / "8.png")
-    (pictures / "0.png").unlink()
-    extract_folder(extractor, pictures, used, shard_pictures=2)
+    Image.new("RGB", (64, 64)).save(images / "8.png")
+    (images / "0.png").unlink()
+    extract_folder(extractor, images, used, shard_images=2)
     names = set(FeatureFolder(used).names)
     assert "8.png" in names
     assert "0.png" not in names
-    for path in pictures.rglob("[2-8].png"):
+    for path in images.rglob("[2-8].png"):
         path.unlink()
-    extract_folder(extractor, pictures, used, shard_pictures=2)
+    extract_folder(extractor, images, used, shard_images=2)
     assert FeatureFolder(used).names == ["1.png"]
     assert len(list(used.glob("*.safetensors"))) == 1
 
@@ -270,12 +270,12 @@ def test_no_more_than_the_depth_is_read_ahead() -> None:
 
 def test_a_batch_too_large_for_the_gpu_is_halved_and_said(
     extractor: VisionCacheExtractor,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    extract_folder(extractor, pictures, tmp_path / "whole")
+    extract_folder(extractor, images, tmp_path / "whole")
     stock = extractor.extract_batch
 
     def small(role: Any, batch: Any, grids: Any) -> Any:
@@ -285,7 +285,7 @@ def test_a_batch_too_large_for_the_gpu_is_halved_and_said(
 
     with monkeypatch.context() as patch:
         patch.setattr(extractor, "extract_batch", small)
-        extract_folder(extractor, pictures, tmp_path / "halved")
+        extract_folder(extractor, images, tmp_path / "halved")
     assert "too large for the GPU: halved" in caplog.text
     whole, halved = FeatureFolder(tmp_path / "whole"), FeatureFolder(tmp_path / "halved")
     for name in whole.names:
@@ -298,7 +298,7 @@ def test_a_batch_too_large_for_the_gpu_is_halved_and_said(
 
     monkeypatch.setattr(extractor, "extract_batch", never)
     with pytest.raises(GpuMemoryError, match="alone"):
-        extract_folder(extractor, pictures, tmp_path / "none")
+        extract_folder(extractor, images, tmp_path / "none")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -306,7 +306,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_write_what_one_writes(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second runs while the first waits for it; test_processes.py starts real ones."""
 
@@ -328,26 +328,26 @@ def test_two_processes_write_what_one_writes(
                 said.append(capsys.readouterr().out)
                 shards.append(len(list((tmp_path / "two" / "source").glob("*.safetensors"))))
 
-    arguments = ["--models", "miniature", "--folder", str(pictures), "--output"]
+    arguments = ["--models", "miniature", "--folder", str(images), "--output"]
     said: list[str] = []
     shards: list[int] = []
-    monkeypatch.setattr(extract_folder, "__defaults__", ("qwen3", 2, 8192, None))  # two pictures a shard
+    monkeypatch.setattr(extract_folder, "__defaults__", ("qwen3", 2, 8192, None))  # two images a shard
     example_extraction.main([*arguments, str(tmp_path / "one")])
-    assert capsys.readouterr().out.count("pictures/s") == 1
+    assert capsys.readouterr().out.count("images/s") == 1
     monkeypatch.setattr(stream, "Processes", lambda: Rank(0))
     example_extraction.main([*arguments, str(tmp_path / "two")])
     said.append(capsys.readouterr().out)
     assert [*shards, len(list((tmp_path / "two" / "source").glob("*.safetensors")))] == [2, 4]
-    assert [("pictures/s" in out, "left out: cut.png" in out) for out in said] == [(False,) * 2, (True,) * 2]
+    assert [("images/s" in out, "left out: cut.png" in out) for out in said] == [(False,) * 2, (True,) * 2]
     one, two = (contents(tmp_path / name / "source") for name in ("one", "two"))
     assert len(one) == 5
     assert one == two
 
 
 def test_the_command_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder of pictures"):
+    with pytest.raises(FileNotFoundError, match="no such folder of images"):
         example_extraction.main(["--models", "miniature", "--folder", str(tmp_path / "absent")])
-    with pytest.raises(FileNotFoundError, match="holds no picture"):
+    with pytest.raises(FileNotFoundError, match="holds no image"):
         example_extraction.main(
             ["--models", "miniature", "--folder", str(tmp_path), "--output", str(tmp_path)]
         )
@@ -370,9 +370,9 @@ def test_compiled_blocks_compute_the_same() -> None:
 
 
 def test_the_index_says_what_the_features_were_made_from(
-    extractor: VisionCacheExtractor, pictures: Path, tmp_path: Path
+    extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
-    extract_folder(extractor, pictures, tmp_path / "out")
+    extract_folder(extractor, images, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["made_from"]["model"] == "miniature-source"
     assert index["made_from"]["target_grid"] == "miniature-target"

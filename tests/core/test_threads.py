@@ -16,7 +16,7 @@ from torch import nn
 
 from qwen_vision_bridge import EnhancedQwenImageEdit, VisionBridge, VisionCacheExtractor
 from qwen_vision_bridge.loading.locks import replaced
-from qwen_vision_bridge.synthetic.cases import sample_picture
+from qwen_vision_bridge.synthetic.cases import sample_image
 
 PROMPT = 'Change the text to "FOX".'
 SHORT = {
@@ -27,7 +27,7 @@ THREADS = 4
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    return [sample_picture(128, seed) for seed in range(3)]
+    return [sample_image(128, seed) for seed in range(3)]
 
 
 def global_state(pipe: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_lines_that_had_to_stay_and_lines_that_were_added_count() -> None:
     assert elsewhere.target_accuracy == elsewhere.roi_ned == 0  # only where the old text was
 
 
-def test_a_text_in_two_boxes_is_one_line_and_unreadable_pictures_score_0() -> None:
+def test_a_text_in_two_boxes_is_one_line_and_unreadable_images_score_0() -> None:
     before = [Word("BIG SALE", (0, 0, 200, 20))]
     halves = [Word("DAY", (110, 2, 200, 20)), Word("LAST", (0, 0, 90, 20))]
     assert region_scores(before, halves, "BIG SALE", "LAST DAY").target_accuracy == 1

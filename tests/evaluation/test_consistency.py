@@ -1,4 +1,4 @@
-"""Consistency across pictures and overlap by object, by values worked out by hand."""
+"""Consistency across images and overlap by object, by values worked out by hand."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def flat(colour: tuple[int, int, int], size: tuple[int, int] = (100, 100)) -> np
 
 
 def with_box(colour: tuple[int, int, int], left: int, top: int, width: int, height: int) -> np.ndarray:
-    picture = flat(GREY)
-    picture[top : top + height, left : left + width] = colour
-    return picture
+    image = flat(GREY)
+    image[top : top + height, left : left + width] = colour
+    return image
 
 
 def test_colours_of_two_regions_differ_by_ciede2000() -> None:
@@ -47,7 +47,7 @@ def test_colours_of_two_regions_differ_by_ciede2000() -> None:
         colour_off(half, ~whole, half, whole)
 
 
-def test_the_same_edit_of_two_pictures_agrees_in_colour_place_and_size() -> None:
+def test_the_same_edit_of_two_images_agrees_in_colour_place_and_size() -> None:
     red, blue = COLOURS["red"], COLOURS["blue"]
     before = flat(GREY)
     same = edit_agreement(before, with_box(red, 10, 20, 20, 20), before, with_box(red, 10, 20, 20, 20))
@@ -64,7 +64,7 @@ def test_the_same_edit_of_two_pictures_agrees_in_colour_place_and_size() -> None
         edit_agreement(before, flat(GREY, (50, 50)), before, before)
 
 
-def test_one_prompt_on_several_pictures_is_compared_in_every_arm(tmp_path: Path) -> None:
+def test_one_prompt_on_several_images_is_compared_in_every_arm(tmp_path: Path) -> None:
     red, plain = COLOURS["red"], Image.fromarray(flat(GREY))
     cases = [FileCase(name, "other", "own", prompt, plain) for name, prompt in
              (("a", "paint"), ("b", "paint"), ("c", "other"), ("d", "paint"))]  # fmt: skip
@@ -74,7 +74,7 @@ def test_one_prompt_on_several_pictures_is_compared_in_every_arm(tmp_path: Path)
             box = with_box(red, left if arm == "baseline" else 10, 10, 20, 20)
             Image.fromarray(box).save(tmp_path / f"{case.case_id}{arm}.png")
             records.append({"key": case.case_id + arm, "level": "edit", "case_id": case.case_id, "arm": arm,
-                            "error": None, "picture": f"{case.case_id}{arm}.png"})  # fmt: skip
+                            "error": None, "image": f"{case.case_id}{arm}.png"})  # fmt: skip
     records[-1]["error"] = "lost"
     found = {(r["case_id"], r["arm"]): r["metrics"] for r in pair_records(cases, records, tmp_path)}
     assert found.keys() == {("a+b", "baseline"), ("a+b", "bridge"), ("b+d", "baseline")}
@@ -83,7 +83,7 @@ def test_one_prompt_on_several_pictures_is_compared_in_every_arm(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["same_object", "same_colour", "same_background", "same_text"])
-def test_a_right_edit_agrees_with_its_reference_and_the_unedited_picture_does_not(kind: str) -> None:
+def test_a_right_edit_agrees_with_its_reference_and_the_unedited_image_does_not(kind: str) -> None:
     asked = {
         "same_object": {"agrees_colour_off", "agrees_place_off"}, "same_text": {"agrees_text"},
         "same_colour": {"agrees_colour_off"}, "same_background": {"agrees_colour_off"},
@@ -100,7 +100,7 @@ def test_a_right_edit_agrees_with_its_reference_and_the_unedited_picture_does_no
             assert untouched["agrees_place_off"] > 0.05 or untouched["agrees_place_off"] == 1
 
 
-def test_agreement_is_measured_on_the_pictures_and_not_on_the_truth() -> None:
+def test_agreement_is_measured_on_the_images_and_not_on_the_truth() -> None:
     (case,) = make_cases("consistency", 1, kinds=("same_colour",))
     item = next(o for o in case.edit.after.objects if o.colour == case.edit.references[0].objects[0].colour)
     painted = np.asarray(case.target).copy()
@@ -124,9 +124,9 @@ def test_overlap_by_object_is_the_mean_of_each_objects_own() -> None:
     items = [SceneObject("square", "red", (20, 20), 14), SceneObject("square", "red", (70, 70), 14)]
     target = with_box(red, 10, 10, 20, 20)
     target[60:80, 60:80] = red
-    picture = with_box(red, 10, 10, 20, 20)
-    picture[60:80, 70:90] = red
-    assert iou_by_object(picture, target, items) == pytest.approx((1 + 200 / 600) / 2)
+    image = with_box(red, 10, 10, 20, 20)
+    image[60:80, 70:90] = red
+    assert iou_by_object(image, target, items) == pytest.approx((1 + 200 / 600) / 2)
     assert iou_by_object(target, target, items) == 1
     assert iou_by_object(with_box(red, 10, 10, 20, 20), target, items) == 0.5  # one is lost
     assert iou_by_object(flat(GREY), target, items) == 0

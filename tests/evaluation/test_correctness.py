@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageFilter
-from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 
-from qwen_vision_bridge.evaluation.correctness import judge
 from qwen_vision_bridge.evaluation import correctness as judging
+from qwen_vision_bridge.evaluation.correctness import judge
+from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import referring
 from qwen_vision_bridge.synthetic.instructions import retext
@@ -24,14 +24,14 @@ def made(group: str, kind: str, count: int, split: str = "test", seed: int = 41)
     return world.make_cases(group, count, seed, split=split, kinds=(kind,))
 
 
-def jpeg(picture: Image.Image) -> Image.Image:
+def jpeg(image: Image.Image) -> Image.Image:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=60)
+    image.save(buffer, "JPEG", quality=60)
     return Image.open(buffer).convert("RGB")
 
 
-def blurred(picture: Image.Image) -> Image.Image:
-    return picture.filter(ImageFilter.GaussianBlur(0.7))
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(0.7))
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_only_written_words_are_read_and_once(
     cases: list[world.Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    monkeypatch.setattr(metrics, "read_text", lambda picture: read.append(1) or "")
+    monkeypatch.setattr(metrics, "read_text", lambda image: read.append(1) or "")
     for case in cases:
         read.clear()
         judge(case, case.target)

@@ -72,7 +72,7 @@ def test_a_run_writes_everything_and_a_second_one_does_nothing(
     assert not [record["error"] for record in data["records"] if record["error"]]
     assert {record["arm"] for record in edits} == {"baseline", "bridge", "shuffled", "target-only"}
     assert {record["level"] for record in data["records"]} == {"edit", "perception"}
-    assert all((tmp_path / record["picture"]).is_file() for record in edits)
+    assert all((tmp_path / record["image"]).is_file() for record in edits)
     assert all((tmp_path / r["attention"]).is_file() for r in edits if r["arm"] != "baseline")
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         assert set(METRICS) <= next(csv.DictReader(file)).keys()
@@ -116,10 +116,10 @@ def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
     good, bad = make_cases("detail", 2, seed=0)
     edit = editor.edit
 
-    def fail(pictures: Any, prompt: str, *rest: Any, **options: Any) -> Any:
+    def fail(images: Any, prompt: str, *rest: Any, **options: Any) -> Any:
         if prompt == bad.prompt:
             raise ValueError("no such edit")
-        return edit(pictures, prompt, *rest, **options)
+        return edit(images, prompt, *rest, **options)
 
     monkeypatch.setattr(editor, "edit", fail)
     found = evaluate(editor, [good, bad], tmp_path, perception=False, num_inference_steps=3)
@@ -129,20 +129,20 @@ def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
     assert any("no such edit" in line for line in found.left_out)
 
 
-def test_an_edit_sees_every_picture_of_its_prompt_and_one_seed_in_all_arms(
+def test_an_edit_sees_every_image_of_its_prompt_and_one_seed_in_all_arms(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
-    def edit(pictures: Any, _prompt: str, seed: int, **_: Any) -> Any:
-        seen.append((pictures, seed))
+    def edit(images: Any, _prompt: str, seed: int, **_: Any) -> Any:
+        seen.append((images, seed))
         return case.image, None
 
     monkeypatch.setattr(editor, "edit", edit)
     case = make_cases("consistency", 1, kinds=("same_colour",))[0]
     arms = default_arms(editor.bridge, "random")[:2]
     evaluate(editor, [case], tmp_path, arms, perception=False)
-    assert [pictures for pictures, _ in seen] == [case.pictures] * 2
+    assert [images for images, _ in seen] == [case.images] * 2
     assert len({seed for _, seed in seen}) == 1
     turned = replace(case, references=(case.references[0].rotate(90),))
     evaluate(editor, [turned], tmp_path, arms, perception=False)
@@ -180,7 +180,7 @@ def test_baselines_are_reused_until_the_pipeline_changes(
         assert len(edits) == expected, name
 
 
-def test_a_picture_shown_at_another_size_has_another_key(editor: Any, tmp_path: Path) -> None:
+def test_a_image_shown_at_another_size_has_another_key(editor: Any, tmp_path: Path) -> None:
     (case,) = make_cases("detail", 1, seed=6)
     keys = set()
     family = editor.family
@@ -194,7 +194,7 @@ def test_a_picture_shown_at_another_size_has_another_key(editor: Any, tmp_path: 
     assert len(keys) == 3
 
 
-def test_another_prompt_on_the_same_picture_is_no_partner(editor: Any, tmp_path: Path) -> None:
+def test_another_prompt_on_the_same_image_is_no_partner(editor: Any, tmp_path: Path) -> None:
     case, other = make_cases("detail", 2)
     twin = replace(case, case_id="twin", prompt="something else")
     arms = [Arm("baseline"), Arm("shuffled", editor.bridge, "random", features="shuffled")]

@@ -56,8 +56,8 @@ def test_a_photograph_gets_the_metrics_that_need_no_truth_and_no_others(folder: 
 def test_every_fault_is_named_with_file_and_line(folder: Path) -> None:
     faults = [
         ("{broken", "Expecting property name"),
-        ({**GOOD, "image": "absent.png", "id": "b"}, "no such picture"),
-        ({**GOOD, "mask": "small.png", "id": "c"}, r"the mask is (10, 10) px, its picture (240, 160)"),
+        ({**GOOD, "image": "absent.png", "id": "b"}, "no such image"),
+        ({**GOOD, "mask": "small.png", "id": "c"}, r"the mask is (10, 10) px, its image (240, 160)"),
         (GOOD, "the id 'a' is that of"),
         ({**GOOD, "image": "../outside.png", "id": "d"}, "leads out of"),
         ({**GOOD, "id": "<b>"}, "is no file name"),
@@ -119,7 +119,7 @@ COLUMNS = {"key": "k1", "task_type": "text_change", "instruction": "Change the t
 
 
 def test_gedit_is_read_from_the_files_of_its_dataset(tmp_path: Path, photo: Image.Image) -> None:
-    """Pictures lie in Arrow streams as structs of bytes and path, as `datasets` writes them."""
+    """Images lie in Arrow streams as structs of bytes and path, as `datasets` writes them."""
     import pyarrow
     from pyarrow import parquet
 

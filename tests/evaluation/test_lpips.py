@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from qwen_vision_bridge.evaluation.metrics import lpips as perceptual
 
 from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.metrics import lpips as perceptual
 from qwen_vision_bridge.evaluation.scoring import measure
 from qwen_vision_bridge.synthetic.cases import make_cases
 
@@ -38,8 +38,8 @@ def test_lpips_follows_the_published_formula(random_alexnet: Any, photo: Image.I
     heads = perceptual._network("alex").lins
     mean, std = (torch.tensor(v)[:, None, None] for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
     maps = []
-    for picture in (photo, other):
-        hidden = (torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1 - mean) / std
+    for image in (photo, other):
+        hidden = (torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1 - mean) / std
         found, hidden = [], hidden[None]
         for index, layer in enumerate(random_alexnet.features):
             hidden = layer(hidden)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 
+from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import scene as scenes
 
@@ -71,8 +71,8 @@ def test_boxes_are_read_line_by_line_from_left_to_right() -> None:
     from matplotlib import get_data_path
 
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", 40)
-    picture = Image.new("RGB", (520, 240), "white")
-    pencil = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (520, 240), "white")
+    pencil = ImageDraw.Draw(image)
     for text, corner in (
         ("RIVER", (20, 30)),
         ("STONE", (330, 38)),
@@ -80,12 +80,12 @@ def test_boxes_are_read_line_by_line_from_left_to_right() -> None:
         ("LEMON", (320, 144)),
     ):
         pencil.text(corner, text, "black", font)
-    assert metrics.read_text(picture) == "RIVER STONE MUSIC LEMON"
+    assert metrics.read_text(image) == "RIVER STONE MUSIC LEMON"
 
 
-def test_a_picture_without_words_reads_empty_though_it_has_shapes() -> None:
-    pictures = [case.image for case in world.make_cases("space", 6, seed=2)]
-    assert [metrics.read_text(picture) for picture in pictures] == [""] * 6
+def test_a_image_without_words_reads_empty_though_it_has_shapes() -> None:
+    images = [case.image for case in world.make_cases("space", 6, seed=2)]
+    assert [metrics.read_text(image) for image in images] == [""] * 6
 
 
 # --- space ----------------------------------------------------------------------------------------------
@@ -105,42 +105,42 @@ def test_find_objects_survives_blur_and_noise() -> None:
     for case in world.make_cases("space", 12, seed=9):
         blurred = np.asarray(case.target.filter(ImageFilter.GaussianBlur(1)))
         noise = np.random.default_rng(0).normal(0, 6, blurred.shape)
-        picture = (blurred + noise).round().clip(0, 255).astype(np.uint8)
-        assert metrics.objects_lost(picture, case.expected_objects) == 0, case.case_id
-        assert metrics.centroid_error(picture, case.expected_objects) < 2, case.case_id
+        image = (blurred + noise).round().clip(0, 255).astype(np.uint8)
+        assert metrics.objects_lost(image, case.expected_objects) == 0, case.case_id
+        assert metrics.centroid_error(image, case.expected_objects) < 2, case.case_id
 
 
 def test_centroid_error_is_the_distance_of_the_move() -> None:
     item = scenes.SceneObject("circle", "red", (40.0, 50.0), 14.0)
-    picture = scenes.render(scenes.Scene(128, "checks", "beige", 1, (item,)))
-    assert metrics.centroid_error(picture, [item]) < 0.5
+    image = scenes.render(scenes.Scene(128, "checks", "beige", 1, (item,)))
+    assert metrics.centroid_error(image, [item]) < 0.5
     moved = replace(item, centre=(70.0, 90.0))
-    assert metrics.centroid_error(picture, [moved]) == pytest.approx(50, abs=0.5)  # a 3-4-5 triangle
+    assert metrics.centroid_error(image, [moved]) == pytest.approx(50, abs=0.5)  # a 3-4-5 triangle
 
 
 def test_a_lost_object_counts_as_the_diagonal() -> None:
     kept = scenes.SceneObject("circle", "red", (40.0, 50.0), 14.0)
     lost = scenes.SceneObject("star", "blue", (90.0, 80.0), 14.0)
-    picture = scenes.render(scenes.Scene(128, "dots", "rose", 1, (kept,)))
+    image = scenes.render(scenes.Scene(128, "dots", "rose", 1, (kept,)))
     diagonal = 128 * math.sqrt(2)
-    assert metrics.objects_lost(picture, [kept]) == 0
-    assert metrics.objects_lost(picture, [kept, lost]) == 1
-    assert metrics.centroid_error(picture, [lost]) == pytest.approx(diagonal)
-    assert metrics.centroid_error(picture, [kept, lost]) == pytest.approx(diagonal / 2, abs=0.5)
+    assert metrics.objects_lost(image, [kept]) == 0
+    assert metrics.objects_lost(image, [kept, lost]) == 1
+    assert metrics.centroid_error(image, [lost]) == pytest.approx(diagonal)
+    assert metrics.centroid_error(image, [kept, lost]) == pytest.approx(diagonal / 2, abs=0.5)
 
 
 def test_two_objects_of_a_colour_are_paired_for_the_least_distance() -> None:
     pair = [scenes.SceneObject("square", "green", (x, 64.0), 14.0) for x in (30.0, 95.0)]
-    picture = scenes.render(scenes.Scene(128, "stripes", "brown", 1, tuple(pair)))
-    assert metrics.centroid_error(picture, pair) < 0.5
-    assert metrics.centroid_error(picture, pair[::-1]) < 0.5
-    assert metrics.objects_lost(picture, [*pair, replace(pair[0], centre=(60.0, 20.0))]) == 1
+    image = scenes.render(scenes.Scene(128, "stripes", "brown", 1, tuple(pair)))
+    assert metrics.centroid_error(image, pair) < 0.5
+    assert metrics.centroid_error(image, pair[::-1]) < 0.5
+    assert metrics.objects_lost(image, [*pair, replace(pair[0], centre=(60.0, 20.0))]) == 1
 
 
 # --- detail ---------------------------------------------------------------------------------------------
 
 
-def test_masked_ssim_is_one_for_identical_pictures(texture: np.ndarray, left_half: np.ndarray) -> None:
+def test_masked_ssim_is_one_for_identical_images(texture: np.ndarray, left_half: np.ndarray) -> None:
     assert metrics.masked_ssim(texture, Image.fromarray(texture), left_half) == pytest.approx(1.0)
 
 
@@ -199,7 +199,7 @@ def test_a_right_edit_scores_better_than_none_in_every_kind() -> None:
 # --- the boundary ---------------------------------------------------------------------------------------
 
 
-def test_pictures_of_different_sizes_are_refused_with_both_sizes(texture: np.ndarray) -> None:
+def test_images_of_different_sizes_are_refused_with_both_sizes(texture: np.ndarray) -> None:
     with pytest.raises(ValueError, match="96 × 96 px and 80 × 96 px"):
         metrics.mean_abs_difference(texture, texture[:, :80])
 
@@ -213,13 +213,13 @@ def test_a_mask_that_does_not_fit_is_refused(texture: np.ndarray, left_half: np.
         metrics.colour_error(texture, np.zeros_like(left_half), (0, 0, 0))
 
 
-def test_a_picture_that_is_none_is_refused(texture: np.ndarray, left_half: np.ndarray) -> None:
+def test_a_image_that_is_none_is_refused(texture: np.ndarray, left_half: np.ndarray) -> None:
     with pytest.raises(ValueError, match="float32"):
         metrics.read_text(texture.astype(np.float32))
     with pytest.raises(ValueError, match=r"\(96, 96\)"):
         metrics.find_objects(texture[..., 0])
     with pytest.raises(TypeError, match="str"):
-        metrics.colour_error("picture.png", left_half, (0, 0, 0))
+        metrics.colour_error("image.png", left_half, (0, 0, 0))
     with pytest.raises(ValueError, match="at least one object"):
         metrics.centroid_error(texture, [])
     with pytest.raises(ValueError, match="11 × 11"):

@@ -1,4 +1,4 @@
-"""Registration finds planted shifts, scales and turns, though part of the picture was edited."""
+"""Registration finds planted shifts, scales and turns, though part of the image was edited."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qwen_vision_bridge.evaluation.metrics.registration import measure_drift
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 
-def moved(picture: Image.Image, right: float, down: float, scale: float, degrees: float) -> Image.Image:
-    """The picture's content shifted, scaled and turned about its centre, with a red patch painted over it."""
-    centre = (np.array(picture.size) - 1) / 2
+def moved(image: Image.Image, right: float, down: float, scale: float, degrees: float) -> Image.Image:
+    """The image's content shifted, scaled and turned about its centre, with a red patch painted over it."""
+    centre = (np.array(image.size) - 1) / 2
     turn = SimilarityTransform(scale=scale, rotation=np.radians(degrees))
     whole = SimilarityTransform(translation=-centre) + turn
     whole += SimilarityTransform(translation=centre + np.array([right, down]))
-    pixels = warp(np.asarray(picture), whole.inverse, mode="edge", order=3) * 255
+    pixels = warp(np.asarray(image), whole.inverse, mode="edge", order=3) * 255
     pixels = pixels.clip(0, 255).round().astype(np.uint8)
     pixels[20:50, 30:70] = (255, 0, 0)
     return Image.fromarray(pixels)
@@ -30,8 +30,8 @@ def moved(picture: Image.Image, right: float, down: float, scale: float, degrees
 def test_a_planted_drift_is_recovered_beside_an_edit(
     right: float, down: float, scale: float, degrees: float, photo: Image.Image
 ) -> None:
-    for picture in (photo, make_cases("detail", 1, 0)[0].image):
-        drift = measure_drift(moved(picture, right, down, scale, degrees), picture)
+    for image in (photo, make_cases("detail", 1, 0)[0].image):
+        drift = measure_drift(moved(image, right, down, scale, degrees), image)
         assert drift is not None
         assert (drift.right_px, drift.down_px) == pytest.approx((right, down), abs=0.1)
         assert drift.scale == pytest.approx(scale, abs=0.001)
@@ -39,7 +39,7 @@ def test_a_planted_drift_is_recovered_beside_an_edit(
         assert drift.shift_px == pytest.approx(np.hypot(right, down), abs=0.1)
 
 
-def test_large_pictures_are_measured_in_their_own_pixels(photo: Image.Image) -> None:
+def test_large_images_are_measured_in_their_own_pixels(photo: Image.Image) -> None:
     large = photo.resize((720, 480))
     drift = measure_drift(moved(large, 6, 3, 1, 0), large)
     assert (drift.right_px, drift.down_px) == pytest.approx((6, 3), abs=0.3)

@@ -38,7 +38,7 @@ def record(folder: Path, case: int, arm: str, group: str) -> dict[str, Any]:
     return {
         "key": f"{case}{arm}", "level": "edit", "case_id": f"c{case}", "group": group, "kind": "k",
         "difficulty": "easy", "arm": arm, "prompt": EVIL, "seed": 0, "error": None, "seconds": 1.0,
-        "picture": f"{group}/c{case}_{arm}.png",
+        "image": f"{group}/c{case}_{arm}.png",
         "metrics": {"right": float(rng.random() < 0.5), SPREAD[group]: float(rng.random())},
         **({"attention": f"{group}/c{case}_{arm}_levels.png"} if arm != "baseline" else {}),
     }  # fmt: skip

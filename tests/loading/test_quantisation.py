@@ -46,7 +46,7 @@ def test_group_offloading_leaves_4_bit_weights_as_they_are(level: str) -> None:
         assert torch.equal(model(inputs), expected)
 
 
-def test_an_edit_in_4_bits_with_group_offload_runs_and_strength_zero_is_its_stock_picture(
+def test_an_edit_in_4_bits_with_group_offload_runs_and_strength_zero_is_its_stock_image(
     editor_folder: Path, photo: Image.Image
 ) -> None:
     """Onto the same CPU: every step of the mode but the bus."""

@@ -23,8 +23,8 @@ GRIDS = {  # patches; a window of the target is 8 × 8 of them
     "square": [[1, 16, 16]],
     "odd, with edge windows": [[1, 18, 14]],
     "one window": [[1, 2, 6]],
-    "equal pictures": [[1, 8, 8]] * 3,
-    "unequal pictures": [[1, 18, 14], [1, 4, 6], [1, 16, 16]],
+    "equal images": [[1, 8, 8]] * 3,
+    "unequal images": [[1, 18, 14], [1, 4, 6], [1, 16, 16]],
 }
 
 
@@ -189,7 +189,7 @@ def test_strength_zero_is_the_pipeline_with_the_same_attention(
 ) -> None:
     """The pipeline called by hand, and both arms of the toolkit, use one and the same attention."""
     from qwen_vision_bridge.injection import batched_vision, mrope_positions
-    from qwen_vision_bridge.patches import picture_sizes
+    from qwen_vision_bridge.patches import image_sizes
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
     used = []
@@ -205,9 +205,9 @@ def test_strength_zero_is_the_pipeline_with_the_same_attention(
         found[arm] = np.asarray(editor.generate(photo, **options, **changes))
         assert bool(used) == (mode == "batched"), arm
     generator = torch.Generator("cpu").manual_seed(0)
-    sizes = picture_sizes(type(pipe), editor.family.editor)
+    sizes = image_sizes(type(pipe), editor.family.editor)
     with batched_vision(pipe, mode), mrope_positions(pipe), sizes:
         byhand = pipe(image=[photo], negative_prompt=" ", true_cfg_scale=4.0, generator=generator, **options)
-    for picture in found.values():
-        assert np.array_equal(picture, np.asarray(byhand.images[0]))
+    for image in found.values():
+        assert np.array_equal(image, np.asarray(byhand.images[0]))
     assert pipe.text_encoder.model.visual.config._attn_implementation != NAME

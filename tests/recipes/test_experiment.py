@@ -98,7 +98,7 @@ def test_a_shuffled_edit_without_a_partner_says_what_to_change() -> None:
     from recipes.experiment.editing import _call
 
     arm, case = SimpleNamespace(features="shuffled", bridge=object()), SimpleNamespace(case_id="lonely")
-    with pytest.raises(ValueError, match="lonely: no other picture of its part has its grid; take fewer"):
+    with pytest.raises(ValueError, match="lonely: no other image of its part has its grid; take fewer"):
         _call(SimpleNamespace(arms=[arm], partners={"lonely": None}), None, case)
 
 
@@ -189,18 +189,18 @@ def test_edits_are_drawn_by_the_pipeline_and_measured_later(
     monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home"))
     bench, edits = Bench(tmp_path, samples=4, workers=0), Edits("test", "space", 1, 2, 1)
     (case,) = edits.cases()
-    pictures = {}
+    images = {}
     for arm in ("baseline", "fresh", "sharp"):
         if arm != "baseline":
             bench.train(EXTRA[arm], 0)
         draw(bench, arm, 0, edits)
         with ZipFile(edits.drawn(tmp_path, arm, 0)) as file:
-            pictures[arm] = np.asarray(Image.open(io.BytesIO(file.read(f"{case.case_id}.webp"))))
+            images[arm] = np.asarray(Image.open(io.BytesIO(file.read(f"{case.case_id}.webp"))))
     noise = Run(bench.pipeline, tmp_path, [], 0, {}, {}).seed_of(case)
     stock = bench.pipeline.generate(case.image, case.prompt, False, seed=noise, num_inference_steps=2)
-    assert np.array_equal(pictures["baseline"], np.asarray(stock))
-    assert np.array_equal(pictures["baseline"], pictures["fresh"])
-    assert not np.array_equal(pictures["baseline"], pictures["sharp"])
+    assert np.array_equal(images["baseline"], np.asarray(stock))
+    assert np.array_equal(images["baseline"], images["fresh"])
+    assert not np.array_equal(images["baseline"], images["sharp"])
     (found,) = measure(bench, "fresh", 0, edits)
     assert (found["arm"], found["case"]) == ("fresh", case.case_id)
     assert {"right", "unedited_ssim", "target_difference"} <= found["metrics"].keys()

@@ -23,11 +23,11 @@ def test_the_fast_forward_equals_the_stock_model(role: str, shown: int) -> None:
     from recipes.miniature import data, fast
 
     model, rows = fast.build(role, seed=0), data.dialogues("test", 0, 2, shown)
-    pictures = rows["full" if role == "source" else "small"]
+    images = rows["full" if role == "source" else "small"]
     processor = miniature.source_processor() if role == "source" else miniature.target_processor()
     with torch.no_grad():
-        mine = model.hidden(torch.from_numpy(pictures), torch.from_numpy(rows["text"]).long())
-        for row, text, seen in zip(mine, rows["text"], pictures, strict=True):
+        mine = model.hidden(torch.from_numpy(images), torch.from_numpy(rows["text"]).long())
+        for row, text, seen in zip(mine, rows["text"], images, strict=True):
             words = processor.tokenizer.decode(text[text > 0])
             slots = (f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(shown))
             prompt = tokens.TEMPLATE_PREFIX + "".join(slots) + words
@@ -38,7 +38,7 @@ def test_the_fast_forward_equals_the_stock_model(role: str, shown: int) -> None:
 
 
 @pytest.mark.parametrize("group", ["ocr", "consistency"])
-def test_the_batched_editor_makes_the_stock_pipelines_picture(
+def test_the_batched_editor_makes_the_stock_pipelines_image(
     group: str, editor: Any, editor_folder: Path
 ) -> None:
     from recipes.miniature import data
@@ -46,18 +46,18 @@ def test_the_batched_editor_makes_the_stock_pipelines_picture(
 
     case = world.make_cases(group, 1, seed=1, split="validation")[0]
     options = {"seed": 5, "num_inference_steps": 3, "true_cfg_scale": 4.0}
-    stock = editor.generate(case.pictures, case.prompt, use_qwen3_vision=False, **options)
+    stock = editor.generate(case.images, case.prompt, use_qwen3_vision=False, **options)
     parts = (str(editor_folder / name) for name in ("text_encoder", "vae", "transformer"))
     batched = load(*parts, seed=0)
-    full = torch.from_numpy(np.stack([np.asarray(picture) for picture in case.pictures]))
-    small = torch.from_numpy(np.stack([data.small(picture) for picture in case.pictures]))
+    full = torch.from_numpy(np.stack([np.asarray(image) for image in case.images]))
+    small = torch.from_numpy(np.stack([data.small(image) for image in case.images]))
     text, length = (torch.from_numpy(np.asarray(part))[None] for part in data.prompt_row(case.prompt))
     with torch.no_grad():
         references = batched.references(full[None])
         states, empty = batched.embed(small[None], text.int())
         latents = batched.sample(references, states, empty, length, 3, 4.0, seeds=[5])
-        picture = batched.to_pictures(latents)[0].numpy()
-    assert np.abs(picture.astype(int) - np.asarray(stock).astype(int)).max() <= 1
+        image = batched.to_images(latents)[0].numpy()
+    assert np.abs(image.astype(int) - np.asarray(stock).astype(int)).max() <= 1
 
 
 def test_the_prompts_last_tokens_learn_the_answers_first_ones() -> None:
@@ -83,10 +83,10 @@ def test_the_workers_tokenizer_is_the_shipped_one() -> None:
     assert data.encode(text) == shipped(text)["input_ids"]
 
 
-def test_a_picture_that_is_not_reduced_first_is_what_the_targets_own_processor_gives() -> None:
+def test_a_image_that_is_not_reduced_first_is_what_the_targets_own_processor_gives() -> None:
     from recipes.miniature import data
 
-    rows = data.dialogues("test", 0, 3, sides=(data.PICTURE,))
+    rows = data.dialogues("test", 0, 3, sides=(data.IMAGE,))
     inputs = miniature.target_processor().image_processor(list(rows["full"][:, 0]), return_tensors="pt")
     same = miniature.target_processor().image_processor(list(rows["small"][:, 0]), return_tensors="pt")
     torch.testing.assert_close(inputs["pixel_values"], same["pixel_values"], atol=0.02, rtol=0)
@@ -103,7 +103,7 @@ def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
         data.edit_pairs("train", 0, 60, shown)
 
 
-def test_reading_asks_for_the_words_of_every_picture() -> None:
+def test_reading_asks_for_the_words_of_every_image() -> None:
     from recipes.miniature import data
 
     rows = data.dialogues("test", 0, 3, reading=1.0)

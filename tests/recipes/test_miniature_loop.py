@@ -133,17 +133,17 @@ def test_a_full_pool_overwrites_its_oldest_items() -> None:
     assert sorted(pool.gather(torch.arange(5))["index"].tolist()) == [4, 5, 6, 7, 8]
 
 
-def test_the_2d_vae_is_the_stock_vae_on_single_pictures() -> None:
+def test_the_2d_vae_is_the_stock_vae_on_single_images() -> None:
     from recipes.miniature.single_frame import as_images, prepare
 
     vae = prepare(1)
     x = torch.rand(1, 3, 1, 48, 32) * 2 - 1
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mode()
-        picture = vae.decode(z).sample
+        image = vae.decode(z).sample
         with as_images(vae):
             torch.testing.assert_close(vae.encode(x).latent_dist.mode(), z, atol=1e-4, rtol=0)
-            torch.testing.assert_close(vae.decode(z).sample, picture, atol=1e-4, rtol=0)
+            torch.testing.assert_close(vae.decode(z).sample, image, atol=1e-4, rtol=0)
             with pytest.raises(ValueError, match="single frames"):
                 vae.encoder(x.expand(-1, -1, 2, -1, -1))
-        assert torch.equal(vae.decode(z).sample, picture)
+        assert torch.equal(vae.decode(z).sample, image)

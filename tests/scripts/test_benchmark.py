@@ -91,7 +91,7 @@ def test_a_value_of_another_device_is_not_taken_for_this_ones(tmp_path: Path) ->
     made = bench(tmp_path)
     made.rows.append({"name": "a rate", "value": 9.0, "device": "NVIDIA H200"})
     assert made.value_of("a rate") is None
-    made.add("a rate", 2.0, "pictures/s")
+    made.add("a rate", 2.0, "images/s")
     assert made.value_of("a rate") == 2
 
 
@@ -115,8 +115,8 @@ def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
     assert found[f"{where}, stock pipeline as installed"]["value"] > 0
     for arm, stages in {"baseline": 5, "enhanced": 7}.items():
         assert sum(name.startswith("stage, ") and name.endswith(arm) for name in found) == stages
-    assert found["plain: strength 0 has the stock picture's bits"]["value"] == 1
-    assert found["plain: a random bridge changes the picture"]["value"] == 1
+    assert found["plain: strength 0 has the stock image's bits"]["value"] == 1
+    assert found["plain: a random bridge changes the image"]["value"] == 1
     assert found["24 GB mode (plain): an enhanced edit completes inside the cap"]["value"] == 1
     assert not any("GPU memory" in name for name in found)  # which a CPU has none of
 
@@ -188,21 +188,21 @@ def test_files_below_the_folder_that_are_not_its_own_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies where measurements or random weights would go is left alone, or refused."""
-    said = "9.5 pictures/s\nTook 3 s"
+    said = "9.5 images/s\nTook 3 s"
     monkeypatch.setattr(bench_devices, "_launch", lambda *_: said)
-    for name in ("features", "evaluation-1", "pictures-2", "source", "editor"):
+    for name in ("features", "evaluation-1", "images-2", "source", "editor"):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "config.json").write_text("{}")
-    made = bench(tmp_path, pictures=2)
+    made = bench(tmp_path, images=2)
     assert bench_devices._extraction(made, tmp_path, 1) == 9.5
     assert bench_devices._evaluation(made, 1) == 3
-    with pytest.raises(FileExistsError, match="pictures-2"):
+    with pytest.raises(FileExistsError, match="images-2"):
         bench_devices._folder(made)
     with pytest.raises(FileExistsError, match="source"):
         made._write(editor=True, whole=False)
     left = sorted(path.relative_to(tmp_path / "models").as_posix() for path in tmp_path.glob("models/**/*.*"))
     assert left == [
-        f"{name}/config.json" for name in ("editor", "evaluation-1", "features", "pictures-2", "source")
+        f"{name}/config.json" for name in ("editor", "evaluation-1", "features", "images-2", "source")
     ]
 
 

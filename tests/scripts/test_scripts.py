@@ -225,13 +225,13 @@ def test_the_environment_check_exits_1_with_a_remedy_where_nothing_can_run(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "no such picture"),
+        (None, "no such image"),
         (b"", "is empty"),
-        (b"nonsense", "not a picture"),
+        (b"nonsense", "not an image"),
         (b"\x89PNG\r\n\x1a\n\0\0", "png"),
     ],
 )
-def test_bad_pictures_exit_2_with_one_line_and_nothing_written(
+def test_bad_images_exit_2_with_one_line_and_nothing_written(
     script: Any, content: bytes | None, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = folder / "given.png"
@@ -271,7 +271,7 @@ def test_bad_arguments_exit_2_with_one_line(
     assert not (folder / "examples_output").exists()
 
 
-def test_small_and_extreme_pictures_exit_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_and_extreme_images_exit_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for size, says in (((3, 3), "one vision token"), ((14 * 300, 14), "200:1")):
         Image.new("RGB", size).save(folder / "odd.png")
         code, error = outcome(

@@ -1,4 +1,4 @@
-"""Claims about the synthetic pictures: reproducible, legible, and right about what a right edit changes."""
+"""Claims about the synthetic images: reproducible, legible, and right about what a right edit changes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 
+from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 from qwen_vision_bridge.specs import MAX_SEED
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import instructions as edits
@@ -124,9 +124,9 @@ def test_shapes_are_drawn_around_their_centre_within_their_radius() -> None:
 @pytest.mark.parametrize("backdrop", ["grey", "navy"])
 def test_a_texture_is_visible_and_no_object_is_found_in_it(texture: str, backdrop: str) -> None:
     for seed in range(3):
-        picture = scenes.render(scenes.Scene(128, texture, backdrop, seed))
-        assert np.asarray(picture).std(axis=(0, 1)).min() > 5
-        assert metrics.find_objects(picture) == []
+        image = scenes.render(scenes.Scene(128, texture, backdrop, seed))
+        assert np.asarray(image).std(axis=(0, 1)).min() > 5
+        assert metrics.find_objects(image) == []
 
 
 def test_drawing_a_word_imports_neither_pyplot_nor_torch() -> None:
@@ -137,12 +137,12 @@ def test_drawing_a_word_imports_neither_pyplot_nor_torch() -> None:
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)
 
 
-def test_test_picture_shows_a_word_and_three_shapes() -> None:
-    picture = world.sample_picture()
-    assert (picture.size, picture.mode) == ((448, 448), "RGB")
-    assert picture.tobytes() == world.sample_picture().tobytes()
-    assert metrics.read_text(picture) in layout.WORDS
-    assert len(metrics.find_objects(picture)) == 3
+def test_test_image_shows_a_word_and_three_shapes() -> None:
+    image = world.sample_image()
+    assert (image.size, image.mode) == ((448, 448), "RGB")
+    assert image.tobytes() == world.sample_image().tobytes()
+    assert metrics.read_text(image) in layout.WORDS
+    assert len(metrics.find_objects(image)) == 3
 
 
 def first_draw(seed: int) -> scenes.Scene:
@@ -153,14 +153,14 @@ def first_draw(seed: int) -> scenes.Scene:
 def test_a_seed_whose_first_draw_has_no_room_draws_again(seed: int) -> None:
     with pytest.raises(layout.NoRoomError):
         first_draw(seed)
-    drawn = world.sample_picture(128, seed)
+    drawn = world.sample_image(128, seed)
     assert len(metrics.find_objects(drawn)) == 3
-    assert drawn.tobytes() == world.sample_picture(128, seed).tobytes()
+    assert drawn.tobytes() == world.sample_image(128, seed).tobytes()
 
 
 def test_a_seed_whose_first_draw_has_room_keeps_its_scene() -> None:
     for seed in range(5):
-        assert world.sample_picture(128, seed).tobytes() == scenes.render(first_draw(seed)).tobytes()
+        assert world.sample_image(128, seed).tobytes() == scenes.render(first_draw(seed)).tobytes()
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -168,7 +168,7 @@ def test_a_seed_whose_first_draw_has_room_keeps_its_scene() -> None:
 @example(seed=6, size=448)
 @example(seed=MAX_SEED, size=64)
 def test_every_seed_draws_a_test_image(seed: int, size: int) -> None:
-    assert world.sample_picture(size, seed).size == (size, size)
+    assert world.sample_image(size, seed).size == (size, size)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -189,7 +189,7 @@ def test_every_seed_draws_cases_in_every_script(seed: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("draw", [
-    lambda seed: world.sample_picture(64, seed),
+    lambda seed: world.sample_image(64, seed),
     lambda seed: world.make_cases("ocr", 1, seed),
     lambda seed: language_cases(1, seed),
 ])  # fmt: skip
@@ -221,7 +221,7 @@ def test_masks_hold_every_change_and_little_else(cases: list[world.Case]) -> Non
 
 
 def test_no_word_is_clipped_by_the_border(cases: list[world.Case]) -> None:
-    """Every box lies inside the picture, and its word inside the box."""
+    """Every box lies inside the image, and its word inside the box."""
     for case in cases:
         for block in (*case.edit.before.texts, *case.edit.after.texts):
             left, top, right, bottom = block.box
@@ -396,7 +396,7 @@ def test_novel_scenes_are_made_of_what_no_other_split_has(
             assert not layout.is_held_out(scene), case.case_id
 
 
-def test_splits_share_no_picture() -> None:
+def test_splits_share_no_image() -> None:
     made = [{c.image.tobytes() for c in world.make_cases("detail", 12, split=s)} for s in world.SPLITS]
     assert len(set.union(*made)) == sum(map(len, made))
 

@@ -48,7 +48,7 @@ def test_all_files_together_stay_below_40_mb_and_each_below_15(
 
 
 def test_the_package_ships_trained_weights_with_their_card(source_folder: Path, editor_folder: Path) -> None:
-    """Trained, not built: the VAE gives a picture back."""
+    """Trained, not built: the VAE gives an image back."""
     import numpy as np
     from diffusers import AutoencoderKLQwenImage
 
@@ -57,13 +57,13 @@ def test_the_package_ships_trained_weights_with_their_card(source_folder: Path, 
 
     assert miniature.is_shipped()
     assert {source_folder.parent, editor_folder.parent} == {miniature.SHIPPED}
-    picture = np.asarray(make_cases("space", 1, split="novel")[0].image)
+    image = np.asarray(make_cases("space", 1, split="novel")[0].image)
     vae = AutoencoderKLQwenImage.from_pretrained(editor_folder / "vae")
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    x = torch.from_numpy(image).permute(2, 0, 1)[None, :, None] / 127.5 - 1
     with torch.no_grad():
         back = vae.decode(vae.encode(x.to(vae.dtype)).latent_dist.mode()).sample[0, :, 0].float()
     pixels = ((back.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    assert masked_psnr(pixels, picture, np.ones(picture.shape[:2], bool)) > 27
+    assert masked_psnr(pixels, image, np.ones(image.shape[:2], bool)) > 27
 
 
 def test_every_figure_of_the_card_says_how_it_was_made() -> None:
@@ -98,7 +98,7 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(
     assert (miniature.build(tmp_path, "source") / "model.safetensors").is_file()
 
 
-def test_the_target_tower_listens_to_the_picture_and_the_dit_to_the_prompt(pipe: Any, photo: Any) -> None:
+def test_the_target_tower_listens_to_the_image_and_the_dit_to_the_prompt(pipe: Any, photo: Any) -> None:
     """Models this small go deaf at transformers' own initialisation; see `randomise`."""
     from qwen_vision_bridge.injection import mrope_positions
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 
 from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 from qwen_vision_bridge.evaluation.metrics.ocr import can_read
 from qwen_vision_bridge.evaluation.report.html import write_page
 from qwen_vision_bridge.evaluation.report.tables import kind_rows, write_results

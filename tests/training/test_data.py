@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vision_bridge.training import data as module
 from qwen_vision_bridge.training.data import (
     DatasetLessons,
     FolderLessons,
@@ -17,7 +18,6 @@ from qwen_vision_bridge.training.data import (
     WorldLessons,
     held_out,
 )
-from qwen_vision_bridge.training import data as module
 
 GOOD = {"image": "a.png", "question": "What does it say?", "answer": "HELLO"}
 EDIT = {"file_name": "a.png", "instruction": "Make it red.", "target": "b.png"}
@@ -25,11 +25,11 @@ EDIT = {"file_name": "a.png", "instruction": "Make it red.", "target": "b.png"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of two sizes, one broken, and no metadata yet."""
+    """Images of two sizes, one broken, and no metadata yet."""
     for name, size in (("a.png", (64, 48)), ("b.png", (64, 48)), ("small.png", (32, 32))):
         Image.new("RGB", size, (200, 30, 30)).save(tmp_path / name)
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    (tmp_path / "words.png").write_text("no picture")
+    (tmp_path / "words.png").write_text("no image")
     return tmp_path
 
 
@@ -48,19 +48,19 @@ def test_a_folder_gives_its_questions_and_its_edits(folder: Path) -> None:
     assert edits[0].after.size == edits[0].image.size == (64, 48)
     before = asked.digest
     Image.new("RGB", (64, 48), (0, 0, 9)).save(folder / "a.png", compress_level=0)
-    assert FolderLessons(folder, "perceive").digest != before  # another picture, other features
+    assert FolderLessons(folder, "perceive").digest != before  # another image, other features
 
 
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({**GOOD, "image": "none.png"}, "no such picture"),
-        ({**GOOD, "image": "cut.png"}, "no readable picture"),
-        ({**GOOD, "image": "words.png"}, "no readable picture"),
+        ({**GOOD, "image": "none.png"}, "no such image"),
+        ({**GOOD, "image": "cut.png"}, "no readable image"),
+        ({**GOOD, "image": "words.png"}, "no readable image"),
         ({**GOOD, "answer": ""}, "answer is missing or empty"),
         ({"question": "Q", "answer": "A"}, "image is missing"),
         ({"image": "a.png"}, "needs question and answer, or instruction and target"),
-        ({**EDIT, "target": "gone.png"}, "no such picture"),
+        ({**EDIT, "target": "gone.png"}, "no such image"),
         ({"image": "a.png", "instruction": "Make it red."}, "target is missing"),
         ({**EDIT, "target": "small.png"}, "the target is .*32, 32.*64, 48"),
         ("{not json", "not JSON"),

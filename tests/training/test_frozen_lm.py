@@ -22,9 +22,7 @@ from qwen_vision_bridge.training.frozen_lm import Reader
 FAMILY = FAMILIES["miniature"]
 CASES = make_cases("ocr", 3, seed=4, split="validation")
 GRID = (8, 8)
-SHOWN = isqrt(
-    FAMILY.editor.condition_area
-)  # px a side, to which the pipeline reduces pictures for the target
+SHOWN = isqrt(FAMILY.editor.condition_area)  # px a side, to which the pipeline reduces images for the target
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +114,7 @@ def test_the_eyes_see_what_the_pipeline_sees(pipe: Any, editor: Any, seen: list[
         assert found["grid"] == [8, 8]
 
 
-def test_a_teacher_sees_the_picture_as_large_as_the_processor_takes_it(seen: list[dict[str, Any]]) -> None:
+def test_a_teacher_sees_the_image_as_large_as_the_processor_takes_it(seen: list[dict[str, Any]]) -> None:
     sharp = VisionCacheExtractor(FAMILY, dtype=torch.float32, feature_cache=False)
     for case, found in zip(CASES, seen, strict=True):
         features = sharp.extract_qwen25_vision(case.image).vision_features[0]
@@ -128,9 +126,9 @@ def test_a_teacher_of_another_grid_is_averaged_place_by_place() -> None:
     fine = torch.arange(16.0).view(16, 1)  # 4 × 4 tokens, row by row
     assert pooled(fine, (4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     eyes = Eyes(FAMILY, "cpu", torch.float32, teacher=True)
-    picture = CASES[0].image.resize((120, 50))
-    (found,) = eyes.see([Lesson(picture, CASES[0].prompt)])
-    assert eyes.extractor.target_grid(picture) != tuple(found["grid"])  # the reduced one is less wide
+    image = CASES[0].image.resize((120, 50))
+    (found,) = eyes.see([Lesson(image, CASES[0].prompt)])
+    assert eyes.extractor.target_grid(image) != tuple(found["grid"])  # the reduced one is less wide
     eyes.close()
     teacher, plain = found["teacher"], found["vision"]
     assert teacher.shape == plain.shape

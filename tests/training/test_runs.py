@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from .test_train_bridge import refused
 
 import train_bridge
+
+from .test_train_bridge import refused
 
 FLAGS = [
     *("--max_train_samples", "6", "--validation_samples", "5", "--train_batch_size", "3"),

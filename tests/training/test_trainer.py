@@ -20,6 +20,7 @@ from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
 from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.runs import checkpoints, find_checkpoint
 from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
+from qwen_vision_bridge.training import checkpointing as milestones
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.data import WorldLessons
 from qwen_vision_bridge.training.features import Eyes
@@ -29,7 +30,6 @@ from qwen_vision_bridge.training.losses import StepPlan, Study, find_hard
 from qwen_vision_bridge.training.packs import Pack, build_pack
 from qwen_vision_bridge.training.trainable import BridgeLearner, rival_of
 from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
-from qwen_vision_bridge.training import checkpointing as milestones
 from qwen_vision_bridge.training.validation import GATES, choose_gate, examine, predict, summary
 
 FAMILY = FAMILIES["miniature"]
@@ -276,7 +276,7 @@ def test_only_so_many_checkpoints_are_kept_and_others_are_refused(tmp_path: Path
 def test_hard_lessons_are_those_that_the_baseline_gets_wrong(questions: Study) -> None:
     pack = copy.copy(questions.perceive)
     pack.lines = copy.deepcopy(pack.lines)
-    for index in (2, 5, 11):  # what no picture says
+    for index in (2, 5, 11):  # what no image says
         pack.lines[index]["answer"] = "ZZZZ"
     asked = Study(questions.reader, pack)
     hard = set(find_hard(asked).tolist())

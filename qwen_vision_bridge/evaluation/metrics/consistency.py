@@ -1,7 +1,7 @@
-"""Consistency across pictures: does an edit agree with the picture it was to follow, or with another edit?
+"""Consistency across images: does an edit agree with the image it was to follow, or with another edit?
 
 `agreement` looks at one thing that a reference shows and the edit was to take over: its colour, words, place.
-`edit_agreement` needs no truth: the same instruction on two pictures should do the same to both.
+`edit_agreement` needs no truth: the same instruction on two images should do the same to both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from ...synthetic.cases import Case, words_of
 from ...synthetic.scene import Scene, SceneObject, corners_of
 from . import pixels as metrics
-from .ocr import Picture, pixels_of
+from .ocr import ImageOrArray, pixels_of
 
 VISIBLE = 24  # grey levels in some channel: less is no change, but the codec's
 
@@ -28,23 +28,23 @@ class EditAgreement(NamedTuple):
     colour_off: float
     """CIEDE2000 between the mean colours of what changed, as they are afterwards."""
     place_off: float
-    """Distance of the middles of what changed, in sides of the pictures."""
+    """Distance of the middles of what changed, in sides of the images."""
     size_ratio: float
-    """Changed share of the picture that changed less, over that of the other: 1 for equal shares."""
+    """Changed share of the image that changed less, over that of the other: 1 for equal shares."""
 
 
-def agreement(case: Case, picture: Image.Image, read: str | None = None) -> dict[str, float]:
+def agreement(case: Case, image: Image.Image, read: str | None = None) -> dict[str, float]:
     """What an edit of a consistency case shares with its reference.
 
     Args:
         case: of `consistency`, with its scenes.
-        picture: the edit, RGB, of the case's size.
+        image: the edit, RGB, of the case's size.
         read: what `metrics.read_text` gives for it, where the case is about words.
 
     Returns:
         `agrees_text` (`metrics.edit_similarity` with the reference's words), `agrees_colour_off` (CIEDE2000
         of the mean colours of both things, or both backgrounds) and `agrees_place_off` (distance of both
-        middles in sides of the picture, 1 where the thing is not found), each where the instruction asks it.
+        middles in sides of the image, 1 where the thing is not found), each where the instruction asks it.
     """
     if case.edit is None or not case.edit.references:
         return {}
@@ -55,24 +55,24 @@ def agreement(case: Case, picture: Image.Image, read: str | None = None) -> dict
         return {} if read is None else {"agrees_text": metrics.edit_similarity(read, words)}
     if case.kind == "same_background":
         edited, shown = (_bare(scene, case.image.size) for scene in (after, model))
-        return {"agrees_colour_off": colour_off(picture, edited, reference, shown)}
+        return {"agrees_colour_off": colour_off(image, edited, reference, shown)}
     given = model.objects[0]
     taken = next(item for item in after.objects if (item.kind, item.colour) == (given.kind, given.colour))
     values = {
         "agrees_colour_off": colour_off(
-            picture, inside(taken, picture.size), reference, inside(given, reference.size)
+            image, inside(taken, image.size), reference, inside(given, reference.size)
         )
     }
     if case.kind == "same_object":
-        places = [metrics.found_places(shown, [given])[0] for shown in (picture, reference)]
+        places = [metrics.found_places(shown, [given])[0] for shown in (image, reference)]
         apart = 1.0
         if None not in places:
-            apart = float(np.hypot(*np.subtract(*places)) / picture.width)
+            apart = float(np.hypot(*np.subtract(*places)) / image.width)
         values["agrees_place_off"] = min(apart, 1.0)
     return values
 
 
-def colour_off(a: Picture, mask_a: np.ndarray, b: Picture, mask_b: np.ndarray) -> float:
+def colour_off(a: ImageOrArray, mask_a: np.ndarray, b: ImageOrArray, mask_b: np.ndarray) -> float:
     """CIEDE2000 between the mean CIELAB colours of two regions, masks bool (H, W).
 
     Sharma, Wu and Dalal 2005, by scikit-image. Raises ValueError where a mask is empty.
@@ -86,15 +86,15 @@ def colour_off(a: Picture, mask_a: np.ndarray, b: Picture, mask_b: np.ndarray) -
 
 
 def edit_agreement(
-    before_a: Picture, after_a: Picture, before_b: Picture, after_b: Picture
+    before_a: ImageOrArray, after_a: ImageOrArray, before_b: ImageOrArray, after_b: ImageOrArray
 ) -> EditAgreement | None:
-    """Whether the same instruction did the same to two pictures, from what changed in each.
+    """Whether the same instruction did the same to two images, from what changed in each.
 
     Returns:
-        None where one of the pictures did not change.
+        None where one of the images did not change.
 
     Raises:
-        ValueError: an edit of another size than its picture.
+        ValueError: an edit of another size than its image.
     """
     changed = [_changed(*pair) for pair in ((before_a, after_a), (before_b, after_b))]
     if not all(mask.any() for mask in changed):
@@ -111,11 +111,11 @@ def edit_agreement(
 def pair_records(
     cases: Sequence[Any], records: Sequence[Mapping[str, Any]], folder: Path
 ) -> list[dict[str, Any]]:
-    """A record for each two cases with one prompt, in every arm: `edit_agreement` of their pictures.
+    """A record for each two cases with one prompt, in every arm: `edit_agreement` of their images.
 
     Args:
         cases: those whose instructions mean the same wherever they are given; each goes with the next by id.
-        records: of the run, with the pictures that lie in `folder`.
+        records: of the run, with the images that lie in `folder`.
     """
     edits = {(r["case_id"], r["arm"]): r for r in records if r["level"] == "edit" and not r["error"]}
     by_prompt: dict[tuple[str, str], list[Any]] = {}
@@ -128,7 +128,7 @@ def pair_records(
                 both = [edits.get((case.case_id, arm)) for case in (first, second)]
                 if None in both:
                     continue
-                after = [Image.open(folder / record["picture"]) for record in both]
+                after = [Image.open(folder / record["image"]) for record in both]
                 agreed = edit_agreement(first.image, after[0], second.image, after[1])
                 values = {} if agreed is None else agreed._asdict()
                 found.append({
@@ -157,8 +157,8 @@ def _bare(scene: Scene, size: tuple[int, int]) -> np.ndarray:
     return free
 
 
-def _changed(before: Picture, after: Picture) -> np.ndarray:
+def _changed(before: ImageOrArray, after: ImageOrArray) -> np.ndarray:
     first, second = pixels_of(before), pixels_of(after)
     if first.shape != second.shape:
-        raise ValueError(f"the edit is {second.shape}, its picture {first.shape}; needed: the same size")
+        raise ValueError(f"the edit is {second.shape}, its image {first.shape}; needed: the same size")
     return (np.abs(first.astype(int) - second) > VISIBLE).any(-1)

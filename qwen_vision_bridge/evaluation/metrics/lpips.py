@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .ocr import Picture, pixels_of
+from .ocr import ImageOrArray, pixels_of
 
 WEIGHTS = {"alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 """File of each network; PIE-Bench measures with `squeeze`."""
@@ -31,22 +31,22 @@ def lpips_missing(net: str) -> str:
     return "" if path.is_file() else f"no {WEIGHTS[net]} in {path.parent}"
 
 
-def lpips(a: Picture, b: Picture, net: str = "alex", mask: np.ndarray | None = None) -> float:
-    """The distance of two pictures, 0 for equal ones.
+def lpips(a: ImageOrArray, b: ImageOrArray, net: str = "alex", mask: np.ndarray | None = None) -> float:
+    """The distance of two images, 0 for equal ones.
 
     With a mask, bool (H, W), both are made black outside it first, as PIE-Bench does: what is black in both
     adds nothing but its rim.
 
     Raises:
-        ValueError: pictures of different sizes, or a network whose weights are not here.
+        ValueError: images of different sizes, or a network whose weights are not here.
     """
     if why := lpips_missing(net):
         raise ValueError(f"LPIPS cannot be measured: {why}")
     import torch
 
-    first, second = (pixels_of(picture).astype(np.float32) / 127.5 - 1 for picture in (a, b))
+    first, second = (pixels_of(image).astype(np.float32) / 127.5 - 1 for image in (a, b))
     if first.shape != second.shape:
-        raise ValueError(f"the pictures are {first.shape} and {second.shape}; needed: the same size")
+        raise ValueError(f"the images are {first.shape} and {second.shape}; needed: the same size")
     if mask is not None:  # -1 is black
         first, second = (
             np.where(mask[..., None], pixels, -1.0).astype(np.float32) for pixels in (first, second)

@@ -1,4 +1,4 @@
-"""Reading the text in a picture, by an OCR package that carries its models.
+"""Reading the text in an image, by an OCR package that carries its models.
 
 They know Latin letters with and without accents, Chinese and Japanese, and no Cyrillic, Hangul, Arabic or
 Devanagari; Greek without accents and the final sigma. `can_read` asks the models' own alphabet.
@@ -16,19 +16,19 @@ from PIL import Image
 if TYPE_CHECKING:
     from rapidocr import RapidOCR
 
-Picture = Image.Image | np.ndarray
+ImageOrArray = Image.Image | np.ndarray
 OCR_THREADS = -1  # of the reader, set before its first use; -1 leaves them to it
 
 
-def pixels_of(picture: Picture, name: str = "picture") -> np.ndarray:
-    """The picture as uint8 (H, W, 3)."""
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    if not isinstance(picture, np.ndarray):
-        raise TypeError(f"{name} is a {type(picture).__name__}; needed: a PIL image or uint8 (H, W, 3)")
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"{name} is {picture.dtype} {picture.shape}; needed: a PIL image or uint8 (H, W, 3)")
-    return picture
+def pixels_of(image: ImageOrArray, name: str = "image") -> np.ndarray:
+    """The image as uint8 (H, W, 3)."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"{name} is a {type(image).__name__}; needed: a PIL image or uint8 (H, W, 3)")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"{name} is {image.dtype} {image.shape}; needed: a PIL image or uint8 (H, W, 3)")
+    return image
 
 
 @lru_cache(maxsize=1)
@@ -39,24 +39,24 @@ def _ocr_engine() -> RapidOCR:
     return RapidOCR(params={"Global.log_level": "critical", **threads})
 
 
-def read_boxes(picture: Picture) -> list[tuple[str, np.ndarray]]:
+def read_boxes(image: ImageOrArray) -> list[tuple[str, np.ndarray]]:
     """Every text that is found, with the corners of its box, (4, 2) px.
 
     PP-OCRv6 through rapidocr 3.10, detection and recognition, with the models inside its wheel (offline);
-    the first call builds the engine, about 1 s. Small pictures are passed as they are, since the detector
+    the first call builds the engine, about 1 s. Small images are passed as they are, since the detector
     enlarges them itself.
     """
-    reading = _ocr_engine()(np.ascontiguousarray(pixels_of(picture)[..., ::-1]), use_cls=False)  # takes BGR
+    reading = _ocr_engine()(np.ascontiguousarray(pixels_of(image)[..., ::-1]), use_cls=False)  # takes BGR
     return list(zip(reading.txts, reading.boxes, strict=True)) if reading.txts else []
 
 
-def read_text(picture: Picture, min_letters: int = 2) -> str:
-    """The text in a picture, its boxes in reading order and joined with spaces; "" where there is none.
+def read_text(image: ImageOrArray, min_letters: int = 2) -> str:
+    """The text in an image, its boxes in reading order and joined with spaces; "" where there is none.
 
     Boxes with fewer than `min_letters` letters or digits are left out: a lone sign is what the reader makes
     of a star, a cross or a wave.
     """
-    return in_order(read_boxes(picture), min_letters)
+    return in_order(read_boxes(image), min_letters)
 
 
 def in_order(boxes: list[tuple[str, np.ndarray]], min_letters: int = 2) -> str:

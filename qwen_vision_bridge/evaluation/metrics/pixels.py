@@ -1,7 +1,7 @@
 """Arrays and strings in, floats out: one function a metric, its source cited.
 
-A picture is a PIL image or a uint8 array (H, W, 3); a mask is a bool array (H, W) with at least one True.
-Anything else raises ValueError (TypeError where it is no picture at all), naming what was given and what is
+An image is a PIL image or a uint8 array (H, W, 3); a mask is a bool array (H, W) with at least one True.
+Anything else raises ValueError (TypeError where it is no image at all), naming what was given and what is
 needed. Positions are pixels, (x, y) from the top left corner: the centre of the first pixel is (0.5, 0.5).
 """
 
@@ -16,26 +16,24 @@ from typing import NamedTuple
 import numpy as np
 
 from ...synthetic.scene import COLOURS, RGB, SceneObject
-from .ocr import Picture
+from .ocr import ImageOrArray
 from .ocr import pixels_of as _pixels
 from .ocr import read_text as read_text
 
 SSIM_REACH = 5  # px: half the window of the structural similarity
 
 
-def _pair(a: Picture, b: Picture) -> tuple[np.ndarray, np.ndarray]:
-    first, second = _pixels(a, "the first picture"), _pixels(b, "the second picture")
+def _pair(a: ImageOrArray, b: ImageOrArray) -> tuple[np.ndarray, np.ndarray]:
+    first, second = _pixels(a, "the first image"), _pixels(b, "the second image")
     if first.shape != second.shape:
         sizes = (f"{pixels.shape[1]} × {pixels.shape[0]} px" for pixels in (first, second))
-        raise ValueError("the pictures differ in size: {} and {}; needed: the same size".format(*sizes))
+        raise ValueError("the images differ in size: {} and {}; needed: the same size".format(*sizes))
     return first, second
 
 
 def _checked(mask: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     if mask.dtype != bool or mask.shape != pixels.shape[:2]:
-        raise ValueError(
-            f"mask is {mask.dtype} {mask.shape}; needed: bool {pixels.shape[:2]}, as the picture"
-        )
+        raise ValueError(f"mask is {mask.dtype} {mask.shape}; needed: bool {pixels.shape[:2]}, as the image")
     if not mask.any():
         raise ValueError("mask is False everywhere; needed: at least one pixel to measure")
     return mask
@@ -88,18 +86,20 @@ class FoundObject(NamedTuple):
     area: float
 
 
-def colour_map(picture: Picture, colours: Mapping[str, RGB] = COLOURS, tolerance: float = 25.0) -> np.ndarray:
+def colour_map(
+    image: ImageOrArray, colours: Mapping[str, RGB] = COLOURS, tolerance: float = 25.0
+) -> np.ndarray:
     """Index of the nearest colour in CIELAB (CIE76) of every pixel, int (H, W); -1 where all are farther than
     `tolerance`."""
     from skimage.color import rgb2lab
 
     palette = rgb2lab(np.array(list(colours.values()), dtype=np.uint8)[None])[0]  # (C, 3)
-    distances = np.linalg.norm(rgb2lab(_pixels(picture))[..., None, :] - palette, axis=-1)  # (H, W, C)
+    distances = np.linalg.norm(rgb2lab(_pixels(image))[..., None, :] - palette, axis=-1)  # (H, W, C)
     return np.where(distances.min(-1) <= tolerance, distances.argmin(-1), -1)
 
 
 def find_objects(
-    picture: Picture,
+    image: ImageOrArray,
     colours: Mapping[str, RGB] = COLOURS,
     tolerance: float = 25.0,
     min_area: float | None = None,
@@ -107,12 +107,12 @@ def find_objects(
     """The patches of the given colours, largest first.
 
     A pixel belongs to its nearest colour in CIELAB (CIE76) when that is within `tolerance`. An opening with
-    a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 % of the picture)
+    a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 % of the image)
     are dropped too.
     """
     from scipy import ndimage
 
-    nearest = colour_map(picture, colours, tolerance)
+    nearest = colour_map(image, colours, tolerance)
     least = 0.003 * nearest.size if min_area is None else min_area
     found = []
     for index, colour in enumerate(colours):
@@ -126,23 +126,23 @@ def find_objects(
     return sorted(found, key=lambda item: -item.area)
 
 
-def place_distances(picture: Picture, expected: Sequence[SceneObject]) -> list[float | None]:
+def place_distances(image: ImageOrArray, expected: Sequence[SceneObject]) -> list[float | None]:
     """How far each expected object is from the patch assigned to it, px; None where it is lost."""
-    places = found_places(picture, expected)
+    places = found_places(image, expected)
     return [
         None if place is None else float(np.hypot(*np.subtract(place, item.centre)))
         for item, place in zip(expected, places, strict=True)
     ]
 
 
-def found_places(picture: Picture, expected: Sequence[SceneObject]) -> list[tuple[float, float] | None]:
+def found_places(image: ImageOrArray, expected: Sequence[SceneObject]) -> list[tuple[float, float] | None]:
     """Where the patch assigned to each expected object is, (x, y) px; None where it is lost."""
     from scipy.optimize import linear_sum_assignment
 
     found: list[tuple[float, float] | None] = [None] * len(expected)
     # A tenth of the surrounding disc is about a quarter of the slimmest shape: less is a scrap.
     least = min((0.1 * np.pi * item.radius**2 for item in expected), default=None)
-    patches = find_objects(picture, min_area=least)
+    patches = find_objects(image, min_area=least)
     for colour in {item.colour for item in expected}:
         wanted = [index for index, item in enumerate(expected) if item.colour == colour]
         centres = np.array([expected[index].centre for index in wanted])  # (wanted, 2)
@@ -153,49 +153,51 @@ def found_places(picture: Picture, expected: Sequence[SceneObject]) -> list[tupl
     return found
 
 
-def centroid_error(picture: Picture, expected_objects: Sequence[SceneObject]) -> float:
+def centroid_error(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
     """Mean distance in pixels between where objects should be and where patches of their colours are.
 
     Objects and patches of a colour are paired for the least total distance (Kuhn, "The Hungarian method",
-    1955). A lost object counts as the picture's diagonal, the largest distance there is: losing an object
+    1955). A lost object counts as the image's diagonal, the largest distance there is: losing an object
     never improves the score, and means and intervals stay finite; `objects_lost` tells such cases apart.
-    The picture must have the size of the scene that the objects are from.
+    The image must have the size of the scene that the objects are from.
     """
     if not expected_objects:
         raise ValueError("expected_objects is empty; needed: at least one object to look for")
-    diagonal = float(np.hypot(*_pixels(picture).shape[:2]))
-    distances = place_distances(picture, expected_objects)
+    diagonal = float(np.hypot(*_pixels(image).shape[:2]))
+    distances = place_distances(image, expected_objects)
     return float(np.mean([diagonal if distance is None else distance for distance in distances]))
 
 
-def objects_lost(picture: Picture, expected_objects: Sequence[SceneObject]) -> float:
-    """How many of the expected objects have no patch of their colour in the picture."""
-    return float(sum(distance is None for distance in place_distances(picture, expected_objects)))
+def objects_lost(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
+    """How many of the expected objects have no patch of their colour in the image."""
+    return float(sum(distance is None for distance in place_distances(image, expected_objects)))
 
 
-def objects_invented(picture: Picture, expected_objects: Sequence[SceneObject]) -> float:
+def objects_invented(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
     """How many patches of shapes' colours there are beyond one for each expected object of that colour.
 
     Patches below a quarter of the smallest expected object's disc are scraps and do not count.
     """
     least = min((0.25 * np.pi * item.radius**2 for item in expected_objects), default=None)
-    seen = Counter(patch.colour for patch in find_objects(picture, min_area=least))
+    seen = Counter(patch.colour for patch in find_objects(image, min_area=least))
     wanted = Counter(item.colour for item in expected_objects)
     return float((seen - wanted).total())
 
 
-def object_iou(picture: Picture, target: Picture, expected_objects: Sequence[SceneObject]) -> float:
-    """Mean intersection over union of the areas that the expected objects' colours cover in picture and
+def object_iou(image: ImageOrArray, target: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
+    """Mean intersection over union of the areas that the expected objects' colours cover in image and
     target, in [0, 1]: Jaccard, "The distribution of the flora in the alpine zone", 1912."""
     if not expected_objects:
         raise ValueError("expected_objects is empty; needed: at least one object to look for")
-    first, second = (colour_map(shown) for shown in _pair(picture, target))
+    first, second = (colour_map(shown) for shown in _pair(image, target))
     indices = [list(COLOURS).index(name) for name in sorted({item.colour for item in expected_objects})]
     areas = [(first == index, second == index) for index in indices]
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in areas]))
 
 
-def iou_by_object(picture: Picture, target: Picture, expected_objects: Sequence[SceneObject]) -> float:
+def iou_by_object(
+    image: ImageOrArray, target: ImageOrArray, expected_objects: Sequence[SceneObject]
+) -> float:
     """Mean over the target's objects of each one's own intersection over union with the patch assigned to it.
 
     Patches of a colour are paired for the greatest total (Kuhn 1955); a lost object counts as 0, and so does
@@ -205,7 +207,7 @@ def iou_by_object(picture: Picture, target: Picture, expected_objects: Sequence[
 
     if not expected_objects:
         raise ValueError("expected_objects is empty; needed: at least one object to look for")
-    seen, wanted = (colour_map(shown) for shown in _pair(picture, target))
+    seen, wanted = (colour_map(shown) for shown in _pair(image, target))
     least = 0.1 * np.pi * min(item.radius for item in expected_objects) ** 2
     overlaps: list[float] = []
     for colour in sorted({item.colour for item in expected_objects}):
@@ -229,15 +231,15 @@ def _patches(where: np.ndarray, least: float) -> list[np.ndarray]:
     return [part for part in parts if part.sum() >= least]
 
 
-def relations_kept(picture: Picture, expected_objects: Sequence[SceneObject]) -> float | None:
+def relations_kept(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float | None:
     """Share of the relations left of / above between expected objects that the found ones satisfy.
 
     Pairs less than an eighth of the side apart along an axis have no relation there; a pair with a lost
     object satisfies none. None where there is no relation to satisfy. After SpatialSense and VISOR (Gokhale
     et al. 2022), which ask the same of detected objects.
     """
-    size = _pixels(picture).shape[1]
-    places = found_places(picture, expected_objects)
+    size = _pixels(image).shape[1]
+    places = found_places(image, expected_objects)
     kept = []
     for (item, place), (other, beside) in itertools.combinations(
         zip(expected_objects, places, strict=True), 2
@@ -262,8 +264,8 @@ def shrink(mask: np.ndarray, margin: int = SSIM_REACH) -> np.ndarray:
     return inner if inner.any() else mask
 
 
-def masked_ssim(a: Picture, b: Picture, mask: np.ndarray) -> float:
-    """Mean over the mask of the structural similarity map, all channels, in [-1, 1]; 1.0 for equal pictures.
+def masked_ssim(a: ImageOrArray, b: ImageOrArray, mask: np.ndarray) -> float:
+    """Mean over the mask of the structural similarity map, all channels, in [-1, 1]; 1.0 for equal images.
 
     Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment", 2004: Gaussian window, sigma 1.5,
     population statistics, by scikit-image. Each value sees an 11 × 11 window, so changes up to 5 px outside
@@ -273,7 +275,7 @@ def masked_ssim(a: Picture, b: Picture, mask: np.ndarray) -> float:
 
     first, second = _pair(a, b)
     if min(first.shape[:2]) < 11:
-        raise ValueError(f"the pictures are {first.shape[1]} × {first.shape[0]} px; needed: at least 11 × 11")
+        raise ValueError(f"the images are {first.shape[1]} × {first.shape[0]} px; needed: at least 11 × 11")
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     _, similarity = structural_similarity(
         first, second, channel_axis=-1, data_range=255, full=True, **options
@@ -281,7 +283,7 @@ def masked_ssim(a: Picture, b: Picture, mask: np.ndarray) -> float:
     return float(similarity[_checked(mask, first)].mean())
 
 
-def masked_psnr(a: Picture, b: Picture, mask: np.ndarray) -> float:
+def masked_psnr(a: ImageOrArray, b: ImageOrArray, mask: np.ndarray) -> float:
     """Peak signal-to-noise ratio over the mask in dB: 10·log10(255² / mean squared error); inf if equal."""
     first, second = _pair(a, b)
     inside = _checked(mask, first)
@@ -289,19 +291,19 @@ def masked_psnr(a: Picture, b: Picture, mask: np.ndarray) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-def mean_abs_difference(a: Picture, b: Picture, mask: np.ndarray | None = None) -> float:
+def mean_abs_difference(a: ImageOrArray, b: ImageOrArray, mask: np.ndarray | None = None) -> float:
     """Mean absolute difference in 8-bit grey levels (0 to 255), over the mask where there is one."""
     first, second = _pair(a, b)
     inside = np.s_[:] if mask is None else _checked(mask, first)
     return float(np.abs(first[inside].astype(float) - second[inside]).mean())
 
 
-def texture_kept(a: Picture, b: Picture, mask: np.ndarray) -> float | None:
-    """Correlation of the fine structure of two pictures over the mask, in [-1, 1]; 1.0 where it is the same.
+def texture_kept(a: ImageOrArray, b: ImageOrArray, mask: np.ndarray) -> float | None:
+    """Correlation of the fine structure of two images over the mask, in [-1, 1]; 1.0 where it is the same.
 
     The structure is the luminance less its Gaussian blur of 2 px; its normalised cross-correlation (Lewis
     1995) ignores colour and brightness, so a repainted texture counts as kept and a smoothed one does not.
-    None where either picture is without structure there.
+    None where either image is without structure there.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -316,7 +318,7 @@ def texture_kept(a: Picture, b: Picture, mask: np.ndarray) -> float | None:
     return float(fine[0] @ fine[1] / norm) if norm > 1e-6 * inside.sum() else None
 
 
-def colour_difference(a: Picture, b: Picture, mask: np.ndarray) -> float:
+def colour_difference(a: ImageOrArray, b: ImageOrArray, mask: np.ndarray) -> float:
     """Mean over the mask of the pixels' CIEDE2000 difference; see `colour_error`."""
     from skimage.color import deltaE_ciede2000, rgb2lab
 
@@ -325,14 +327,14 @@ def colour_difference(a: Picture, b: Picture, mask: np.ndarray) -> float:
     return float(deltaE_ciede2000(rgb2lab(first[inside]), rgb2lab(second[inside])).mean())
 
 
-def colour_error(picture: Picture, mask: np.ndarray, rgb: RGB) -> float:
+def colour_error(image: ImageOrArray, mask: np.ndarray, rgb: RGB) -> float:
     """Mean colour difference to `rgb` over the mask in CIEDE2000 units: about 1 is just noticeable.
 
     Sharma, Wu and Dalal, "The CIEDE2000 color-difference formula", 2005, by scikit-image; sRGB under D65.
     """
     from skimage.color import deltaE_ciede2000, rgb2lab
 
-    pixels = _pixels(picture)
+    pixels = _pixels(image)
     inside = pixels[_checked(mask, pixels)]  # (P, 3)
     wanted = np.broadcast_to(np.array(rgb, dtype=np.uint8), inside.shape)
     return float(deltaE_ciede2000(rgb2lab(inside), rgb2lab(wanted)).mean())

@@ -1,4 +1,4 @@
-"""How a whole picture shifted, grew or turned: registration of an edit onto its input."""
+"""How a whole image shifted, grew or turned: registration of an edit onto its input."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-WORKING_SIDE = 256  # px: larger pictures are reduced to this before they are registered
-BLURS = (4.0, 2.0, 1.0)  # px of the working picture, coarse to fine
+WORKING_SIDE = 256  # px: larger images are reduced to this before they are registered
+BLURS = (4.0, 2.0, 1.0)  # px of the working image, coarse to fine
 STEPS = 25  # at most, for each blur
 SETTLED = 1e-4  # px of the rim: smaller steps end a blur
-AGREEMENT = 0.4  # correlation of the registered pictures below which nothing was registered
+AGREEMENT = 0.4  # correlation of the registered images below which nothing was registered
 
 
 class Drift(NamedTuple):
     """The similarity transform that best takes the input onto the edit."""
 
     right_px: float
-    """How far the content moved to the right, px of the given pictures."""
+    """How far the content moved to the right, px of the given images."""
     down_px: float
     scale: float
     """Above 1: the content grew."""
@@ -31,7 +31,7 @@ class Drift(NamedTuple):
         return float(np.hypot(self.right_px, self.down_px))
 
 
-def measure_drift(picture: Image.Image, original: Image.Image) -> Drift | None:
+def measure_drift(image: Image.Image, original: Image.Image) -> Drift | None:
     """Register an edit on its input.
 
     Gauss-Newton on the luminance over shift, scale and rotation, coarse to fine (Lucas and Kanade 1981; Baker
@@ -39,18 +39,18 @@ def measure_drift(picture: Image.Image, original: Image.Image) -> Drift | None:
     edit changed disagree and are weighed down (Geman and McClure 1985), so no mask is needed.
 
     Returns:
-        None where it has nothing to hold on to: a flat picture, or one that has nothing of the input left.
+        None where it has nothing to hold on to: a flat image, or one that has nothing of the input left.
 
     Raises:
-        ValueError: pictures of different sizes.
+        ValueError: images of different sizes.
     """
-    if picture.size != original.size:
-        raise ValueError(f"the pictures are {picture.size} and {original.size} px; needed: the same size")
+    if image.size != original.size:
+        raise ValueError(f"the images are {image.size} and {original.size} px; needed: the same size")
     factor = max(max(original.size) / WORKING_SIDE, 1.0)
     size = tuple(max(round(side / factor), 16) for side in original.size)
     moved, fixed = (
         np.asarray(shown.convert("L").resize(size, Image.Resampling.BOX), float)
-        for shown in (picture, original)
+        for shown in (image, original)
     )
     if min(moved.std(), fixed.std()) < 1.0:
         return None
@@ -70,7 +70,7 @@ def measure_drift(picture: Image.Image, original: Image.Image) -> Drift | None:
 
 
 def _start(moved: np.ndarray, fixed: np.ndarray) -> tuple[float, float]:
-    """The whole-pixel shift (right, down) of phase correlation, where the pictures then agree better."""
+    """The whole-pixel shift (right, down) of phase correlation, where the images then agree better."""
     from skimage.registration import phase_cross_correlation
 
     window = np.outer(np.hanning(fixed.shape[0]), np.hanning(fixed.shape[1]))

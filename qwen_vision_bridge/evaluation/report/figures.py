@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ...plots import DPI, to_picture
+from ...plots import DPI, to_image
 from ..statistics import BASELINE, Difference, Expectation, bootstrap_interval
 
 SPREAD = {
@@ -25,7 +25,7 @@ MANY = 12  # cases from which on their distribution is drawn behind the dots
 def evaluation_figures(
     rows: Sequence[Difference], expected: Sequence[Expectation], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[str, Image.Image]]:
-    """Every figure that the results have something for: file name → what it shows, and the picture.
+    """Every figure that the results have something for: file name → what it shows, and the image.
 
     Args:
         rows: the headlines.
@@ -56,7 +56,7 @@ def difference_figure(rows: Sequence[Difference]) -> Image.Image:
         _interval(axis, place, row.difference, row.ci_low, row.ci_high)
     axis.axvline(0, color="0.7", linewidth=1, zorder=0)
     axis.set_xlabel("difference from the baseline, share that is right", fontsize=9)
-    return to_picture(figure)
+    return to_image(figure)
 
 
 def expectations_figure(rows: Sequence[Expectation]) -> Image.Image:
@@ -70,7 +70,7 @@ def expectations_figure(rows: Sequence[Expectation]) -> Image.Image:
         _interval(axis, place, row.difference, row.ci_low, row.ci_high)
     axis.axvline(0, color="0.7", linewidth=1, zorder=0)
     axis.set_xlabel("gain over the baseline, share that is right; shaded: expected", fontsize=9)
-    return to_picture(figure)
+    return to_image(figure)
 
 
 def wins_figure(rows: Sequence[Difference]) -> Image.Image:
@@ -89,7 +89,7 @@ def wins_figure(rows: Sequence[Difference]) -> Image.Image:
             left += share
     axis.set_xlim(0, 1)
     axis.set_xlabel("share of cases: green won, grey tied, red lost", fontsize=9)
-    return to_picture(figure)
+    return to_image(figure)
 
 
 def case_differences(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
@@ -126,7 +126,7 @@ def cases_figure(spread: Mapping[str, Mapping[str, np.ndarray]]) -> Image.Image:
         metric = SPREAD[group].replace("_", " ")
         axis.set_title(f"{group}: difference from the baseline in {metric}", fontsize=9, loc="left")
         axis.tick_params(axis="y", labelsize=7)
-    return to_picture(figure)
+    return to_image(figure)
 
 
 def _dots(axis: Axes, place: int, differences: np.ndarray, name: str) -> None:

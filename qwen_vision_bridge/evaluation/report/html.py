@@ -15,14 +15,14 @@ from typing import Any
 
 from PIL import Image
 
-from ...io import write_picture, write_whole
+from ...io import write_image, write_whole
 from ..evaluate import Evaluation
 from ..statistics import BASELINE
 from .figures import evaluation_figures
 from .tables import expectations, headline_rows, kind_rows, warning
 
 EACH = 4  # worst and best cases shown of every group and arm: a page of 500 cases would weigh too much
-THUMB = 256  # px: the longer side of a picture in the page
+THUMB = 256  # px: the longer side of an image in the page
 STYLE = """
 body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1100px;padding:1rem}
 body{color:#223;background:#fff}
@@ -35,7 +35,7 @@ th,td{padding:.25rem .6rem;text-align:left;white-space:nowrap;border-bottom:1px 
 .filters{position:sticky;top:0;background:#fff;padding:.5rem 0;z-index:2}
 .filters{display:flex;flex-wrap:wrap;gap:1rem}
 select{font:inherit}article{border:1px solid #dde;border-radius:6px;padding:.8rem;margin:.8rem 0}
-.prompt{margin:.2rem 0 .6rem;overflow-wrap:anywhere}.pictures,section{display:flex;flex-wrap:wrap;gap:.8rem}
+.prompt{margin:.2rem 0 .6rem;overflow-wrap:anywhere}.images,section{display:flex;flex-wrap:wrap;gap:.8rem}
 figure{margin:0;width:160px}figure img{width:100%;display:block}
 figcaption{font-size:.8rem;overflow-wrap:anywhere}
 .map{image-rendering:pixelated}.slider{position:relative}
@@ -43,7 +43,7 @@ figcaption{font-size:.8rem;overflow-wrap:anywhere}
 input[type=range]{width:100%;margin:.2rem 0}[hidden]{display:none!important}
 details{margin:1rem 0}summary{cursor:pointer;font-weight:600}
 pre{background:#f5f6f8;padding:.8rem;overflow-x:auto;font-size:.8rem}
-@media(max-width:480px){body{padding:.6rem}.pictures figure{width:148px}}
+@media(max-width:480px){body{padding:.6rem}.images figure{width:148px}}
 """
 SCRIPT = """
 const pick = id => document.getElementById(id), cards = [...document.querySelectorAll('article')];
@@ -71,10 +71,10 @@ update();
 
 
 def write_page(folder: str | Path, found: Evaluation) -> Path:
-    """Write `report.html` and its figures as PNG into a run's folder; its pictures are read from there.
+    """Write `report.html` and its figures as PNG into a run's folder; its images are read from there.
 
     Raises:
-        OSError: a picture of the run is not there any more.
+        OSError: an image of the run is not there any more.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -83,7 +83,7 @@ def write_page(folder: str | Path, found: Evaluation) -> Path:
     rows = headline_rows(found)
     figures = evaluation_figures(rows, expectations(found), found.records)
     for name, (_, figure) in figures.items():
-        write_picture(folder / name, figure)
+        write_image(folder / name, figure)
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     cases = _cases(folder, found.records)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(
@@ -101,7 +101,7 @@ def write_page(folder: str | Path, found: Evaluation) -> Path:
 
 
 def gain_of(baseline: dict[str, float], arm: dict[str, float]) -> float:
-    """How much better an arm's picture is: by the verdict, then by what is left untouched and by distance."""
+    """How much better an arm's image is: by the verdict, then by what is left untouched and by distance."""
     order = (("right", 10.0), ("exact_text", 5.0), ("unedited_ssim", 1.0), ("target_difference", -1 / 255))
     return sum(
         weight * (arm[name] - baseline[name]) for name, weight in order if name in arm and name in baseline
@@ -109,7 +109,7 @@ def gain_of(baseline: dict[str, float], arm: dict[str, float]) -> float:
 
 
 def _cases(folder: Path, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst and best cases of every group and arm, with their pictures."""
+    """The worst and best cases of every group and arm, with their images."""
     by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         if record["level"] == "edit" and record["error"] is None:
@@ -133,8 +133,8 @@ def _card(folder: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     target = Path(f"{stem}_target.png")
     return {
         "case_id": first["case_id"], "group": first["group"], "prompt": first["prompt"],
-        "input": _picture(Path(f"{stem}_input.png")), "target": _picture(target) if target.is_file() else "",
-        "baseline": _picture(folder / first["picture"]),
+        "input": _image(Path(f"{stem}_input.png")), "target": _image(target) if target.is_file() else "",
+        "baseline": _image(folder / first["image"]),
         "read": [first.get("read_before"), first.get("read_after")],
         "arms": [_arm(folder, first, record) for name, record in arms.items() if name != BASELINE],
     }  # fmt: skip
@@ -144,21 +144,21 @@ def _arm(folder: Path, baseline: dict[str, Any], record: dict[str, Any]) -> dict
     right = {1.0: "right", 0.0: "wrong"}.get(record["metrics"].get("right"), "not judged")
     drawn = record.get("attention")
     return {
-        "name": record["arm"], "picture": _picture(folder / record["picture"]), "words": right,
+        "name": record["arm"], "image": _image(folder / record["image"]), "words": right,
         "read": record.get("read_after"),
         "gain": round(gain_of(baseline["metrics"], record["metrics"]), 6),
-        "attention": _picture(folder / drawn) if drawn else "",
+        "attention": _image(folder / drawn) if drawn else "",
     }  # fmt: skip
 
 
-def _picture(path: Path) -> str:
+def _image(path: Path) -> str:
     with Image.open(path) as opened:
         return _embedded(opened.convert("RGB"), THUMB)
 
 
-def _embedded(picture: Image.Image, longest: int) -> str:
-    """A picture as a data address: WebP, without loss where it is tiny."""
-    shown = picture.copy()
+def _embedded(image: Image.Image, longest: int) -> str:
+    """An image as a data address: WebP, without loss where it is tiny."""
+    shown = image.copy()
     shown.thumbnail((longest, longest))
     buffer = io.BytesIO()
     shown.save(buffer, "WEBP", quality=85, lossless=max(shown.size) <= 64)

@@ -15,17 +15,17 @@ from ..scoring import HEADLINES, METRICS
 from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
 
 PLAIN = (
-    "level", "case_id", "group", "kind", "difficulty", "arm", "prompt", "seed", "seconds", "picture", "reply",
+    "level", "case_id", "group", "kind", "difficulty", "arm", "prompt", "seed", "seconds", "image", "reply",
     "answer", "error",
 )  # fmt: skip
 TITLES = {
     "ocr": "OCR capability",
     "space": "Spatial reasoning",
     "detail": "Detail preservation",
-    "consistency": "Consistency between pictures",
+    "consistency": "Consistency between images",
 }
 NO_TRUTH = (
-    "Nothing is known of what these pictures should become: what changed is measured, and not whether it is "
+    "Nothing is known of what these images should become: what changed is measured, and not whether it is "
     "better."
 )
 PHOTO_PROMPTS = {
@@ -41,7 +41,7 @@ PHOTO_PROMPTS = {
         "Remove the background",
         "Make it look like a pencil drawing",
     ),
-    "consistency": (),  # takes several pictures
+    "consistency": (),  # takes several images
 }
 
 
