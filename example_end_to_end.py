@@ -40,17 +40,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
     )
     made.add_argument("--steps", type=int, help="denoising steps; default: the family's")
-    made.add_argument("--cases", type=int, help="synthetic cases a group in examples 2 to 5; default: enough "
-                      "to see 5 points in example 5, else 4")  # fmt: skip
+    made.add_argument(
+        "--cases",
+        type=int,
+        help="synthetic cases a group in examples 2 to 5; default: enough "
+        "to see 5 points in example 5, else 4",
+    )
     made.add_argument("--quick", action="store_true", help="2 cases a group and 8 steps: shows that all runs")
     made.add_argument("--case-folder", type=Path, help="example 5 on cases of your own, see casefiles.py")
-    made.add_argument("--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, "
-                      "gedit or gedit-cn")  # fmt: skip
-    made.add_argument("--arm", action="append", default=[], metavar="NAME=BRIDGE[,…]",
-                      help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
-                      "may be repeated; default: the bridge and its two controls")  # fmt: skip
-    made.add_argument("--batch-arms", type=int, default=1, metavar="N", help="edits denoised together; above "
-                      "1 faster on a GPU, and close to the same images but not the same bits")  # fmt: skip
+    made.add_argument(
+        "--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, gedit or gedit-cn"
+    )
+    made.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=BRIDGE[,…]",
+        help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
+        "may be repeated; default: the bridge and its two controls",
+    )
+    made.add_argument(
+        "--batch-arms",
+        type=int,
+        default=1,
+        metavar="N",
+        help="edits denoised together; above "
+        "1 faster on a GPU, and close to the same images but not the same bits",
+    )
     made.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure images")
     made.add_argument(
         "--no-questions", action="store_true", help="edits alone: the language model is not asked"
@@ -104,9 +120,13 @@ class Session:
         if arguments.steps is not None:
             self.options["num_inference_steps"] = check_steps(arguments.steps)
         self.pipeline = EnhancedQwenImageEdit(
-            choose_models(arguments), bridge=arguments.bridge, load_in_8bit=arguments.load_in_8bit,
-            load_in_4bit=arguments.load_in_4bit, offload=arguments.offload, device=Processes().device,
-        )  # fmt: skip
+            choose_models(arguments),
+            bridge=arguments.bridge,
+            load_in_8bit=arguments.load_in_8bit,
+            load_in_4bit=arguments.load_in_4bit,
+            offload=arguments.offload,
+            device=Processes().device,
+        )
         self.prompt = arguments.prompt or PROMPT
         self.own_cases: list[Any] = []
         if arguments.case_folder is not None:
@@ -167,10 +187,18 @@ class Session:
         if arguments.quick:
             options.setdefault("num_inference_steps", 8)
         found = evaluate(
-            self.pipeline, cases, path, arms, announce=print, batch_arms=arguments.batch_arms,
-            workers=arguments.workers, retry_errors=arguments.retry_errors, notes=notes,
-            perception=not arguments.no_questions, **options,
-        )  # fmt: skip
+            self.pipeline,
+            cases,
+            path,
+            arms,
+            announce=print,
+            batch_arms=arguments.batch_arms,
+            workers=arguments.workers,
+            retry_errors=arguments.retry_errors,
+            notes=notes,
+            perception=not arguments.no_questions,
+            **options,
+        )
         if found is not None:  # the first process alone has the result
             write_results(path, found)
             write_page(path, found)

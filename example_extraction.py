@@ -85,8 +85,8 @@ def extract_all(arguments: argparse.Namespace) -> int:
         choose_models(arguments), device=device, compiled=arguments.compile, feature_cache=False
     )
     for name in encoders:  # both, before the first takes its hours
-        made_from = folder_provenance(extractor, ROLES[name])
-        check_output(arguments.output / name, arguments.folder, shards, made_from)
+        fingerprint = folder_provenance(extractor, ROLES[name])
+        check_output(arguments.output / name, arguments.folder, shards, fingerprint)
     for name in encoders:
         done = extract_folder(extractor, arguments.folder, arguments.output / name, ROLES[name])
         if done is None:  # the first process tells

@@ -13,25 +13,28 @@ import sys
 from collections.abc import Sequence
 
 from qwen_vision_bridge import cli as commands
-from qwen_vision_bridge.training.cli import course_of, parse, settings_of
+from qwen_vision_bridge.training.cli import parse, run_config_of, settings_of
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Check, plan or train."""
     arguments = parse(sys.argv[1:] if given is None else given, __doc__)
     settings = settings_of(arguments)
-    course = course_of(arguments)
+    run = run_config_of(arguments)
     if arguments.dry_run:
         from qwen_vision_bridge.training.memory_plan import plan
 
-        print(plan(course, settings))
+        print(plan(run, settings))
         return 0
-    from qwen_vision_bridge.training.run import run
+    from qwen_vision_bridge.training.run import train
 
-    run(
-        course, settings, arguments.resume_from_checkpoint,
-        mixed_precision=arguments.mixed_precision, report_to=arguments.report_to,
-    )  # fmt: skip
+    train(
+        run,
+        settings,
+        arguments.resume_from_checkpoint,
+        mixed_precision=arguments.mixed_precision,
+        report_to=arguments.report_to,
+    )
     return 0
 
 

@@ -68,8 +68,16 @@ def _extraction(bench: Bench, images: Path, count: int) -> float:
     """Images per second, files to shards, as the command says it at its end."""
     family, output = bench.load_family(), _new_folder(bench, "features")
     roles = ["--source", family.source.repo, "--target", family.target.repo]
-    script = ["example_extraction.py", "--models", bench.settings.family, *roles, "--folder", str(images),
-              "--output", str(output)]  # fmt: skip
+    script = [
+        "example_extraction.py",
+        "--models",
+        bench.settings.family,
+        *roles,
+        "--folder",
+        str(images),
+        "--output",
+        str(output),
+    ]
     rate = float(RATE.findall(_launch(script, count, bench))[-1])
     bench.add(f"features of {bench.settings.images} files to shards, {_named(count)}", rate, "images/s")
     shutil.rmtree(output, ignore_errors=True)
@@ -79,8 +87,19 @@ def _extraction(bench: Bench, images: Path, count: int) -> float:
 def _evaluation(bench: Bench, count: int) -> float:
     """Seconds of an evaluation of the miniature, from its first case to its results."""
     output = _new_folder(bench, "evaluation")
-    script = ["example_end_to_end.py", "--models", "miniature", "--example", "3", "--bridge", "random",
-              "--cases", str(bench.settings.cases), "--output", str(output)]  # fmt: skip
+    script = [
+        "example_end_to_end.py",
+        "--models",
+        "miniature",
+        "--example",
+        "3",
+        "--bridge",
+        "random",
+        "--cases",
+        str(bench.settings.cases),
+        "--output",
+        str(output),
+    ]
     seconds = float(TOOK.findall(_launch(script, count, bench))[-1])
     shutil.rmtree(output, ignore_errors=True)
     bench.add(f"evaluation of the miniature, {bench.settings.cases} cases, {_named(count)}", seconds, "s")
@@ -106,8 +125,15 @@ def _launch(script: list[str], count: int, bench: Bench) -> str:
     else:
         environment["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count),
-                    "--main_process_port", "0"]  # fmt: skip
+        launcher = [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(count),
+            "--main_process_port",
+            "0",
+        ]
         command = [sys.executable, *launcher, *command[1:]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -137,10 +137,13 @@ def stock_edit(editor: EnhancedQwenImageEdit, image: Image.Image, steps: int, at
         image_sizes(type(pipe), family.editor),
     ):
         return pipe(
-            image=[image], prompt=PROMPT, negative_prompt=family.negative_prompt,
-            true_cfg_scale=family.true_cfg_scale, num_inference_steps=steps,
+            image=[image],
+            prompt=PROMPT,
+            negative_prompt=family.negative_prompt,
+            true_cfg_scale=family.true_cfg_scale,
+            num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(0),
-        ).images[0]  # fmt: skip
+        ).images[0]
 
 
 def memory_mode(bench: Bench, card_gb: int) -> None:
@@ -195,10 +198,16 @@ def _capped(bench: Bench, mode: MemoryMode, name: str) -> None:
 def _load(bench: Bench, mode: MemoryMode, keep_source: bool | None) -> EnhancedQwenImageEdit:
     """An editor whose pipeline is loaded; the time and peak of a plain load are recorded."""
     editor = EnhancedQwenImageEdit(
-        bench.load_family(editor=True), bridge="random", load_in_8bit=mode.bits == 8,
-        load_in_4bit=mode.bits == 4, offload=mode.offload, device=bench.device, dtype=bench.dtype,
-        keep_source=keep_source, feature_cache=False,
-    )  # fmt: skip
+        bench.load_family(editor=True),
+        bridge="random",
+        load_in_8bit=mode.bits == 8,
+        load_in_4bit=mode.bits == 4,
+        offload=mode.offload,
+        device=bench.device,
+        dtype=bench.dtype,
+        keep_source=keep_source,
+        feature_cache=False,
+    )
     with peak_memory(bench.device) as peak:
         pipe, seconds = timed(lambda: editor.pipe, bench.device)
     pipe.set_progress_bar_config(disable=True)

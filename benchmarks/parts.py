@@ -125,9 +125,17 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     own: dict[str, Any] = {role: getattr(arguments, role) for role in ("source", "target", "editor")}
     family = "qwen" if any(own.values()) or arguments.random_weights else arguments.family
     return Settings(
-        family, arguments.random_weights, arguments.folder, **own, tiny=arguments.tiny, side=arguments.side,
-        steps=arguments.steps, repeats=arguments.repeats, images=arguments.images, cases=arguments.cases,
-    )  # fmt: skip
+        family,
+        arguments.random_weights,
+        arguments.folder,
+        **own,
+        tiny=arguments.tiny,
+        side=arguments.side,
+        steps=arguments.steps,
+        repeats=arguments.repeats,
+        images=arguments.images,
+        cases=arguments.cases,
+    )
 
 
 def _draw(bench: Bench) -> None:

@@ -81,10 +81,14 @@ TINY: dict[str, Any] = {  # to rehearse: the layout and every depth of a tower, 
 # fmt: on
 CONFIGS = {"Qwen3-VL-8B": QWEN3_VL_8B, "Qwen2.5-VL-7B": QWEN25_VL_7B}
 PROCESSORS = {
-    "Qwen3-VL-8B": {"patch_size": 16, "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-                    "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    "Qwen3-VL-8B": {
+        "patch_size": 16,
+        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    },
     "Qwen2.5-VL-7B": {"patch_size": 14, "size": {"shortest_edge": 3136, "longest_edge": 12845056}},
-}  # fmt: skip
+}
 
 
 def write_checkpoint(
@@ -179,8 +183,12 @@ def model_config(model: str, layers: int | None = None, tiny: bool = False) -> d
     if layers is not None:
         text["num_hidden_layers"] = layers
     ids = build_tokenizer().convert_tokens_to_ids
-    names = {"image_token_id": "image_pad", "video_token_id": "video_pad",
-             "vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}  # fmt: skip
+    names = {
+        "image_token_id": "image_pad",
+        "video_token_id": "video_pad",
+        "vision_start_token_id": "vision_start",
+        "vision_end_token_id": "vision_end",
+    }
     config |= {key: ids(f"<|{name}|>") for key, name in names.items()}
     return config
 
@@ -192,9 +200,11 @@ def write_processor(model: str, folder: Path) -> None:
     sizes = {"merge_size": 2, "temporal_patch_size": 2, **PROCESSORS[model]}
     kind = "Qwen3VL" if model.startswith("Qwen3") else "Qwen2VL"
     processor = getattr(transformers, f"{kind}Processor")(
-        transformers.Qwen2VLImageProcessor(**sizes), build_tokenizer(),
-        getattr(transformers, f"{kind}VideoProcessor")(**sizes), chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        transformers.Qwen2VLImageProcessor(**sizes),
+        build_tokenizer(),
+        getattr(transformers, f"{kind}VideoProcessor")(**sizes),
+        chat_template=CHAT_TEMPLATE,
+    )
     processor.save_pretrained(folder)
     settings = {"image_processor_type": "Qwen2VLImageProcessor", **sizes}  # the older file, as the hub has it
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
@@ -244,8 +254,10 @@ def write_weights(folder: Path, stem: str, shapes: Iterator[tuple[str, torch.Siz
         for i in range(len(shards))
     ]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # writing lets the interpreter go
-        jobs = [threads.submit(_write_shard, folder / file, shard, blocks)
-                for file, shard in zip(files, shards, strict=True)]  # fmt: skip
+        jobs = [
+            threads.submit(_write_shard, folder / file, shard, blocks)
+            for file, shard in zip(files, shards, strict=True)
+        ]
         for job in jobs:
             job.result()
     if not whole:

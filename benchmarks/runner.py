@@ -125,8 +125,15 @@ class Bench:
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        row = {"name": name, "value": float(f"{median:.6g}"), "unit": unit, "bar": bar,
-               "spread": float(f"{spread:.3g}"), "n": value.n, **made}  # fmt: skip
+        row = {
+            "name": name,
+            "value": float(f"{median:.6g}"),
+            "unit": unit,
+            "bar": bar,
+            "spread": float(f"{spread:.3g}"),
+            "n": value.n,
+            **made,
+        }
         kept = [other for other in self.rows if (other["name"], other["device"]) != (name, row["device"])]
         self.rows = [*kept, row]
         write_json(self.output / "results.json", self.rows)

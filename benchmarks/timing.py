@@ -101,11 +101,15 @@ class Stages:
     def __init__(self, pipe: Any, bridge: nn.Module | None, source: Any = None) -> None:
         self.device = torch.device(pipe._execution_device)
         encoder = pipe.text_encoder.model
-        self.modules = {"target tower": encoder.visual, "language model": encoder.language_model,
-                        "DiT step": pipe.transformer}  # fmt: skip
+        self.modules = {
+            "target tower": encoder.visual,
+            "language model": encoder.language_model,
+            "DiT step": pipe.transformer,
+        }
         self.methods: dict[str, tuple[Any, str]] = {
-            "VAE encode": (pipe.vae, "encode"), "VAE decode": (pipe.vae, "decode"),
-        }  # fmt: skip
+            "VAE encode": (pipe.vae, "encode"),
+            "VAE decode": (pipe.vae, "decode"),
+        }
         if bridge is not None:
             self.methods["bridge"] = (bridge, "contributions")
         if source is not None:

@@ -24,11 +24,15 @@ from .timing import in_turn, peak_memory, timed
 
 BATCHES = (1, 8, 32, 64)
 SEED_LINES = (  # of the notes that this toolkit was made from, at the released shapes
-    "Early features: torch.Size([1, 256, 4096])", "Mid features: torch.Size([1, 256, 4096])",
-    "Late features: torch.Size([1, 256, 4096])", "Vision features: torch.Size([1, 256, 3584])",
-    "Vision token count match: True", "Dimension mismatch: True", "Dimension ratio: 1.14",
+    "Early features: torch.Size([1, 256, 4096])",
+    "Mid features: torch.Size([1, 256, 4096])",
+    "Late features: torch.Size([1, 256, 4096])",
+    "Vision features: torch.Size([1, 256, 3584])",
+    "Vision token count match: True",
+    "Dimension mismatch: True",
+    "Dimension ratio: 1.14",
     "Total bridge parameters: ~5.2M",
-)  # fmt: skip
+)
 
 
 def extraction(bench: Bench) -> None:
@@ -50,9 +54,14 @@ def extraction(bench: Bench) -> None:
     bench.add("bytes read of it for the features", read, "GB", "<= 1.25" if released else "", scale=1e-9)
     whole = "both whole models in 8 bits" if bench.cuda else "both whole models"
     seeds_way = VisionCacheExtractor(
-        family, load_in_8bit=bench.cuda, device=bench.device, dtype=bench.dtype,
-        scope="language", feature_cache=False, keep_models=True,
-    )  # fmt: skip
+        family,
+        load_in_8bit=bench.cuda,
+        device=bench.device,
+        dtype=bench.dtype,
+        scope="language",
+        feature_cache=False,
+        keep_models=True,
+    )
     free_cuda()
     with peak_memory(bench.device) as peak:
         seconds = sum(
@@ -74,8 +83,9 @@ def _one_image_both_ways(bench: Bench, family: Family, seeds_way: VisionCacheExt
         family, device=bench.device, dtype=bench.dtype, feature_cache=False, keep_models=True
     )
     calls: dict[str, Callable[[], Any]] = {
-        "towers alone": lambda: _both(towers, image), "whole models": lambda: _both(seeds_way, image)
-    }  # fmt: skip
+        "towers alone": lambda: _both(towers, image),
+        "whole models": lambda: _both(seeds_way, image),
+    }
     for name, seconds in in_turn(calls, bench.device, 5).items():
         bench.add(f"features of one {family.image_size}² image from both, {name}", seconds, "ms", scale=1e3)
     seeds_way.unload()
@@ -98,8 +108,12 @@ def seed_numbers(bench: Bench) -> None:
         example_extraction.main(["--models", bench.settings.family, *roles, "--output", str(output)])
     found = [wanted in printed.getvalue() for wanted in SEED_LINES]
     released = bench.released
-    bench.add("lines of the seed notes in the extraction example's output", sum(found), f"of {len(found)}",
-              f"== {len(found)}" if released else "")  # fmt: skip
+    bench.add(
+        "lines of the seed notes in the extraction example's output",
+        sum(found),
+        f"of {len(found)}",
+        f"== {len(found)}" if released else "",
+    )
     if released:
         for missing in (wanted for wanted, there in zip(SEED_LINES, found, strict=True) if not there):
             print(f"  missing: {missing}")
@@ -109,8 +123,12 @@ def source_tower(bench: Bench) -> None:
     """The source tower's speed, one image and batches, beside the rate the chip reaches in products."""
     spec = bench.load_family().source
     rate = _matrix_rate(bench)
-    bench.add("matrix products, 8192³ bf16" if bench.cuda else "matrix products, 1024³ fp32",
-              rate, "TFLOP/s", scale=1e-12)  # fmt: skip
+    bench.add(
+        "matrix products, 8192³ bf16" if bench.cuda else "matrix products, 1024³ fp32",
+        rate,
+        "TFLOP/s",
+        scale=1e-12,
+    )
     tower = load_tower(spec, bench.device, bench.dtype).model
     cuda = bench.cuda
     for tokens in (16, 32):
@@ -234,13 +252,20 @@ def target_tower(bench: Bench) -> None:
         for mode, seconds in found.items():
             bench.add(f"target tower, {side}² image, {mode} attention", seconds, "ms", scale=1e3)
         ratios = [slow / fast for slow, fast in zip(found["stock"], found["batched"], strict=True)]
-        bench.add(f"target tower, {side}² image, stock ÷ batched time", ratios, "times",
-                  ">= 4" if released and side == 1024 else "")  # fmt: skip
+        bench.add(
+            f"target tower, {side}² image, stock ÷ batched time",
+            ratios,
+            "times",
+            ">= 4" if released and side == 1024 else "",
+        )
         outputs = {mode: call(mode).pooler_output.float() for mode in found}
         exact = call("stock", copy.deepcopy(tower).float()).pooler_output
         for mode, output in outputs.items():
-            bench.add(f"target tower, {side}² image, {mode} attention against float32: relative error",
-                      float((output - exact).norm() / exact.norm()), "")  # fmt: skip
+            bench.add(
+                f"target tower, {side}² image, {mode} attention against float32: relative error",
+                float((output - exact).norm() / exact.norm()),
+                "",
+            )
 
 
 def bridge(bench: Bench) -> None:

@@ -88,10 +88,13 @@ class BridgeConfig:
     def for_family(cls, family: Family, **changes: Any) -> BridgeConfig:
         """The family's default bridge: its widths, its rank, and the names of its models."""
         settings = {
-            "source_dim": family.source.out_dim, "target_dim": family.target.out_dim,
-            "rank": family.bridge_rank, "query_dim": family.bridge_rank,
-            "source_model": family.source.name, "target_model": family.target.name,
-        }  # fmt: skip
+            "source_dim": family.source.out_dim,
+            "target_dim": family.target.out_dim,
+            "rank": family.bridge_rank,
+            "query_dim": family.bridge_rank,
+            "source_model": family.source.name,
+            "target_model": family.target.name,
+        }
         return cls(**(settings | changes))
 
 
@@ -236,8 +239,13 @@ class VisionBridge(
             FileNotFoundError, OSError: no such bridge, no connection, or damaged weights.
             ValueError: a config of another kind, or pickled weights.
         """
-        where = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download,
-                 "local_files_only": local_files_only, "token": token}  # fmt: skip
+        where = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         location = str(pretrained_model_name_or_path)
         config = _read_config(_bridge_file(location, CONFIG_FILE, where))
         weights = _bridge_file(location, WEIGHTS_FILE, where)

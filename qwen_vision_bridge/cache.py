@@ -153,8 +153,8 @@ class FeatureCache:
 
     def path(self, provenance: Mapping[str, str], grids: Any) -> Path:
         """Where the features of this provenance and these grids lie, whether they are there or not."""
-        made_from = json.dumps([FORMAT, dict(provenance), grids], sort_keys=True)
-        key = hashlib.sha256(made_from.encode()).hexdigest()
+        fingerprint = json.dumps([FORMAT, dict(provenance), grids], sort_keys=True)
+        key = hashlib.sha256(fingerprint.encode()).hexdigest()
         return self.folder / key[:2] / f"{key[2:34]}.safetensors"
 
     def get(self, provenance: Mapping[str, str], grids: Any) -> VisionCache | None:

@@ -47,9 +47,14 @@ class Comparison(NamedTuple):
 
 
 def check_call(
-    family: Family, pipeline_name: str, image: Any, prompt: Any, strength: Any, seed: Any,
+    family: Family,
+    pipeline_name: str,
+    image: Any,
+    prompt: Any,
+    strength: Any,
+    seed: Any,
     options: dict[str, Any],
-) -> tuple[list[Image.Image], dict[str, Any]]:  # fmt: skip
+) -> tuple[list[Image.Image], dict[str, Any]]:
     """Open the images of an edit and complete its options with the family's defaults.
 
     Raises:

@@ -71,10 +71,18 @@ def inspect_machine(card_gb: float | None = None) -> Report:
         return Report(checks, [])
     ram_gb = _ram_gb()
     gpus = gpu_memory_gb() if card_gb is None else [("a card to plan for", card_gb, card_gb)]
-    checks.append(Check("memory", ram_gb >= MINIATURE_RAM_GB, f"{ram_gb:.1f} GB available",
-                        f"close other programs: the miniature needs {MINIATURE_RAM_GB:.0f} GB"))  # fmt: skip
-    checks += [Check(f"GPU {index}", True, f"{name}, {free:.1f} of {total:.1f} GB free", required=False)
-               for index, (name, free, total) in enumerate(gpus)]  # fmt: skip
+    checks.append(
+        Check(
+            "memory",
+            ram_gb >= MINIATURE_RAM_GB,
+            f"{ram_gb:.1f} GB available",
+            f"close other programs: the miniature needs {MINIATURE_RAM_GB:.0f} GB",
+        )
+    )
+    checks += [
+        Check(f"GPU {index}", True, f"{name}, {free:.1f} of {total:.1f} GB free", required=False)
+        for index, (name, free, total) in enumerate(gpus)
+    ]
     if not gpus:
         remedy = "the qwen family edits on an NVIDIA GPU; the miniature runs without one"
         checks.append(Check("GPU", False, "no CUDA device", remedy, required=False))
@@ -149,8 +157,15 @@ def _disk() -> list[Check]:
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         free = shutil.disk_usage(there).free / 1e9
         whose = "the released models need" if need > 1 else "the miniature and its features need"
-        checks.append(Check(name, free >= need, f"{free:.0f} GB free", f"{whose} {need:g} GB in {folder}",
-                            required=need < 1))  # fmt: skip
+        checks.append(
+            Check(
+                name,
+                free >= need,
+                f"{free:.0f} GB free",
+                f"{whose} {need:g} GB in {folder}",
+                required=need < 1,
+            )
+        )
     return checks
 
 

@@ -100,10 +100,7 @@ class VisionCacheExtractor:
         self._revisions: dict[str, str] = {}
 
     def extract_qwen3_vision(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str = "",
-        grids: Sequence[Grid] | None = None,
+        self, image: ImageLike | Sequence[ImageLike], prompt: str = "", grids: Sequence[Grid] | None = None
     ) -> VisionCache:
         """The source's levels, on the target's grid.
 
@@ -130,10 +127,7 @@ class VisionCacheExtractor:
         return self._cached("qwen3", images, prompt, grids, self._run_source)
 
     def extract_qwen25_vision(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str = "",
-        grids: Sequence[Grid] | None = None,
+        self, image: ImageLike | Sequence[ImageLike], prompt: str = "", grids: Sequence[Grid] | None = None
     ) -> VisionCache:
         """The target's features, as its own processor and tower make them: the baseline.
 

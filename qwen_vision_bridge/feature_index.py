@@ -59,13 +59,13 @@ def read_index(output: Path) -> dict[str, Any] | None:
 
 
 def check_output(
-    output: Path, images: Path, shards: Iterable[str], made_from: Mapping[str, str] | None = None
+    output: Path, images: Path, shards: Iterable[str], fingerprint: Mapping[str, str] | None = None
 ) -> list[str]:
     """Refuse an output in which features of these images would replace anything but features of theirs.
 
     Args:
         shards: names of the files to write.
-        made_from: what the features will be made from; None does not look at that.
+        fingerprint: what the features will be made from; None does not look at that.
 
     Returns:
         The shards that the output's own index lists.
@@ -78,7 +78,7 @@ def check_output(
     owned = index["shards"] if index is not None else []
     if index is not None and index["folder"] != str(images.resolve()):
         raise ValueError(f"{output} holds features of the images in {index['folder']}: give another --output")
-    if index and made_from and (difference := first_difference(index["made_from"], made_from)):
+    if index and fingerprint and (difference := first_difference(index["fingerprint"], fingerprint)):
         raise ValueError(
             f"{output} holds features of other models or settings ({difference}): give another --output"
         )
@@ -91,13 +91,23 @@ def check_output(
 
 
 def write_index(
-    output: Path, images: Path, shards: Iterable[str], made_from: Mapping[str, str],
-    features: Iterable[str], found: Mapping[str, Any] | None = None, skipped: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
+    output: Path,
+    images: Path,
+    shards: Iterable[str],
+    fingerprint: Mapping[str, str],
+    features: Iterable[str],
+    found: Mapping[str, Any] | None = None,
+    skipped: Mapping[str, str] | None = None,
+) -> None:
     """Write the index of shards to come or, with `found` (image → shard and grid), of finished ones."""
     index = {
-        "format": FORMAT, "complete": found is not None, "folder": str(images.resolve()),
-        "features": list(features), "made_from": dict(made_from), "shards": sorted(shards),
-        "images": dict(found or {}), "skipped": dict(skipped or {}),
-    }  # fmt: skip
+        "format": FORMAT,
+        "complete": found is not None,
+        "folder": str(images.resolve()),
+        "features": list(features),
+        "fingerprint": dict(fingerprint),
+        "shards": sorted(shards),
+        "images": dict(found or {}),
+        "skipped": dict(skipped or {}),
+    }
     write_json(output / INDEX, index)

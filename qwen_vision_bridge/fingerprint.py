@@ -39,8 +39,11 @@ def loaded_state(pipe: Any) -> dict[str, str]:
 def changed_parts(pipe: Any, stock: dict[str, str] | None) -> dict[str, str]:
     """The digests that differ from those of the pipeline as it was loaded; all where that is not known."""
     state = loaded_state(pipe)
-    return state if stock is None else {name: digest for name, digest in state.items()
-                                        if stock.get(name) != digest}  # fmt: skip
+    return (
+        state
+        if stock is None
+        else {name: digest for name, digest in state.items() if stock.get(name) != digest}
+    )
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -68,8 +71,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, part in module.named_modules():
         # Sequential offloading leaves empty parameters and keeps the weights in a hook.
         offloaded = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
-        kept = {name: buffer for name, buffer in part._buffers.items()
-                if name not in part._non_persistent_buffers_set}  # fmt: skip
+        kept = {
+            name: buffer
+            for name, buffer in part._buffers.items()
+            if name not in part._non_persistent_buffers_set
+        }
         for name, tensor in (part._parameters | kept).items():
             if tensor is not None:
                 yield f"{path}.{name}", offloaded[name] if tensor.is_meta and offloaded else tensor

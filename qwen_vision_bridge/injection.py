@@ -50,11 +50,7 @@ class Injection:
 
 @contextmanager
 def inject(
-    pipe: Any,
-    bridge: VisionBridge,
-    cache: VisionCache | Levels,
-    strength: float = 1.0,
-    site: Site = "tower",
+    pipe: Any, bridge: VisionBridge, cache: VisionCache | Levels, strength: float = 1.0, site: Site = "tower"
 ) -> Iterator[Injection]:
     """Let a stock edit pipeline see through a bridge, for both prompts and every image.
 

@@ -43,7 +43,7 @@ def run_pairs(
     from tqdm import tqdm
 
     path = folder / "results.json"
-    known, models, records = _read(path), pipeline.made_from(True), []
+    known, models, records = _read(path), pipeline.fingerprint(True), []
     for number, (images, prompt) in enumerate(tqdm(pairs, desc="pairs", unit="pair")):
         digests = [image_digest(image) for image in images]
         key = digest_of([models, digests, prompt, strength, seed, sorted(options.items())])
@@ -68,9 +68,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _measure(
-    pipeline: EnhancedQwenImageEdit, folder: Path, stem: str, images: list[Image.Image], prompt: str,
-    strength: float, seed: int, options: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    pipeline: EnhancedQwenImageEdit,
+    folder: Path,
+    stem: str,
+    images: list[Image.Image],
+    prompt: str,
+    strength: float,
+    seed: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
     files = {name: f"{stem}_{name}.png" for name in ("baseline", "enhanced", "comparison")}
     started = time.perf_counter()
     result = pipeline.compare(images, prompt, folder / files["comparison"], strength, seed, **options)

@@ -108,9 +108,14 @@ class EnhancedQwenImageEdit:
         self.vision_attention = check_vision_attention(vision_attention)
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
         self.extractor = VisionCacheExtractor(
-            self.family, load_in_8bit=False, device=self.device, dtype=self.dtype,
-            vision_attention=vision_attention, compiled=compiled, feature_cache=feature_cache,
-        )  # fmt: skip
+            self.family,
+            load_in_8bit=False,
+            device=self.device,
+            dtype=self.dtype,
+            vision_attention=vision_attention,
+            compiled=compiled,
+            feature_cache=feature_cache,
+        )
         if compiled:
             self.bridge.compile()
         self.compiled = compiled
@@ -169,9 +174,14 @@ class EnhancedQwenImageEdit:
         return self._own(self.extract_source(images), images, prompt, strength, seed, options)[0]
 
     def compare(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str,
-        save_comparison: str | Path | None = None, strength: float = 1.0, seed: int = 0, **options: Any,
-    ) -> Comparison:  # fmt: skip
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str,
+        save_comparison: str | Path | None = None,
+        strength: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Comparison:
         """The same edit without and with the bridge: same seed, steps, guidance and prompt.
 
         Args:
@@ -193,10 +203,17 @@ class EnhancedQwenImageEdit:
         return Comparison(baseline, enhanced, attention)
 
     def edit(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str, seed: int = 0, *,
-        bridge: VisionBridge | None = None, source: VisionCache | Levels | None = None,
-        strength: float = 1.0, site: Site = "tower", **options: Any,
-    ) -> tuple[Image.Image, LevelAttention | None]:  # fmt: skip
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str,
+        seed: int = 0,
+        *,
+        bridge: VisionBridge | None = None,
+        source: VisionCache | Levels | None = None,
+        strength: float = 1.0,
+        site: Site = "tower",
+        **options: Any,
+    ) -> tuple[Image.Image, LevelAttention | None]:
         """One edit with any bridge on features that are there already: what an evaluation's arms need.
 
         Args:
@@ -215,10 +232,17 @@ class EnhancedQwenImageEdit:
         return self._through(run, bridge, source, strength, site)
 
     def prepare(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str, seed: int = 0, *,
-        bridge: VisionBridge | None = None, source: VisionCache | Levels | None = None,
-        strength: float = 1.0, site: Site = "tower", **options: Any,
-    ) -> Prepared:  # fmt: skip
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str,
+        seed: int = 0,
+        *,
+        bridge: VisionBridge | None = None,
+        source: VisionCache | Levels | None = None,
+        strength: float = 1.0,
+        site: Site = "tower",
+        **options: Any,
+    ) -> Prepared:
         """An edit up to its denoising, with the arguments of `edit`; `denoise` takes any number of them."""
         images, options = self._checked(image, prompt, strength, seed, options)
         call = self._call(images, prompt, seed, options)
@@ -245,10 +269,14 @@ class EnhancedQwenImageEdit:
         return self._own(self.extract_source(images), images, prompt, strength, 0, options)[1]
 
     def benchmark(
-        self, images: Sequence[ImageLike], prompts: Sequence[str],
-        output_dir: str | Path = "examples_output/benchmark", strength: float = 1.0, seed: int = 0,
+        self,
+        images: Sequence[ImageLike],
+        prompts: Sequence[str],
+        output_dir: str | Path = "examples_output/benchmark",
+        strength: float = 1.0,
+        seed: int = 0,
         **options: Any,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[dict[str, Any]]:
         """Compare every image with every prompt and keep images, times and differences in a folder.
 
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
@@ -256,8 +284,11 @@ class EnhancedQwenImageEdit:
         Returns:
             One record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
-        pairs = [(self._checked(image, prompt, strength, seed, options)[0], prompt)
-                 for image in images for prompt in prompts]  # fmt: skip
+        pairs = [
+            (self._checked(image, prompt, strength, seed, options)[0], prompt)
+            for image in images
+            for prompt in prompts
+        ]
         return run_pairs(self, pairs, Path(output_dir), strength, seed, options)
 
     def condition_grids(self, images: Sequence[Image.Image]) -> tuple[tuple[int, int], ...]:
@@ -299,7 +330,7 @@ class EnhancedQwenImageEdit:
         """Editor and bridge in a few words."""
         return f"{self.family.editor.name}, bridge: {self.bridge_name}"
 
-    def made_from(self, enhanced: bool) -> dict[str, Any]:
+    def fingerprint(self, enhanced: bool) -> dict[str, Any]:
         """Everything about the models that decides an image of one arm, the bridge's arm or the baseline."""
         family = self.family
         if self._editor_revision is None:
@@ -326,7 +357,7 @@ class EnhancedQwenImageEdit:
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What a results file says about how it was made."""
-        made, cpu = self.made_from(True), self.device.type == "cpu"
+        made, cpu = self.fingerprint(True), self.device.type == "cpu"
         device = f"CPU, {torch.get_num_threads()} threads" if cpu else made["device"]
         del made["device"], made["versions"]  # said in more words
         return provenance(seeds, device, **made)
@@ -335,17 +366,26 @@ class EnhancedQwenImageEdit:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def _own(
-        self, source: VisionCache, images: list[Image.Image], prompt: str, strength: float, seed: int,
+        self,
+        source: VisionCache,
+        images: list[Image.Image],
+        prompt: str,
+        strength: float,
+        seed: int,
         options: dict[str, Any],
-    ) -> tuple[Image.Image, LevelAttention]:  # fmt: skip
+    ) -> tuple[Image.Image, LevelAttention]:
         """An edit with the pipeline's own bridge and site; the arguments are checked already."""
         run = partial(self._run, images, prompt, seed, options)
         return self._through(run, self.bridge, source, strength, self.site)
 
     def _through(
-        self, run: Callable[[], Made], bridge: VisionBridge, source: VisionCache | Levels, strength: float,
+        self,
+        run: Callable[[], Made],
+        bridge: VisionBridge,
+        source: VisionCache | Levels,
+        strength: float,
         site: Site,
-    ) -> tuple[Made, LevelAttention]:  # fmt: skip
+    ) -> tuple[Made, LevelAttention]:
         """Run something of the pipeline through a bridge."""
         with inject(self.pipe, bridge, source, strength, site) as record:
             made = run()

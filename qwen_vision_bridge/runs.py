@@ -37,7 +37,7 @@ class TrainingRun:
 
     folder: Path
     run_id: str
-    made_from: dict[str, Any]
+    fingerprint: dict[str, Any]
     """What makes it this run and no other: method, models, seed; plain data."""
     files: list[str] = field(default_factory=list)
     """Its own files beside its checkpoints, as paths below the folder."""
@@ -58,11 +58,11 @@ class TrainingRun:
                 f"{path} is of another program or version (format {data.get('format')!r}, needed is "
                 f"{FORMAT!r}): give another --output_dir"
             )
-        return cls(Path(folder), data["run"], data["made_from"], data["files"])
+        return cls(Path(folder), data["run"], data["fingerprint"], data["files"])
 
     def write(self) -> None:
         """Write `run.json`."""
-        data = {"format": FORMAT, "run": self.run_id, "made_from": self.made_from, "files": self.files}
+        data = {"format": FORMAT, "run": self.run_id, "fingerprint": self.fingerprint, "files": self.files}
         write_json(self.folder / RUN, data)
 
     def claim(self, *names: str) -> None:
@@ -153,15 +153,18 @@ def find_checkpoint(folder: str | Path, given: str | None) -> Path | None:
 
 
 def check_output_dir(
-    folder: str | Path, resume: str | None = None, overwrite: bool = False,
-    made_from: Mapping[str, Any] | None = None, steps: int = 0,
-) -> tuple[TrainingRun | None, Path | None]:  # fmt: skip
+    folder: str | Path,
+    resume: str | None = None,
+    overwrite: bool = False,
+    fingerprint: Mapping[str, Any] | None = None,
+    steps: int = 0,
+) -> tuple[TrainingRun | None, Path | None]:
     """Refuse a folder in which a run would touch what is not its own; nothing is written.
 
     Args:
         resume: the checkpoint to continue from, see `find_checkpoint`.
         overwrite: a new run takes the place of the one that is there.
-        made_from: what makes the run this one; None does not look at that.
+        fingerprint: what makes the run this one; None does not look at that.
         steps: up to which step the run writes checkpoints.
 
     Returns:
@@ -186,16 +189,20 @@ def check_output_dir(
     _refuse_clashes(folder, run, steps)
     checkpoint = find_checkpoint(folder, resume)
     if checkpoint is not None:
-        _check_same_run(checkpoint, run, made_from)
+        _check_same_run(checkpoint, run, fingerprint)
     elif resume is not None and run is not None:
-        _check_made_from(folder, run.made_from, made_from)
+        _check_made_from(folder, run.fingerprint, fingerprint)
     return run, checkpoint
 
 
 def open_run(
-    folder: str | Path, accelerator: Any, made_from: Mapping[str, Any], resume: str | None = None,
-    overwrite: bool = False, steps: int = 0,
-) -> tuple[TrainingRun, Path | None]:  # fmt: skip
+    folder: str | Path,
+    accelerator: Any,
+    fingerprint: Mapping[str, Any],
+    resume: str | None = None,
+    overwrite: bool = False,
+    steps: int = 0,
+) -> tuple[TrainingRun, Path | None]:
     """Start a run in a folder or continue the one there; the first process decides, and all get the same.
 
     Returns:
@@ -207,7 +214,7 @@ def open_run(
     decided: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            decided = [_open(Path(folder), made_from, resume, overwrite, steps)]
+            decided = [_open(Path(folder), fingerprint, resume, overwrite, steps)]
         except (OSError, ValueError) as error:  # raised below, in every process
             decided = [error]
     if accelerator.num_processes > 1:
@@ -220,14 +227,14 @@ def open_run(
 
 
 def _open(
-    folder: Path, made_from: Mapping[str, Any], resume: str | None, overwrite: bool, steps: int
+    folder: Path, fingerprint: Mapping[str, Any], resume: str | None, overwrite: bool, steps: int
 ) -> tuple[TrainingRun, Path | None]:
-    run, checkpoint = check_output_dir(folder, resume, overwrite, made_from, steps)
+    run, checkpoint = check_output_dir(folder, resume, overwrite, fingerprint, steps)
     if run is None or overwrite:
         if run is not None:
             run.remove()
         run_id = uuid.uuid4().hex[:12] if checkpoint is None else run_of(checkpoint)
-        run = TrainingRun(folder, run_id, dict(made_from))
+        run = TrainingRun(folder, run_id, dict(fingerprint))
         run.write()
     run.sweep()
     return run, checkpoint
@@ -247,7 +254,7 @@ def _refuse_clashes(folder: Path, run: TrainingRun | None, steps: int) -> None:
             )
 
 
-def _check_same_run(checkpoint: Path, run: TrainingRun | None, made_from: Mapping[str, Any] | None) -> None:
+def _check_same_run(checkpoint: Path, run: TrainingRun | None, fingerprint: Mapping[str, Any] | None) -> None:
     state = read_json(checkpoint / STATE)
     if not state.get("run"):
         raise ValueError(
@@ -256,7 +263,7 @@ def _check_same_run(checkpoint: Path, run: TrainingRun | None, made_from: Mappin
         )
     if run is not None and state["run"] != run.run_id:
         raise ValueError(f"{checkpoint} is not of the run in {run.folder}: give another --output_dir")
-    _check_made_from(checkpoint, state["made_from"], made_from)
+    _check_made_from(checkpoint, state["fingerprint"], fingerprint)
 
 
 def _check_made_from(where: Path, found: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> None:

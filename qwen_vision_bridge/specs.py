@@ -123,8 +123,11 @@ class ModelSpec:
         Raises:
             ValueError: a size differs; both are named.
         """
-        wrong = [f"{key} {size} instead of {self.shapes[key]}" for key, size in found.shapes.items()
-                 if size != self.shapes[key]]  # fmt: skip
+        wrong = [
+            f"{key} {size} instead of {self.shapes[key]}"
+            for key, size in found.shapes.items()
+            if size != self.shapes[key]
+        ]
         if wrong:
             raise ValueError(f"{found.repo} is not {self.name}: its config says {', '.join(wrong)}")
 
@@ -222,10 +225,20 @@ MODELS: dict[str, ModelSpec] = {
         _qwen25("32B", 5120, 64),
         _qwen25("72B", 8192, 80),
         ModelSpec("miniature-source", f"{BUILTIN}source", "qwen3_vl", 6, 128, 8, 256, 3, (1, 3, 5)),
-        ModelSpec("miniature-target", f"{BUILTIN}target", "qwen2_5_vl", 4, 128, 4, 224, 4,
-                  subfolder="text_encoder", processor_subfolder="processor"),
+        ModelSpec(
+            "miniature-target",
+            f"{BUILTIN}target",
+            "qwen2_5_vl",
+            4,
+            128,
+            4,
+            224,
+            4,
+            subfolder="text_encoder",
+            processor_subfolder="processor",
+        ),
     )
-}  # fmt: skip
+}
 
 EDITORS: dict[str, EditorSpec] = {
     spec.name: spec
@@ -248,14 +261,23 @@ EDITORS: dict[str, EditorSpec] = {
 
 FAMILIES: dict[str, Family] = {
     "miniature": Family(
-        "miniature", MODELS["miniature-source"], MODELS["miniature-target"], EDITORS["miniature-editor"],
-        bridge_rank=48, steps=20, image_size=128,
+        "miniature",
+        MODELS["miniature-source"],
+        MODELS["miniature-target"],
+        EDITORS["miniature-editor"],
+        bridge_rank=48,
+        steps=20,
+        image_size=128,
     ),
     "qwen": Family(
-        "qwen", MODELS["Qwen3-VL-8B"], MODELS["Qwen2.5-VL-7B"], EDITORS["Qwen-Image-Edit-2509"],
-        bridge_rank=192, steps=40,
+        "qwen",
+        MODELS["Qwen3-VL-8B"],
+        MODELS["Qwen2.5-VL-7B"],
+        EDITORS["Qwen-Image-Edit-2509"],
+        bridge_rank=192,
+        steps=40,
     ),
-}  # fmt: skip
+}
 
 
 def resolve_family(

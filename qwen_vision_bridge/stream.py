@@ -95,7 +95,7 @@ class FeatureFolder:
         entry = self.index["images"][name]
         with safe_open(self.folder / entry["shard"], framework="pt") as shard:
             features = {key: shard.get_tensor(f"{name}:{key}")[None] for key in self.index["features"]}
-        return VisionCache(features, (tuple(entry["grid"]),), self.index["made_from"])
+        return VisionCache(features, (tuple(entry["grid"]),), self.index["fingerprint"])
 
 
 def extract_folder(
@@ -129,22 +129,22 @@ def extract_folder(
     """
     images, output, processes = Path(images), Path(output), Processes()
     shards = list_shards(images, shard_images)
-    made_from = folder_provenance(extractor, role)
-    owned = check_output(output, images, shards, made_from)
+    fingerprint = folder_provenance(extractor, role)
+    owned = check_output(output, images, shards, fingerprint)
     output.mkdir(parents=True, exist_ok=True)
     pending = [
-        name for name, names in shards.items() if not _is_done(output / name, images, names, made_from)
+        name for name, names in shards.items() if not _is_done(output / name, images, names, fingerprint)
     ]
     extractor.warm(role)
     extractor.target_grid(Image.new("RGB", (64, 64)))  # its processor too, before many threads ask for it
     processes.wait()  # all have looked before anyone writes, and all towers are there
     stale = set(owned) - set(shards)
     if processes.is_main and (pending or stale):
-        write_index(output, images, {*owned, *shards}, made_from, NAMES[role])
+        write_index(output, images, {*owned, *shards}, fingerprint, NAMES[role])
     processes.wait()  # no shard is written before the index lists it
     started = time.perf_counter()
     mine = {name: shards[name] for name in processes.share(list(shards)) if name in pending}
-    work = _Work(extractor, role, images, output, made_from, batch_tokens)
+    work = _Work(extractor, role, images, output, fingerprint, batch_tokens)
     work.run(mine, workers or min(16, os.cpu_count() or 1), processes.is_main)
     processes.wait()
     if not processes.is_main:
@@ -152,7 +152,7 @@ def extract_folder(
     for name in stale:
         (output / name).unlink(missing_ok=True)
     found, skipped, done = _read_back(output, shards, pending)
-    write_index(output, images, shards, made_from, NAMES[role], found, skipped)
+    write_index(output, images, shards, fingerprint, NAMES[role], found, skipped)
     return Streamed(output, len(found), done, skipped, time.perf_counter() - started)
 
 
@@ -160,11 +160,16 @@ class _Work:
     """One process's shards."""
 
     def __init__(
-        self, extractor: VisionCacheExtractor, role: Role, images: Path, output: Path,
-        made_from: dict[str, str], batch_tokens: int,
-    ) -> None:  # fmt: skip
+        self,
+        extractor: VisionCacheExtractor,
+        role: Role,
+        images: Path,
+        output: Path,
+        fingerprint: dict[str, str],
+        batch_tokens: int,
+    ) -> None:
         self.extractor, self.role, self.images, self.output = extractor, role, images, output
-        self.made_from, self.batch_tokens = made_from, batch_tokens
+        self.fingerprint, self.batch_tokens = fingerprint, batch_tokens
 
     def run(self, shards: dict[str, list[str]], workers: int, show: bool) -> None:
         """Make every shard, reading ahead of the tower and writing behind it."""
@@ -222,9 +227,11 @@ class _Work:
         for grid in list(waiting):
             flush(grid)
         header = {
-            "made_from": self.made_from, "grids": grids, "files": _stamps(self.images, members),
+            "fingerprint": self.fingerprint,
+            "grids": grids,
+            "files": _stamps(self.images, members),
             "skipped": skipped,
-        }  # fmt: skip
+        }
         # One entry: safetensors writes several in any order, and a shard's bytes shall not depend on chance.
         return tensors, {FORMAT: json.dumps(header)}
 
@@ -274,9 +281,11 @@ def folder_provenance(extractor: VisionCacheExtractor, role: Role) -> dict[str, 
     """Everything beside the images that decides the features of a folder."""
     target = extractor.family.target  # its processor decides the grid of the source's features too
     return {
-        **extractor.provenance(role), "target_grid": target.name, "target_repo": target.repo,
+        **extractor.provenance(role),
+        "target_grid": target.name,
+        "target_repo": target.repo,
         "target_revision": str(target.revision),
-    }  # fmt: skip
+    }
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -293,10 +302,10 @@ def _stamps(images: Path, names: Sequence[str]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _is_done(shard: Path, images: Path, names: Sequence[str], made_from: dict[str, str]) -> bool:
+def _is_done(shard: Path, images: Path, names: Sequence[str], fingerprint: dict[str, str]) -> bool:
     """Whether a shard is there in full, made of these very files in this very way."""
     header = _header(shard)
-    return header.get("files") == _stamps(images, names) and header.get("made_from") == made_from
+    return header.get("files") == _stamps(images, names) and header.get("fingerprint") == fingerprint
 
 
 def _read_back(

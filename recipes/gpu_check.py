@@ -136,9 +136,14 @@ def check_memory_modes(results: Results) -> None:
     photo = sample_image(128)
     for mode in MEMORY_MODES if CUDA else MEMORY_MODES[:1]:
         editor = EnhancedQwenImageEdit(
-            "miniature", bridge="random", load_in_8bit=mode.bits == 8, load_in_4bit=mode.bits == 4,
-            offload=mode.offload, device=DEVICE, feature_cache=False,
-        )  # fmt: skip
+            "miniature",
+            bridge="random",
+            load_in_8bit=mode.bits == 8,
+            load_in_4bit=mode.bits == 4,
+            offload=mode.offload,
+            device=DEVICE,
+            feature_cache=False,
+        )
         (baseline, enhanced, _), seconds, _ = measured(lambda e=editor: e.compare(photo, "make it blue"))
         zero = editor.generate(photo, "make it blue", strength=0.0)
         results.add(f"miniature, {mode.name}: strength 0 is stock", same(zero, baseline))

@@ -50,29 +50,30 @@ class Arm:
         """Whether no gain is expected of it: it does not see the case's own source features."""
         return self.bridge is None or self.features != "own"
 
-    def made_from(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything about the arm that decides an image, but the features themselves."""
         if self.bridge is None:
             return {}
         return {
-            "bridge": bridge_digest(self.bridge), "strength": self.strength, "site": self.site,
+            "bridge": bridge_digest(self.bridge),
+            "strength": self.strength,
+            "site": self.site,
             "features": self.features,
-        }  # fmt: skip
+        }
 
     def describe(self) -> dict[str, Any]:
         """The arm as plain data for a results file."""
-        return {"name": self.name, "bridge_name": self.bridge_name, **self.made_from()}
+        return {"name": self.name, "bridge_name": self.bridge_name, **self.fingerprint()}
 
 
 def default_arms(bridge: VisionBridge, name: str, strength: float = 1.0, site: Site = "tower") -> list[Arm]:
     """The arms that every claim needs: baseline, bridge, and its two controls."""
     kinds: tuple[tuple[str, Features], ...] = (
-        ("bridge", "own"), ("shuffled", "shuffled"), ("target-only", "target"),
-    )  # fmt: skip
-    return [
-        Arm(BASELINE),
-        *(Arm(label, bridge, name, strength, site, features) for label, features in kinds),
-    ]
+        ("bridge", "own"),
+        ("shuffled", "shuffled"),
+        ("target-only", "target"),
+    )
+    return [Arm(BASELINE), *(Arm(label, bridge, name, strength, site, features) for label, features in kinds)]
 
 
 def parse_arm(text: str, family: Family) -> Arm:

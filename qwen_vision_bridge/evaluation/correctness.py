@@ -20,9 +20,18 @@ from .metrics import pixels as metrics
 
 # Kinds whose result is read, and kinds whose result is a background; the others show by their scenes.
 WRITTEN = (
-    "change_text", "append_letter", "copy_text", "swap_words", "reverse_text", "replace_letter",
-    "delete_vowels", "sort_letters", "double_letter", "spell_digit", "same_text",
-)  # fmt: skip
+    "change_text",
+    "append_letter",
+    "copy_text",
+    "swap_words",
+    "reverse_text",
+    "replace_letter",
+    "delete_vowels",
+    "sort_letters",
+    "double_letter",
+    "spell_digit",
+    "same_text",
+)
 BACKGROUND = ("recolour_background", "same_background")
 VISIBLE = 24  # grey levels in some channel: pixels that differ by less are not asked about
 # Images are compared a little out of focus: 1 px of 128, against what codecs do to single pixels and rims.
@@ -138,8 +147,10 @@ def _surplus(case: Case, image: Image.Image) -> str:
         if patch.area < least.get(patch.colour, np.inf):
             continue
         # A wide letter cuts a square in two, so halves at a shape's own place are no second shape.
-        apart = (np.hypot(*np.subtract(patch.centroid, item.centre)) > item.radius
-                 for item in by_colour[patch.colour])  # fmt: skip
+        apart = (
+            np.hypot(*np.subtract(patch.centroid, item.centre)) > item.radius
+            for item in by_colour[patch.colour]
+        )
         if all(apart):
             return f"there is a {patch.colour} shape too many"
     return ""
@@ -178,10 +189,7 @@ def _stayed(case: Case, image: Image.Image) -> tuple[float, str, float | None, s
                 shares.append((_share(image, case.target, without, visible), _name(part)))
     lost, name = max(shares)
     colours = [
-        (
-            metrics.colour_error(image, metrics.shrink(_flat(case.target, item), 1), COLOURS[item.colour]),
-            item,
-        )
+        (metrics.colour_error(image, metrics.shrink(_flat(case.target, item), 1), COLOURS[item.colour]), item)
         for item in case.edit.after.objects
     ]
     gone = f"{lost:.0%} of {name} is gone" if lost > MISSING else ""

@@ -17,11 +17,11 @@ from ..pipeline import EnhancedQwenImageEdit
 from ..specs import check_seed
 from ..synthetic.cases import GROUPS
 from .arms import Arm, check_arms, default_arms
-from .executor import Maker
+from .executor import Executor
 from .folder_dataset import FileCase
 from .metrics.consistency import pair_records
-from .record_log import Ledger
-from .scoring import METRICS, Measurer, unmeasured
+from .record_log import RecordLog
+from .scoring import METRICS, Scorer, unmeasured
 from .statistics import Difference, compare_arms
 from .tasks import OTHER, Job, Run, check_ids, failures, plan
 
@@ -96,19 +96,19 @@ def evaluate(
     by_id = {case.case_id: case for case in cases}
     run = Run(pipeline, Path(folder), arms, seed, dict(options), by_id, batch_arms)
     jobs, left_out = plan(run, perception)
-    ledger = Ledger(run.folder, processes.index)
+    record_log = RecordLog(run.folder, processes.index)
     processes.wait()  # no process writes before all have read
-    known = {key for key, record in ledger.records.items() if not (retry_errors and record["error"])}
+    known = {key for key, record in record_log.records.items() if not (retry_errors and record["error"])}
     pending = [job for job in jobs if job.key not in known]
     if announce is not None and processes.is_main:
         announce(_estimate(run, pending, processes.count))
     mine = processes.share(sorted({job.case.case_id for job in pending}))
-    _work(run, mine, pending, ledger, workers)
+    _work(run, mine, pending, record_log, workers)
     processes.wait()
     if not processes.is_main:
         return None
-    ledger.merge()
-    records = [ledger.records[job.key] for job in jobs]
+    record_log.merge()
+    records = [record_log.records[job.key] for job in jobs]
     records += pair_records([case for case in cases if isinstance(case, FileCase)], records, run.folder)
     left_out = [*notes, *unmeasured(cases), *left_out, *failures(records)]
     rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
@@ -117,7 +117,7 @@ def evaluate(
     return Evaluation(rows, records, left_out, pipeline.provenance([seed]), described, seconds, before)
 
 
-def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger, workers: int) -> None:
+def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], record_log: RecordLog, workers: int) -> None:
     """Do the pending jobs of some cases, one case after the other with all its arms."""
     from tqdm import tqdm
 
@@ -127,13 +127,13 @@ def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], ledger: Ledger,
             by_case[job.case.case_id].append(job)
     _extract(run, mine)
     total = sum(map(len, by_case.values()))
-    with tqdm(total=total, desc="evaluating", unit="job", disable=total == 0) as bar, Measurer(workers) as m:
-        maker = Maker(run, ledger, m, bar.update)
+    with tqdm(total=total, desc="evaluating", unit="job", disable=total == 0) as bar, Scorer(workers) as m:
+        executor = Executor(run, record_log, m, bar.update)
         try:
             for jobs in _chunks(list(by_case.values()), run.batch):
-                maker.work(jobs)
+                executor.work(jobs)
         finally:  # what is drawn is kept, after Ctrl-C too
-            maker.finish()
+            executor.finish()
 
 
 def _chunks(by_case: Sequence[list[Job]], batch: int) -> Iterator[list[Job]]:

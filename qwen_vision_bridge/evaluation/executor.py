@@ -20,8 +20,8 @@ from ..images import load_images
 from ..io import write_image
 from ..specs import cache_home
 from .arms import target_levels
-from .record_log import Ledger
-from .scoring import Measurer
+from .record_log import RecordLog
+from .scoring import Scorer
 from .tasks import Job, Run, content_key
 from .vqa import ask, score
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Edited = tuple[Image.Image, LevelAttention | None]
 
 
-class Waiting(NamedTuple):
+class PendingScore(NamedTuple):
     """An image that is on disk and being measured."""
 
     job: Job
@@ -39,20 +39,20 @@ class Waiting(NamedTuple):
     measured: Future[dict[str, Any]]
 
 
-class Maker:
+class Executor:
     """Does jobs and writes their records.
 
     Args:
         run: what stays the same.
-        ledger: takes the records.
-        measurer: measures images, here or in processes of its own.
+        record_log: takes the records.
+        scorer: measures images, here or in processes of its own.
         tick: is called for every record.
     """
 
-    def __init__(self, run: Run, ledger: Ledger, measurer: Measurer, tick: Callable[[], Any]) -> None:
-        self.run, self.ledger, self.measurer, self.tick = run, ledger, measurer, tick
+    def __init__(self, run: Run, record_log: RecordLog, scorer: Scorer, tick: Callable[[], Any]) -> None:
+        self.run, self.record_log, self.scorer, self.tick = run, record_log, scorer, tick
         self._sources: dict[str, VisionCache] = {}
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[PendingScore] = deque()
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Do the jobs of some cases; a job that fails is a record with an error, and the others go on."""
@@ -72,9 +72,12 @@ class Maker:
         """Write the records of measured images, until at most so many are still being measured."""
         while self._waiting and (len(self._waiting) > at_most or self._waiting[0].measured.done()):
             waiting = self._waiting.popleft()
-            self._try([waiting.job], lambda waiting=waiting: self._record(
-                waiting.job, {**waiting.found, **waiting.measured.result()}, waiting.seconds
-            ))  # fmt: skip
+            self._try(
+                [waiting.job],
+                lambda waiting=waiting: self._record(
+                    waiting.job, {**waiting.found, **waiting.measured.result()}, waiting.seconds
+                ),
+            )
 
     def _try(self, jobs: Sequence[Job], do: Callable[[], Any]) -> Any:
         """Do something for jobs; where it fails they are recorded with the error, and None is returned."""
@@ -105,7 +108,7 @@ class Maker:
             **found,
             "seconds": round(seconds, 3),
         }
-        self.ledger.append(record)
+        self.record_log.append(record)
         self.tick()
 
     def _edit(self, job: Job) -> Edited:
@@ -147,9 +150,15 @@ class Maker:
         case, arm = job.case, job.arm
         images = case.images if case.references else case.image  # the first edit pipeline takes one only
         return make(
-            images, case.prompt, self.run.seed_of(case), bridge=arm.bridge, source=self._source(job),
-            strength=arm.strength, site=arm.site, **self.run.options,
-        )  # fmt: skip
+            images,
+            case.prompt,
+            self.run.seed_of(case),
+            bridge=arm.bridge,
+            source=self._source(job),
+            strength=arm.strength,
+            site=arm.site,
+            **self.run.options,
+        )
 
     def _known(self, job: Job) -> Image.Image | None:
         """The baseline's image where an earlier run made it."""
@@ -184,10 +193,10 @@ class Maker:
                 found["attention"] = f"{stem}_levels.png"
             means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
             found["level_weights"] = dict(zip(attention.levels, means, strict=True))
-        measured = self.measurer.submit(case, image)
+        measured = self.scorer.submit(case, image)
         taken = time.perf_counter() - self._started if seconds is None else seconds
-        self._waiting.append(Waiting(job, found, taken, measured))
-        self.finish(self.measurer.queue)
+        self._waiting.append(PendingScore(job, found, taken, measured))
+        self.finish(self.scorer.queue)
 
     def _ask(self, job: Job) -> dict[str, Any]:
         source = self._source(job)

@@ -111,9 +111,17 @@ def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> FileCase:
     mask = _mask(folder, row, image.size) if "mask" in row else None
     texts = [text_of(row, name) if name in row else None for name in ("source_text", "expected_text")]
     return FileCase(
-        text_of(row, "id"), group, "own", text_of(row, "prompt"), image, target, mask, *texts,
-        boxes=_boxes(row.get("boxes", []), image.size), difficulty=difficulty,
-    )  # fmt: skip
+        text_of(row, "id"),
+        group,
+        "own",
+        text_of(row, "prompt"),
+        image,
+        target,
+        mask,
+        *texts,
+        boxes=_boxes(row.get("boxes", []), image.size),
+        difficulty=difficulty,
+    )
 
 
 def _boxes(given: Any, size: tuple[int, int]) -> tuple[tuple[str, tuple[float, float, float, float]], ...]:

@@ -70,10 +70,18 @@ def load_textedit(folder: str | Path, subset: str = "miniset") -> list[FileCase]
     def case(row: dict[str, Any], where: Path) -> FileCase:
         image = image_at(root / "data", row, "original_image")
         return FileCase(
-            f"textedit-{where.stem}-{row['id']}", "ocr", where.stem, text_of(row, "prompt"), image,
-            sized(image_at(root / "data", row, "gt_image"), image.size), None, text_of(row, "source_text"),
-            text_of(row, "target_text"), text_is_part=True, benchmark="textedit",
-        )  # fmt: skip
+            f"textedit-{where.stem}-{row['id']}",
+            "ocr",
+            where.stem,
+            text_of(row, "prompt"),
+            image,
+            sized(image_at(root / "data", row, "gt_image"), image.size),
+            None,
+            text_of(row, "source_text"),
+            text_of(row, "target_text"),
+            text_is_part=True,
+            benchmark="textedit",
+        )
 
     return collect(files, case)
 

@@ -15,7 +15,7 @@ NAME = "results.jsonl"
 PART = re.compile(r"results\.part-\d+\.jsonl")  # `merge` deletes these, and no file of another's naming
 
 
-class Ledger:
+class RecordLog:
     """The records of a folder by key.
 
     A record is one line, written at once when its image is on disk, so a run that is killed loses nothing

@@ -90,7 +90,7 @@ def unmeasured(cases: Sequence[Any]) -> list[str]:
     return lines + [words for name, words in BENCHMARK_GAPS.items() if name in known]
 
 
-class Measurer:
+class Scorer:
     """`measure` for many images: in this process, or in some of their own while this one makes the next.
 
     Args:
@@ -121,7 +121,7 @@ class Measurer:
             done.set_exception(error)
         return done
 
-    def __enter__(self) -> Measurer:
+    def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, *_: Any) -> None:

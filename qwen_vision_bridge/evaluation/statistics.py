@@ -181,9 +181,11 @@ def compare_arms(
 
 
 def _rows(
-    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], labels: tuple[str, str, str, str],
-    metrics: Mapping[str, Metric], seed: int,
-) -> list[Difference]:  # fmt: skip
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    labels: tuple[str, str, str, str],
+    metrics: Mapping[str, Metric],
+    seed: int,
+) -> list[Difference]:
     rows = []
     for name, metric in metrics.items():
         values = [(first["metrics"].get(name), second["metrics"].get(name)) for first, second in pairs]
@@ -197,12 +199,23 @@ def _rows(
         p_value, test = paired_test(differences)
         rows.append(
             Difference(
-                *labels, name, metric.higher_is_better, len(both),
-                float(both[:, 0].mean()), float(both[:, 1].mean()), float(np.sort(differences).mean()),
-                low, high, p_value, test, wins, len(both) - wins - losses, losses,
+                *labels,
+                name,
+                metric.higher_is_better,
+                len(both),
+                float(both[:, 0].mean()),
+                float(both[:, 1].mean()),
+                float(np.sort(differences).mean()),
+                low,
+                high,
+                p_value,
+                test,
+                wins,
+                len(both) - wins - losses,
+                losses,
                 resolvable(differences, metric.share),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -233,10 +246,19 @@ def judge_expectations(
             verdict = "not reached"
         found.append(
             Expectation(
-                row.level, row.group, row.arm, row.metric, low, high, row.n, row.difference, row.ci_low,
-                row.ci_high, verdict,
+                row.level,
+                row.group,
+                row.arm,
+                row.metric,
+                low,
+                high,
+                row.n,
+                row.difference,
+                row.ci_low,
+                row.ci_high,
+                verdict,
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -109,21 +109,21 @@ def check_ids(cases: Sequence[Any]) -> None:
 
 def plan(run: Run, perception: bool) -> tuple[list[Job], list[str]]:
     """Every job in the order of the results, and in words what cannot be done."""
-    jobs, lonely = [], 0
+    jobs, unpaired = [], 0
     groups = {name: index for index, name in enumerate((*GROUPS, OTHER))}
     cases = sorted(run.cases.values(), key=lambda case: (groups[case.group], case.case_id))
-    deaf = sorted({arm.name for arm in run.arms if not supports(arm)}) if perception else []
+    unsupported = sorted({arm.name for arm in run.arms if not supports(arm)}) if perception else []
     for asked in (True, False):
         for case in cases:
             for question in (questions_of(case) if perception else []) if asked else [None]:
                 for arm in run.arms:
                     if arm.features == "shuffled" and run.partners[case.case_id] is None:
-                        lonely += question is None
+                        unpaired += question is None
                     elif question is None or supports(arm):
                         jobs.append(Job(case, arm, question, _key(run, case, arm, question)))
-    left_out = [f"{name}: its site is behind the language model, which is not asked" for name in deaf]
-    if lonely:
-        left_out.append(f"shuffled: {lonely} cases have no other on the same grid to take features from")
+    left_out = [f"{name}: its site is behind the language model, which is not asked" for name in unsupported]
+    if unpaired:
+        left_out.append(f"shuffled: {unpaired} cases have no other on the same grid to take features from")
     return jobs, left_out
 
 
@@ -139,13 +139,13 @@ def content_key(run: Run, case: Any, arm: Arm, batched: bool) -> str:
     Images made in batches have keys of their own, since their last bits are not those of one alone.
     """
     pipeline, family = run.pipeline, run.pipeline.family
-    editor = run.once("editor", lambda: pipeline.made_from(False))
+    editor = run.once("editor", lambda: pipeline.fingerprint(False))
     made: dict[str, Any] = {"editor": editor, "device": pipeline.device.type}
     if batched:
         made["batched"] = True
     if arm.bridge is not None:
-        source = run.once("source", lambda: pipeline.made_from(True)["source"])
-        made |= {"arm": run.once(("arm", arm.name), arm.made_from), "source": source}
+        source = run.once("source", lambda: pipeline.fingerprint(True)["source"])
+        made |= {"arm": run.once(("arm", arm.name), arm.fingerprint), "source": source}
         if arm.features == "shuffled" and (partner := run.partners[case.case_id]):
             made["partner"] = run.shown(partner)
     defaults = {"num_inference_steps": family.steps, "true_cfg_scale": family.true_cfg_scale}

@@ -93,12 +93,12 @@ def ask(
     given["pixel_values"] = inputs["pixel_values"].to(pipe.text_encoder.dtype)
     if pipeline.mrope == "fixed":  # as in an edit, see `injection.mrope_positions`
         given["mm_token_type_ids"] = (ids == pipe.text_encoder.config.image_token_id).int()
-    eyes = nullcontext()
+    encoder = nullcontext()
     if arm.bridge is not None:
-        eyes = inject(pipe, arm.bridge, source, arm.strength, arm.site)
+        encoder = inject(pipe, arm.bridge, source, arm.strength, arm.site)
     towers = batched_vision(pipe, pipeline.vision_attention)
     positions = mrope_positions(pipe, pipeline.mrope)  # puts back what generating leaves behind
-    with model_lock, eyes, towers, positions:
+    with model_lock, encoder, towers, positions:
         reply = pipe.text_encoder.generate(
             **given, max_new_tokens=LONGEST_REPLY, do_sample=False, num_beams=1
         )

@@ -152,8 +152,12 @@ class HubCheckpoint(Checkpoint):
         wanted = _by_shard(self._shards(), pattern)
         plan = [(shard, *span) for shard, members in wanted.items() for span in self._spans(shard, members)]
         tensors: dict[str, torch.Tensor] = {}
-        with tqdm(total=sum(end - start for _, start, end, _ in plan), unit="B", unit_scale=True,
-                  desc=f"{self.location}: tower only") as progress:  # fmt: skip
+        with tqdm(
+            total=sum(end - start for _, start, end, _ in plan),
+            unit="B",
+            unit_scale=True,
+            desc=f"{self.location}: tower only",
+        ) as progress:
             for shard, start, end, members in plan:
                 body = bytearray()
                 for chunk in self._range(shard, start, end):

@@ -83,9 +83,16 @@ MEMORY_MODES = (
 
 
 PREFERENCE = (  # of those that fit, the first is recommended
-    "plain", "8-bit", "model offload", "8-bit + model offload", "4-bit", "4-bit + model offload",
-    "4-bit + group offload", "group offload", "sequential offload",
-)  # fmt: skip
+    "plain",
+    "8-bit",
+    "model offload",
+    "8-bit + model offload",
+    "4-bit",
+    "4-bit + model offload",
+    "4-bit + group offload",
+    "group offload",
+    "sequential offload",
+)
 
 
 def find_mode(load_in_8bit: bool, load_in_4bit: bool, offload: str | None) -> MemoryMode:
@@ -208,9 +215,13 @@ def load_models(folder: Path, dtype: Any, quantised: Mapping[str, Any]) -> dict[
         plain = not options and "quantization_config" not in read_json(folder / name / "config.json")
         with without_loading_reports():
             models[name], found = model_class.from_pretrained(
-                folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=plain, **options,
-            )  # fmt: skip
+                folder / name,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=plain,
+                **options,
+            )
         check_tensors(name, found)
     return models
 

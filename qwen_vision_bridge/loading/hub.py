@@ -24,9 +24,12 @@ def hub_file(repo: str, name: str, subfolder: str = "", revision: str | None = N
     try:
         with hub_errors(f"{repo}: {name}"):
             found = hf_hub_download(
-                repo, name, subfolder=subfolder or None, revision=revision,
+                repo,
+                name,
+                subfolder=subfolder or None,
+                revision=revision,
                 local_files_only=not _answers(repo, name, subfolder, revision),
-            )  # fmt: skip
+            )
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no {name} on the hub: give another model") from error
     return Path(found)

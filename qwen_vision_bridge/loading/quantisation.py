@@ -56,9 +56,13 @@ def quantise_to_4_bit(
             ):
                 continue
             made = Linear4bit(
-                layer.in_features, layer.out_features, layer.bias is not None,
-                compute_dtype=dtype, quant_type="nf4", device="meta",
-            )  # fmt: skip
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                compute_dtype=dtype,
+                quant_type="nf4",
+                device="meta",
+            )
             weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
             made.weight = weight.to(device)  # quantises
             made.weight.data = made.weight.data.cpu()

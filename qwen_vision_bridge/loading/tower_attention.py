@@ -221,7 +221,10 @@ def _indices(tower: nn.Module, grids: torch.Tensor) -> dict[str, Any]:
     else:
         interpolate = vision_utils.get_vision_interpolation_indices_and_weights
         made["interp_indices"], made["interp_weights"] = interpolate(
-            grids, num_grid_per_side=tower.num_grid_per_side, mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners, spatial_merge_size=merge,
-        )  # fmt: skip
+            grids,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
     return made

@@ -178,9 +178,13 @@ def quantise_blocks(tower: nn.Module, threshold: float = INT8_THRESHOLD) -> int:
             if type(layer) is not nn.Linear:
                 continue
             quantised = Linear8bitLt(
-                layer.in_features, layer.out_features, layer.bias is not None,
-                has_fp16_weights=False, threshold=threshold, device="meta",
-            )  # fmt: skip
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                has_fp16_weights=False,
+                threshold=threshold,
+                device="meta",
+            )
             quantised.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
             quantised.bias = layer.bias
             setattr(parent, name, quantised)

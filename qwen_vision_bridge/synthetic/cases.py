@@ -112,21 +112,16 @@ class Case:
 
 
 def make_edit(
-    group: str,
-    kind: str,
-    rng: np.random.Generator,
-    size: int = 128,
-    novel: bool = False,
-    zoom: float = 1.0,
+    group: str, kind: str, rng: np.random.Generator, size: int = 128, novel: bool = False, zoom: float = 1.0
 ) -> Edit:
     """One instruction of a kind, with its scenes; nothing held out is in it unless `novel`.
 
     `zoom` enlarges the smallest type, for training: what is meant can be learnt before it can be made out.
     """
-    maker = (EASY[group] | HARD[group])[kind]
+    executor = (EASY[group] | HARD[group])[kind]
     while True:
         try:
-            edit: Edit = maker(Draw(rng, size, novel, zoom), kind)
+            edit: Edit = executor(Draw(rng, size, novel, zoom), kind)
         except NoRoomError:  # large words and shapes do not always fit together: draw others
             continue
         if novel or not any(map(is_held_out, (edit.before, edit.after, *edit.references))):
@@ -168,8 +163,9 @@ def _case(group: str, kind: str, index: int, seed: int, size: int, split: str) -
     case_seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
     edit = make_edit(group, kind, np.random.default_rng(case_seed), size, split == "novel")
     before, after = edit.before, edit.after
-    source, expected = (" ".join(filter(None, (block.text for block in words_of(scene))))
-                        for scene in (before, after))  # fmt: skip
+    source, expected = (
+        " ".join(filter(None, (block.text for block in words_of(scene)))) for scene in (before, after)
+    )
     spoken = bool(words_of(before) or words_of(after))
     return Case(
         f"{group}-{size}px-{split}-seed{seed}-{index:04d}-{kind}",

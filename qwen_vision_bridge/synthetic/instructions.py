@@ -2,7 +2,7 @@
 
 Easy ones name what they mean and say the result. Hard ones need seeing: they refer to something by its text
 or by comparison, beside near misses, or ask for a result that only reading gives. `outright` is then the same
-request with all of that said, so the difference between the two is what better eyes can win.
+request with all of that said, so the difference between the two is what better vision can win.
 """
 
 from __future__ import annotations

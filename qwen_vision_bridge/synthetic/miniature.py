@@ -134,9 +134,11 @@ def source_processor() -> Any:
     }
     limits = {"shortest_edge": 4 * 16 * 16, "longest_edge": 1024 * 16 * 16}
     return Qwen3VLProcessor(
-        Qwen2VLImageProcessor(size=limits, **sizes), build_tokenizer(),
-        Qwen3VLVideoProcessor(size=limits, **sizes), chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        Qwen2VLImageProcessor(size=limits, **sizes),
+        build_tokenizer(),
+        Qwen3VLVideoProcessor(size=limits, **sizes),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def target_processor() -> Any:
@@ -147,16 +149,18 @@ def target_processor() -> Any:
     sizes = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     limits = {"shortest_edge": TARGET_PX**2, "longest_edge": TARGET_PX**2}
     return Qwen2VLProcessor(
-        Qwen2VLImageProcessor(size=limits, **sizes), build_tokenizer(),
-        Qwen2VLVideoProcessor(size=limits, **sizes), chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        Qwen2VLImageProcessor(size=limits, **sizes),
+        build_tokenizer(),
+        Qwen2VLVideoProcessor(size=limits, **sizes),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Seeded weights under which a small model listens: matrices at std 1/√fan-in, the rest neutral.
 
     Each tensor has a stream of its own, keyed by its name, so that adding a layer changes no other.
-    transformers' own std of 0.02 leaves a model of this width nearly deaf to images and prompts.
+    transformers' own std of 0.02 leaves a model of this width nearly unsupported to images and prompts.
     """
     import torch
 

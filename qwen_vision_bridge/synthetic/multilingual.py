@@ -44,25 +44,49 @@ def _script(words: str, font: str, package: str, face: int = 0, shaped: bool = F
 
 
 SCRIPTS = {
-    "latin": _script("Garden Bread Window Museum River Market Summer Station Coffee Bridge Forest Library",
-                     DEJAVU, "matplotlib"),
-    "accented": _script("Größe Façade Señal Łódź Crème Málaga Übung Höhle Garçon Niño Žižka Dvořák",
-                        DEJAVU, "matplotlib"),
-    "cyrillic": _script("Музей Хлеб Окно Привет Река Рынок Лето Вокзал Кофе Мост Лес Книга",
-                        DEJAVU, "matplotlib"),
-    "greek": _script("Θάλασσα Ψωμί Ουρανός Κήπος Μουσείο Ποτάμι Αγορά Καλοκαίρι Σταθμός Καφές Γέφυρα Δάσος",
-                     DEJAVU, "matplotlib"),
-    "chinese": _script("图书馆 你好 博物馆 面包 花园 窗户 河流 市场 夏天 车站 咖啡 森林",
-                       CJK, "Debian's fonts-noto-cjk", face=2),
-    "japanese": _script("こんにちは カフェ 図書館 ありがとう さくら ホテル 市場 夏休み 駅前 コーヒー 森林",
-                        CJK, "Debian's fonts-noto-cjk"),
-    "korean": _script("안녕하세요 도서관 빵집 정원 창문 박물관 시장 여름 기차역 커피 다리 숲길",
-                      CJK, "Debian's fonts-noto-cjk", face=1),
-    "arabic": _script("مرحبا مكتبة خبز حديقة نافذة متحف نهر سوق صيف محطة قهوة غابة",
-                      DEJAVU, "matplotlib", shaped=True),
-    "hindi": _script("नमस्ते पुस्तकालय रोटी बगीचा खिड़की संग्रहालय नदी बाज़ार गर्मी स्टेशन कॉफ़ी जंगल",
-                     "NotoSansDevanagari-Bold.ttf", "Debian's fonts-noto-core", shaped=True),
-}  # fmt: skip
+    "latin": _script(
+        "Garden Bread Window Museum River Market Summer Station Coffee Bridge Forest Library",
+        DEJAVU,
+        "matplotlib",
+    ),
+    "accented": _script(
+        "Größe Façade Señal Łódź Crème Málaga Übung Höhle Garçon Niño Žižka Dvořák", DEJAVU, "matplotlib"
+    ),
+    "cyrillic": _script(
+        "Музей Хлеб Окно Привет Река Рынок Лето Вокзал Кофе Мост Лес Книга", DEJAVU, "matplotlib"
+    ),
+    "greek": _script(
+        "Θάλασσα Ψωμί Ουρανός Κήπος Μουσείο Ποτάμι Αγορά Καλοκαίρι Σταθμός Καφές Γέφυρα Δάσος",
+        DEJAVU,
+        "matplotlib",
+    ),
+    "chinese": _script(
+        "图书馆 你好 博物馆 面包 花园 窗户 河流 市场 夏天 车站 咖啡 森林",
+        CJK,
+        "Debian's fonts-noto-cjk",
+        face=2,
+    ),
+    "japanese": _script(
+        "こんにちは カフェ 図書館 ありがとう さくら ホテル 市場 夏休み 駅前 コーヒー 森林",
+        CJK,
+        "Debian's fonts-noto-cjk",
+    ),
+    "korean": _script(
+        "안녕하세요 도서관 빵집 정원 창문 박물관 시장 여름 기차역 커피 다리 숲길",
+        CJK,
+        "Debian's fonts-noto-cjk",
+        face=1,
+    ),
+    "arabic": _script(
+        "مرحبا مكتبة خبز حديقة نافذة متحف نهر سوق صيف محطة قهوة غابة", DEJAVU, "matplotlib", shaped=True
+    ),
+    "hindi": _script(
+        "नमस्ते पुस्तकालय रोटी बगीचा खिड़की संग्रहालय नदी बाज़ार गर्मी स्टेशन कॉफ़ी जंगल",
+        "NotoSansDevanagari-Bold.ttf",
+        "Debian's fonts-noto-core",
+        shaped=True,
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +203,17 @@ def _case(name: str, index: int, hard: int, seed: int, size: int) -> LanguageCas
     mask[max(top - 4, 0) : bottom + 4, max(left - 4, 0) : right + 4] = True
     verb = f'Replace the word "{old}" with "{new}"' if hard else f'Change the text to "{new}"'
     return LanguageCase(
-        f"ocr-{size}px-{name}-seed{seed}-{index:04d}", name, verb, *images, mask, " ".join(before),
-        " ".join(after), "hard" if hard else "easy", can_read("".join(script.words)), "/".join(before),
-    )  # fmt: skip
+        f"ocr-{size}px-{name}-seed{seed}-{index:04d}",
+        name,
+        verb,
+        *images,
+        mask,
+        " ".join(before),
+        " ".join(after),
+        "hard" if hard else "easy",
+        can_read("".join(script.words)),
+        "/".join(before),
+    )
 
 
 def _boxes(
@@ -213,9 +245,14 @@ def _extent(name: str, word: str, em: float) -> tuple[float, float]:
 
 
 def _draw_word(
-    canvas: Image.Image, name: str, word: str, box: tuple[int, int, int, int], em: float,
-    plate: str | None, ink: tuple[int, int, int],
-) -> None:  # fmt: skip
+    canvas: Image.Image,
+    name: str,
+    word: str,
+    box: tuple[int, int, int, int],
+    em: float,
+    plate: str | None,
+    ink: tuple[int, int, int],
+) -> None:
     pen, font = ImageDraw.Draw(canvas), _font(name, em)
     if plate is not None:
         pen.rounded_rectangle(box, radius=int(0.25 * em), fill=PLATES[plate], outline=ink, width=2)

@@ -53,7 +53,7 @@ def _both(draw: Draw, kind: str, asked: str, outright: str, **names: str) -> tup
 
 
 @dataclass(frozen=True)
-class Riddle:
+class ReferringTarget:
     """Objects, the first of which is meant by the description; labels lie on them, in their order."""
 
     objects: tuple[SceneObject, ...]
@@ -63,12 +63,12 @@ class Riddle:
 
 def which_shape(draw: Draw, kind: str) -> Edit:
     """One of three or four shapes, meant by a description, is to be moved, erased or painted."""
-    riddle = _RIDDLES[kind](draw)
-    first, *others = riddle.objects
-    before = replace(draw.background(), objects=riddle.objects, texts=riddle.labels)
-    places = [place for place in ("left", "right", "top", "bottom") if _can_go(draw, riddle, place)]
+    referring_target = _REFERRING_TARGETS[kind](draw)
+    first, *others = referring_target.objects
+    before = replace(draw.background(), objects=referring_target.objects, texts=referring_target.labels)
+    places = [place for place in ("left", "right", "top", "bottom") if _can_go(draw, referring_target, place)]
     action = draw.pick(("move", "remove_object", "recolour_object") if places else ("remove_object",))
-    names, objects, labels = {}, [first, *others], list(riddle.labels)
+    names, objects, labels = {}, [first, *others], list(referring_target.labels)
     if action == "move":
         place = draw.pick(places)
         goal = goal_of(draw, place, *first.centre)
@@ -77,17 +77,17 @@ def which_shape(draw: Draw, kind: str) -> Edit:
         if labels:
             labels[0] = _label(labels[0].text, objects[0], labels[0].font_px)
     elif action == "recolour_object":
-        names["new"] = draw.colour_for(first.kind, *(item.colour for item in riddle.objects))
+        names["new"] = draw.colour_for(first.kind, *(item.colour for item in referring_target.objects))
         objects[0] = replace(first, colour=names["new"])  # a letter on it keeps its ink
     else:
         objects, labels = objects[1:], labels[1:]
     after = replace(before, objects=tuple(objects), texts=tuple(labels))
-    asked, outright = _both(draw, action, riddle.description, the(first), **names)
+    asked, outright = _both(draw, action, referring_target.description, the(first), **names)
     return Edit(asked, before, after, f"{square(draw, first.centre)} {first.name}", outright)
 
 
-def _can_go(draw: Draw, riddle: Riddle, place: str) -> bool:
-    first, *others = riddle.objects
+def _can_go(draw: Draw, referring_target: ReferringTarget, place: str) -> bool:
+    first, *others = referring_target.objects
     goal = goal_of(draw, place, *first.centre)
     far = np.hypot(goal[0] - first.centre[0], goal[1] - first.centre[1]) > 0.25 * draw.size
     return bool(far) and draw.is_clear([(*goal, first.radius), *((*o.centre, o.radius) for o in others)])
@@ -97,14 +97,14 @@ def _count(draw: Draw) -> int:
     return int(draw.rng.integers(3, 5))
 
 
-def _sizes(draw: Draw) -> Riddle:
+def _sizes(draw: Draw) -> ReferringTarget:
     """Shapes of one kind; one is a fifth smaller or larger than the next."""
     wanted = draw.pick(("smallest", "largest"))
     base, count = draw.between(0.1, 0.12), _count(draw)
     odd = 0.8 * base if wanted == "smallest" else 1.2 * base
     others = base * draw.rng.uniform(*((1, 1.12) if wanted == "smallest" else (0.9, 1)), count - 1)
     discs = draw.discs([odd, *others.tolist()])
-    return Riddle(objects_at(draw.alike(count), discs), f"the {wanted} shape")
+    return ReferringTarget(objects_at(draw.alike(count), discs), f"the {wanted} shape")
 
 
 def _spread(draw: Draw, axis: int, least: float, count: int) -> list[Disc]:
@@ -119,7 +119,7 @@ def _spread(draw: Draw, axis: int, least: float, count: int) -> list[Disc]:
 _EXTREMES = {"leftmost": (0, 0), "rightmost": (0, -1), "highest": (1, 0), "lowest": (1, -1)}
 
 
-def _extreme(draw: Draw) -> Riddle:
+def _extreme(draw: Draw) -> ReferringTarget:
     """The outermost one, a few pixels before the next."""
     wanted = draw.pick(_EXTREMES)
     axis, index = _EXTREMES[wanted]
@@ -133,19 +133,19 @@ def _extreme(draw: Draw) -> Riddle:
         objects = objects_at(draw.looks(len(discs) + 1), [first, *discs])
         tips = [(sign * corners_of(item)[:, axis]).min() for item in objects]
         if tips[0] < min(tips[1:]):  # a larger shape may reach farther though its centre does not
-            return Riddle(objects, f"the {wanted} shape")
+            return ReferringTarget(objects, f"the {wanted} shape")
 
 
-def _second(draw: Draw) -> Riddle:
+def _second(draw: Draw) -> ReferringTarget:
     """The second one, counted from a side."""
     side = draw.pick(("left", "right"))
     discs = _spread(draw, 0, 0.05, _count(draw))
     first = discs.pop(1 if side == "left" else -2)
     looks = draw.looks(len(discs) + 1)
-    return Riddle(objects_at(looks, [first, *discs]), f"the second shape from the {side}")
+    return ReferringTarget(objects_at(looks, [first, *discs]), f"the second shape from the {side}")
 
 
-def _beneath(draw: Draw) -> Riddle:
+def _beneath(draw: Draw) -> ReferringTarget:
     """The one straight above or below another; a third one is near that column too."""
     side = draw.pick(("above", "below"))
     sign = -1 if side == "above" else 1
@@ -159,10 +159,10 @@ def _beneath(draw: Draw) -> Riddle:
         if column and aside:
             break
     objects = objects_at(draw.looks(len(discs)), discs)
-    return Riddle(objects, f"the shape {side} the {objects[1].kind}")
+    return ReferringTarget(objects, f"the shape {side} the {objects[1].kind}")
 
 
-def _odd_colour(draw: Draw) -> Riddle:
+def _odd_colour(draw: Draw) -> ReferringTarget:
     """The one whose colour no other has."""
     count = _count(draw)
     discs = draw.discs(draw.between(0.085, 0.12, count).tolist())
@@ -172,10 +172,10 @@ def _odd_colour(draw: Draw) -> Riddle:
         looks = [first, *((kind, common) for kind, _ in rest)]
         objects = objects_at(looks, discs)
         if draw.novel or all(PAIR_COLOURS[item.kind] != item.colour for item in objects):
-            return Riddle(objects, "the shape whose colour appears once")
+            return ReferringTarget(objects, "the shape whose colour appears once")
 
 
-def _marked(draw: Draw) -> Riddle:
+def _marked(draw: Draw) -> ReferringTarget:
     """The one with a certain small letter on it."""
     count = _count(draw)
     objects = objects_at(draw.alike(count, PLAIN), draw.discs(draw.between(0.115, 0.13, count).tolist()))
@@ -186,23 +186,23 @@ def _marked(draw: Draw) -> Riddle:
             letters.append(other)
     em = draw.between(0.075, 0.095) * min(draw.zoom, 1.5) / CAP_HEIGHT
     labels = tuple(_label(letter, item, em) for letter, item in zip(letters, objects, strict=True))
-    return Riddle(objects, f'the shape with the letter "{letters[0]}"', labels)
+    return ReferringTarget(objects, f'the shape with the letter "{letters[0]}"', labels)
 
 
-def _drawn_on(draw: Draw, kind: str) -> Riddle:
+def _drawn_on(draw: Draw, kind: str) -> ReferringTarget:
     """The circle with certain stripes or dots on it, which would cut a square in two, among three."""
     marks = draw.rng.permutation([mark for mark in MARKS if mark.endswith(kind)]).tolist()
     radii = draw.between(0.115, 0.13, len(marks)) * min(draw.zoom, 1.2)
     plain = objects_at(draw.alike(len(marks), ("circle",)), draw.discs(radii.tolist()))
     objects = tuple(replace(item, mark=mark) for item, mark in zip(plain, marks, strict=True))
-    return Riddle(objects, f"the shape with {marks[0]}")
+    return ReferringTarget(objects, f"the shape with {marks[0]}")
 
 
-def _striped(draw: Draw) -> Riddle:
+def _striped(draw: Draw) -> ReferringTarget:
     return _drawn_on(draw, "stripes")
 
 
-def _dotted(draw: Draw) -> Riddle:
+def _dotted(draw: Draw) -> ReferringTarget:
     return _drawn_on(draw, "dots")
 
 
@@ -211,7 +211,7 @@ def _label(letter: str, item: SceneObject, font_px: float) -> TextBlock:
     return TextBlock(letter, (x - half, y - half, x + half, y + half), font_px, ink_on(COLOURS[item.colour]))
 
 
-_RIDDLES = {
+_REFERRING_TARGETS = {
     "size": _sizes,
     "outermost": _extreme,
     "second": _second,

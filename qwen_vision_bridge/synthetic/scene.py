@@ -31,8 +31,12 @@ BACKDROPS = _palette(
 )
 PLATES = _palette("white #fff, cream #fed, charcoal #223")
 RELIEF = 17  # half the swing of a texture, in 8-bit grey levels: seen at 128 px, harmless to a word on top
-FONTS = {"sans": "DejaVuSans-Bold", "serif": "DejaVuSerif-Bold", "mono": "DejaVuSansMono-Bold",
-         "slanted": "DejaVuSans-BoldOblique"}  # fmt: skip
+FONTS = {
+    "sans": "DejaVuSans-Bold",
+    "serif": "DejaVuSerif-Bold",
+    "mono": "DejaVuSansMono-Bold",
+    "slanted": "DejaVuSans-BoldOblique",
+}
 CAP_HEIGHT = 0.729  # em, of every one of these fonts
 
 
@@ -148,9 +152,13 @@ def _dots(count: int) -> tuple[np.ndarray, ...]:
 
 # In a shape's radius. Told apart by what is finer than 5 px of 128 alone: a reduced image hardly shows it.
 MARKS: dict[str, tuple[np.ndarray, ...]] = {
-    "vertical stripes": _stripes(0), "horizontal stripes": _stripes(90), "slanted stripes": _stripes(45),
-    "two dots": _dots(2), "three dots": _dots(3), "four dots": _dots(4),
-}  # fmt: skip
+    "vertical stripes": _stripes(0),
+    "horizontal stripes": _stripes(90),
+    "slanted stripes": _stripes(45),
+    "two dots": _dots(2),
+    "three dots": _dots(3),
+    "four dots": _dots(4),
+}
 
 
 def corners_of(item: SceneObject) -> np.ndarray:

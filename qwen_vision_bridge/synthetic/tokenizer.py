@@ -72,9 +72,12 @@ def build_tokenizer() -> Any:
 
     model = json.loads(train_bpe().to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]],
-        unk_token=None, pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )  # fmt: skip
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        unk_token=None,
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
     length = len(tokenizer(TEMPLATE_PREFIX)["input_ids"])
     if length != TEMPLATE_PREFIX_TOKENS:

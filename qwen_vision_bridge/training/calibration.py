@@ -8,7 +8,7 @@ the bases leave out is measured along the stream and reported. Reduced rank: Ize
 
 What is regressed on decides what the update means. `target`: the levels' account of the target's own
 features, so what the source cannot confirm is averaged out. `teacher`: features of the same image seen
-finer, pooled to the same grid, so the update is what the target would see with better eyes.
+finer, pooled to the same grid, so the update is what the target would see with better vision.
 """
 
 from __future__ import annotations
@@ -198,9 +198,11 @@ class Sums:
         """Levels with what is wanted, (F, L·K, K), and its energy (F,)."""
         if not self.taught:
             return self.own, self.energy[:, 0]
-        return (self.seen, self.energy[:, 1]) if blend == "replace" else (
-            self.seen - self.own, self.energy[:, 2],
-        )  # fmt: skip
+        return (
+            (self.seen, self.energy[:, 1])
+            if blend == "replace"
+            else (self.seen - self.own, self.energy[:, 2])
+        )
 
 
 def fit(
@@ -278,9 +280,14 @@ def _search(config: BridgeConfig, sums: Sums, ranks: Sequence[int], ridges: Sequ
     pairs = fit(sums.levels.sum(0), cross.sum(0), sizes, rank, ridge)
     shares = (sums.inside[:, 0] / sums.inside[:, 1]).tolist()
     return Calibration(
-        _bridge_of(replace(config, rank=rank), sums, pairs), by_rank[rank], ridge, rank, by_rank,
-        dict(zip((*config.levels, "features"), shares, strict=True)), sum(sums.counts),
-    )  # fmt: skip
+        _bridge_of(replace(config, rank=rank), sums, pairs),
+        by_rank[rank],
+        ridge,
+        rank,
+        by_rank,
+        dict(zip((*config.levels, "features"), shares, strict=True)),
+        sum(sums.counts),
+    )
 
 
 def _bridge_of(config: BridgeConfig, sums: Sums, pairs: Sequence[tuple[Tensor, Tensor]]) -> VisionBridge:

@@ -48,7 +48,7 @@ def save_checkpoint(
             write(workshop)
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(plain, workshop / TENSORS)
-            about = {"run": run.run_id, "made_from": run.made_from, **state, "step": step}
+            about = {"run": run.run_id, "fingerprint": run.fingerprint, **state, "step": step}
             write_json(workshop / STATE, about)
         except (OSError, SafetensorError) as error:
             kept = checkpoints(run.folder, run.run_id)

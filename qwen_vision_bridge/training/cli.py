@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from ..specs import FAMILIES, LEVEL_NAMES, resolve_family
 
-METADATA = "metadata.jsonl"  # as in `lessons`, which imports torch
+METADATA = "metadata.jsonl"  # as in `samples`, which imports torch
 
 if TYPE_CHECKING:
     from .config import TrainingSettings
-    from .run import Course
+    from .run import RunConfig
 
 
 def parse(given: Sequence[str], description: str | None) -> argparse.Namespace:
@@ -35,8 +35,8 @@ def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
     return TrainingSettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def course_of(arguments: argparse.Namespace) -> Course:
-    """What to train, from what; the data are looked at when the course is run.
+def run_config_of(arguments: argparse.Namespace) -> RunConfig:
+    """What to train, from what; the data are looked at when the run is run.
 
     Raises:
         ValueError, FileNotFoundError, OSError: what is wrong with a flag, a model or a bridge.
@@ -51,7 +51,7 @@ def course_of(arguments: argparse.Namespace) -> Course:
         )
     from ..bridge import BridgeConfig, check_strength
     from ..shipped import resolve_bridge
-    from .run import Course
+    from .run import RunConfig
 
     if arguments.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise ValueError(
@@ -61,17 +61,33 @@ def course_of(arguments: argparse.Namespace) -> Course:
     replaced = {role: getattr(arguments, role) for role in ("source", "target", "editor")}
     family = resolve_family(arguments.models, **replaced)
     changes = {
-        "levels": tuple(arguments.levels), "blend": arguments.blend,
+        "levels": tuple(arguments.levels),
+        "blend": arguments.blend,
         **({"rank": arguments.rank, "query_dim": arguments.rank} if arguments.rank else {}),
-    }  # fmt: skip
-    names = ("method", "output_dir", "features", "rival", "teacher", "train_data_dir", "dataset_name",
-             "max_train_samples", "validation_samples", "cache_dir", "dataloader_num_workers", "load_in_8bit",
-             "gradient_checkpointing", "overwrite_output_dir")  # fmt: skip
-    return Course(
-        family=family, bridge=resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
-        config=BridgeConfig.for_family(family, **changes), strength=check_strength(arguments.strength),
+    }
+    names = (
+        "method",
+        "output_dir",
+        "features",
+        "rival",
+        "teacher",
+        "train_data_dir",
+        "dataset_name",
+        "max_train_samples",
+        "validation_samples",
+        "cache_dir",
+        "dataloader_num_workers",
+        "load_in_8bit",
+        "gradient_checkpointing",
+        "overwrite_output_dir",
+    )
+    return RunConfig(
+        family=family,
+        bridge=resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
+        config=BridgeConfig.for_family(family, **changes),
+        strength=check_strength(arguments.strength),
         **{name: getattr(arguments, name) for name in names},
-    )  # fmt: skip
+    )
 
 
 def _check_folder(folder: Path | None) -> None:
@@ -107,22 +123,27 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     for role in ("source", "target", "editor"):
         group.add_argument(f"--{role}", help="another registered model, hub id or local folder for the role")
     group.add_argument(
-        "--method", choices=["calibrate", "perceive", "edit", "perceive+edit"], default="perceive",
+        "--method",
+        choices=["calibrate", "perceive", "edit", "perceive+edit"],
+        default="perceive",
         help="by closed form, or by the loss of answers, of edits, or of both",
-    )  # fmt: skip
+    )
     group.add_argument("--output_dir", type=Path, required=True, help="bridge, checkpoints and log")
     group.add_argument(
-        "--overwrite_output_dir", action="store_true",
+        "--overwrite_output_dir",
+        action="store_true",
         help="replace the run that --output_dir holds; only its own checkpoints and files are removed",
-    )  # fmt: skip
+    )
     group.add_argument("--bridge", help="continue from this bridge: folder or hub id")
     group.add_argument("--rank", type=int, help="of a new bridge; default: the family's")
     group.add_argument("--levels", nargs="+", choices=LEVEL_NAMES, default=LEVEL_NAMES)
     group.add_argument("--blend", choices=["add", "replace"], default="add", help="see BridgeConfig")
     group.add_argument(
-        "--features", choices=["own", "shuffled", "target"], default="own",
+        "--features",
+        choices=["own", "shuffled", "target"],
+        default="own",
         help="what the bridge sees; the others are controls",
-    )  # fmt: skip
+    )
     group.add_argument("--rival", choices=["lora"], help="train a LoRA of the bridge's size instead")
     group.add_argument("--strength", type=float, default=1.0, help="of the update while training")
     group.add_argument("--teacher", action="store_true", help="calibrate: to the image seen finer")
@@ -130,7 +151,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--train_data_dir", type=Path, help="folder with metadata.jsonl, see lessons.py")
+    group.add_argument("--train_data_dir", type=Path, help="folder with metadata.jsonl, see samples.py")
     group.add_argument("--dataset_name", help="Hugging Face dataset with the same columns")
     group.add_argument("--max_train_samples", type=int)
     group.add_argument("--validation_samples", type=int, default=256)
@@ -154,7 +175,8 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
     group.add_argument("--load_in_8bit", action="store_true", help="the frozen models; needs CUDA")
     group.add_argument(
-        "--resume_from_checkpoint", metavar="CHECKPOINT",
+        "--resume_from_checkpoint",
+        metavar="CHECKPOINT",
         help="continue the run in --output_dir: path, name or `latest`",
-    )  # fmt: skip
+    )
     group.add_argument("--report_to", choices=["tensorboard"], help="beside log.jsonl")

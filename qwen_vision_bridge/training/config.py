@@ -15,7 +15,7 @@ class TrainingSettings:
 
     max_train_steps: int = 1000
     train_batch_size: int = 32
-    """Lessons a step and process, before accumulation."""
+    """Samples a step and process, before accumulation."""
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-3
     lr_scheduler: str = "cosine"
@@ -42,8 +42,13 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
-                 "log_every")  # fmt: skip
+        whole = (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "log_every",
+        )
         for name in whole:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is a whole number from 1, not {getattr(self, name)!r}")

@@ -34,7 +34,7 @@ EXPLAINABLE = ("read", "locate", "count")  # what a model that was not taught th
 ONE_IMAGE = tuple((group, kind) for group in ("ocr", "space", "detail") for kind in world.KINDS[group])
 
 
-class Lesson(NamedTuple):
+class Sample(NamedTuple):
     """One image with something to say or to make of it."""
 
     image: Image.Image
@@ -45,23 +45,23 @@ class Lesson(NamedTuple):
     """What the edit should give, as large as `image`; None for a question."""
 
 
-class Lessons(Protocol):
-    """A list of lessons that are made or read one at a time, in any process."""
+class Samples(Protocol):
+    """A list of samples that are made or read one at a time, in any process."""
 
     digest: str
-    """Changes whenever a lesson does."""
+    """Changes whenever a sample does."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Lesson: ...
+    def __getitem__(self, index: int) -> Sample: ...
 
 
-class LessonFileError(ValueError):
+class SampleFileError(ValueError):
     """Faults in a user's data, a line each with file and line number."""
 
 
-class WorldLessons:
-    """Lesson i of a split of `world.py`, the same on every machine.
+class WorldSamples:
+    """Sample i of a split of `world.py`, the same on every machine.
 
     Args:
         taught: whether the model that is asked was trained on the world and knows its forms of reply; others
@@ -73,7 +73,7 @@ class WorldLessons:
         self, kind: Kind, split: str, count: int, taught: bool = True, size: int = 128, first: int = 0
     ) -> None:
         if kind not in get_args(Kind) or split not in world.SPLITS:
-            raise ValueError(f"lessons are of a kind and a split of the world, not {kind!r}, {split!r}")
+            raise ValueError(f"samples are of a kind and a split of the world, not {kind!r}, {split!r}")
         self.kind, self.split, self.count, self.taught = kind, split, count, taught
         self.size, self.first = size, first
         self.digest = digest_of(["world", kind, split, first, count, taught, size, ASKED, INSTRUCTED])
@@ -81,26 +81,26 @@ class WorldLessons:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> Sample:
         purpose = 2000 + get_args(Kind).index(self.kind)
         stream = [world.SPLITS.index(self.split), purpose, self.first + index]
         rng = np.random.default_rng(stream)
         group, kind = ONE_IMAGE[int(rng.integers(len(ONE_IMAGE)))]
         edit = world.make_edit(group, kind, rng, self.size, self.split == "novel")
         if self.kind == "edit":
-            return Lesson(world.render(edit.before), edit.prompt, after=world.render(edit.after))
+            return Sample(world.render(edit.before), edit.prompt, after=world.render(edit.after))
         if self.taught and rng.random() < INSTRUCTED:
-            return Lesson(world.render(edit.before), edit.prompt, edit.answer)
+            return Sample(world.render(edit.before), edit.prompt, edit.answer)
         scene = edit.after if rng.random() < 0.4 else edit.before
-        return Lesson(world.render(scene), *_question(scene, rng, self.taught))
+        return Sample(world.render(scene), *_question(scene, rng, self.taught))
 
 
-class FolderLessons:
-    """The lessons of one kind in a user's folder, checked whole.
+class FolderSamples:
+    """The samples of one kind in a user's folder, checked whole.
 
     Raises:
         FileNotFoundError: no such folder, or no `metadata.jsonl` in it.
-        LessonFileError: every fault in it.
+        SampleFileError: every fault in it.
     """
 
     def __init__(self, folder: str | Path, kind: Kind) -> None:
@@ -109,7 +109,7 @@ class FolderLessons:
             raise FileNotFoundError(f"no such folder of training data: {root}")
         if not (root / METADATA).is_file():
             raise FileNotFoundError(
-                f"{root} has no {METADATA}: one line a lesson, with image, question, answer or with image, "
+                f"{root} has no {METADATA}: one line a sample, with image, question, answer or with image, "
                 "instruction, target"
             )
         self.kind, self.root = kind, root
@@ -123,17 +123,17 @@ class FolderLessons:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
         (image,) = load_images(self.root / row["image"], 1)
         if self.kind == "perceive":
-            return Lesson(image, row["question"], row["answer"])
+            return Sample(image, row["question"], row["answer"])
         (after,) = load_images(self.root / row["target"], 1)
-        return Lesson(image, row["instruction"], after=after)
+        return Sample(image, row["instruction"], after=after)
 
 
-class DatasetLessons:
-    """The lessons of one kind in a Hugging Face dataset with the folder's columns; images are `Image`s.
+class DatasetSamples:
+    """The samples of one kind in a Hugging Face dataset with the folder's columns; images are `Image`s.
 
     Raises:
         ValueError: the `datasets` package is not there, or a column is missing.
@@ -159,50 +159,50 @@ class DatasetLessons:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> Sample:
         row = self.data[index]
         (image,) = load_images(row["image"])
         if self.kind == "perceive":
-            return Lesson(image, row["question"], row["answer"])
+            return Sample(image, row["question"], row["answer"])
         (after,) = load_images(row["target"])
         if image.size != after.size:
-            raise LessonFileError(
+            raise SampleFileError(
                 f"row {index}: the target is {after.size} px, the image {image.size}: make them equal"
             )
-        return Lesson(image, row["instruction"], after=after)
+        return Sample(image, row["instruction"], after=after)
 
 
 class Part:
-    """Some of the lessons of a list, by index."""
+    """Some of the samples of a list, by index."""
 
-    def __init__(self, lessons: Lessons, indices: Sequence[int]) -> None:
-        self.lessons, self.indices = lessons, list(indices)
+    def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
+        self.samples, self.indices = samples, list(indices)
 
     @property
     def digest(self) -> str:
         """Of the whole list and the indices."""
-        return digest_of([self.lessons.digest, self.indices])
+        return digest_of([self.samples.digest, self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Lesson:
-        return self.lessons[self.indices[index]]
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[self.indices[index]]
 
 
-def held_out(lessons: Lessons, most: int, share: float = 0.1) -> tuple[Part, Part]:
-    """Lessons to learn from, and others, evenly spread, to validate on: at most `most` and `share` of all.
+def held_out(samples: Samples, most: int, share: float = 0.1) -> tuple[Part, Part]:
+    """Samples to learn from, and others, evenly spread, to validate on: at most `most` and `share` of all.
 
     Raises:
-        ValueError: a single lesson, which cannot be split.
+        ValueError: a single sample, which cannot be split.
     """
-    if len(lessons) < 2:
+    if len(samples) < 2:
         raise ValueError(
-            f"training needs at least two lessons, one of them to validate on; got {len(lessons)}"
+            f"training needs at least two samples, one of them to validate on; got {len(samples)}"
         )
-    count = max(1, min(most, int(share * len(lessons))))
-    aside = {round(number * (len(lessons) - 1) / count) for number in range(count)}
-    return Part(lessons, sorted(set(range(len(lessons))) - aside)), Part(lessons, sorted(aside))
+    count = max(1, min(most, int(share * len(samples))))
+    aside = {round(number * (len(samples) - 1) / count) for number in range(count)}
+    return Part(samples, sorted(set(range(len(samples))) - aside)), Part(samples, sorted(aside))
 
 
 def _question(scene: world.Scene, rng: np.random.Generator, taught: bool) -> tuple[str, str]:
@@ -238,10 +238,10 @@ def _checked_rows(root: Path, kind: str) -> list[dict[str, str]]:
             rows.append(row)
     if faults:
         more = f"\n… and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise LessonFileError("\n".join(faults[:SHOWN_FAULTS]) + more)
+        raise SampleFileError("\n".join(faults[:SHOWN_FAULTS]) + more)
     if not rows:
         first, second = COLUMNS[kind]
-        raise LessonFileError(f"{root / METADATA} has no line with image, {first} and {second}")
+        raise SampleFileError(f"{root / METADATA} has no line with image, {first} and {second}")
     return rows
 
 

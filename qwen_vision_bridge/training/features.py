@@ -13,14 +13,14 @@ from ..extractor import FEATURES_VERSION, VisionCacheExtractor
 from ..io import digest_of
 from ..patches import condition_size
 from ..specs import LEVEL_NAMES, Family
-from .data import Lesson
+from .data import Sample
 from .packs import Seen
 
 FINER = 2  # times the grid a side: what a teacher sees
 
 
-class Eyes:
-    """Both towers over lessons: the source's levels and the target's features, on one grid.
+class FeatureEncoder:
+    """Both towers over samples: the source's levels and the target's features, on one grid.
 
     Args:
         teacher: also the target's features of the image seen finer: as large as its own processor takes it,
@@ -45,15 +45,23 @@ class Eyes:
     def key(self) -> str:
         """Changes whenever the features of an equal image would."""
         extractor = self.extractor
-        return digest_of([
-            FEATURES_VERSION, extractor.revision("qwen3"), extractor.revision("qwen25"), str(extractor.dtype),
-            extractor.load_in_8bit, self.family.editor.pipeline_class, self.family.editor.condition_area,
-            self.family.editor.condition_step, self.teacher,
-        ])  # fmt: skip
+        return digest_of(
+            [
+                FEATURES_VERSION,
+                extractor.revision("qwen3"),
+                extractor.revision("qwen25"),
+                str(extractor.dtype),
+                extractor.load_in_8bit,
+                self.family.editor.pipeline_class,
+                self.family.editor.condition_area,
+                self.family.editor.condition_step,
+                self.teacher,
+            ]
+        )
 
-    def see(self, lessons: Sequence[Lesson]) -> list[Seen]:
-        """The fields `early`, `mid`, `late`, `vision` and perhaps `teacher`, and each lesson's `grid`."""
-        images = [lesson.image for lesson in lessons]
+    def see(self, samples: Sequence[Sample]) -> list[Seen]:
+        """The fields `early`, `mid`, `late`, `vision` and perhaps `teacher`, and each sample's `grid`."""
+        images = [sample.image for sample in samples]
         target = self.extractor.extract_qwen25_vision([self._shown(image) for image in images])
         source = self.extractor.extract_qwen3_vision(images, grids=target.grids)
         finer = self._finer(images, target.grids) if self.teacher else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..patches import vae_size
 from ..specs import EditorSpec
-from .data import Lesson
+from .data import Sample
 from .packs import Seen
 
 TIMES = (0.4, 1.2)  # mean and spread of the logit of the time, 1 being noise
@@ -40,20 +40,26 @@ class Flow:
             self.transformer.train()  # it acts there alone; these blocks have no dropout
 
     @torch.no_grad()
-    def see(self, lessons: Sequence[Lesson]) -> list[Seen]:
+    def see(self, samples: Sequence[Sample]) -> list[Seen]:
         """The fields `references` and `after`, packed latents (n, 64), and `latents`, rows and columns."""
-        before, shapes = self._latents([lesson.image for lesson in lessons])
-        after, _ = self._latents([lesson.after for lesson in lessons], [lesson.image for lesson in lessons])
+        before, shapes = self._latents([sample.image for sample in samples])
+        after, _ = self._latents([sample.after for sample in samples], [sample.image for sample in samples])
         return [
             {"references": one, "after": other, "latents": list(shape)}
             for one, other, shape in zip(before, after, shapes, strict=True)
         ]
 
     def losses(
-        self, references: Tensor, after: Tensor, states: Tensor, real: Tensor, shape: tuple[int, int],
-        noise: Tensor, spread: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """The weighted error of the predicted velocity, one number a lesson, (B,).
+        self,
+        references: Tensor,
+        after: Tensor,
+        states: Tensor,
+        real: Tensor,
+        shape: tuple[int, int],
+        noise: Tensor,
+        spread: Tensor,
+    ) -> Tensor:
+        """The weighted error of the predicted velocity, one number a sample, (B,).
 
         Args:
             references, after: (B, n, 64), latents of `shape` (rows, columns) of packed tokens.

@@ -80,9 +80,13 @@ class Reader:
     """
 
     def __init__(
-        self, model: nn.Module, processor: Any, family: Family, checkpointing: bool = False,
+        self,
+        model: nn.Module,
+        processor: Any,
+        family: Family,
+        checkpointing: bool = False,
         learning: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.processor, self.family = model.eval(), processor, family
         if not learning:
             model.requires_grad_(False)
@@ -151,7 +155,9 @@ class Reader:
         opening = self._opening(grid, edit)
         return self._forward(features, ids, opening, cut)[0]
 
-    def wrongness(self, features: Tensor, rows: Rows, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def cross_entropy(
+        self, features: Tensor, rows: Rows, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of the replies, how many tokens are predicted right, and all weight.
 
         Returns:
@@ -192,10 +198,11 @@ class Reader:
             if (torch.stack(said) == end).any(0).all():  # every reply has ended
                 break
             output = self.language(
-                inputs_embeds=self.language.embed_tokens(said[-1][:, None]), past_key_values=past,
+                inputs_embeds=self.language.embed_tokens(said[-1][:, None]),
+                past_key_values=past,
                 position_ids=opening.positions[..., place : place + 1].expand(3, len(features), 1),
                 use_cache=True,
-            )  # fmt: skip
+            )
             states, past, place = output.last_hidden_state, output.past_key_values, place + 1
         rows = torch.stack(said, 1).tolist()
         kept = [row[: row.index(end)] if end in row else row for row in rows]
@@ -216,9 +223,11 @@ class Reader:
             past, begin = _cache(self.model.config, opening.past, batch), start
         stop = begin + inputs.shape[1]
         output = self.language(
-            inputs_embeds=inputs, past_key_values=past, use_cache=keep or past is not None,
+            inputs_embeds=inputs,
+            past_key_values=past,
+            use_cache=keep or past is not None,
             position_ids=opening.positions[..., begin:stop].expand(3, batch, -1),
-        )  # fmt: skip
+        )
         states = output.last_hidden_state
         if cut is None:
             return states[:, states.shape[1] - ids.shape[1] :], output.past_key_values

@@ -9,35 +9,35 @@ import torch
 from .packs import See
 
 if TYPE_CHECKING:
-    from .features import Eyes
+    from .features import FeatureEncoder
     from .flow_matching import Flow
     from .frozen_lm import Reader
-    from .run import Course
+    from .run import RunConfig
 
 
 class FrozenModels:
-    """The frozen models of a course, each loaded when it is first needed."""
+    """The frozen models of a run, each loaded when it is first needed."""
 
-    def __init__(self, course: Course, device: torch.device) -> None:
-        self.course, self.device = course, device
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        self.run, self.device = run, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._eyes: Any = None
+        self._encoder: Any = None
         self._pipeline: Any = None
         self._target: Any = None
 
     @property
-    def eyes(self) -> Eyes:
+    def encoder(self) -> FeatureEncoder:
         """Both vision towers."""
-        from .features import Eyes
+        from .features import FeatureEncoder
 
-        if self._eyes is None:
-            self._eyes = Eyes(self.course.family, self.device, self.dtype, self.course.teacher)
-        return self._eyes
+        if self._encoder is None:
+            self._encoder = FeatureEncoder(self.run.family, self.device, self.dtype, self.run.teacher)
+        return self._encoder
 
-    def free_eyes(self) -> None:
+    def free_encoder(self) -> None:
         """Free the towers, where they were loaded."""
-        if self._eyes is not None:
-            self._eyes.close()
+        if self._encoder is not None:
+            self._encoder.close()
 
     @property
     def pipe(self) -> Any:
@@ -46,21 +46,19 @@ class FrozenModels:
 
         if self._pipeline is None:
             self._pipeline = EnhancedQwenImageEdit(
-                self.course.family, "fresh", self.course.load_in_8bit, device=self.device, dtype=self.dtype
+                self.run.family, "fresh", self.run.load_in_8bit, device=self.device, dtype=self.dtype
             )
         return self._pipeline.pipe
 
     @property
     def target(self) -> Any:
         """The target with its language model; the pipeline's own where edits are learnt too."""
-        if "edit" in self.course.kinds:
+        if "edit" in self.run.kinds:
             return self.pipe.text_encoder
         if self._target is None:
             from ..loading.towers import load_whole
 
-            self._target = load_whole(
-                self.course.family.target, self.device, self.dtype, self.course.load_in_8bit
-            )
+            self._target = load_whole(self.run.family.target, self.device, self.dtype, self.run.load_in_8bit)
         return self._target
 
     def reader(self) -> Reader:
@@ -68,23 +66,23 @@ class FrozenModels:
         from ..loading.processors import load_processor
         from .frozen_lm import Reader
 
-        spec, course = self.course.family.target, self.course
+        spec, run = self.run.family.target, self.run
         processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
-        checkpointing, learning = course.gradient_checkpointing, course.rival is not None
-        return Reader(self.target, processor, course.family, checkpointing, learning)
+        checkpointing, learning = run.gradient_checkpointing, run.rival is not None
+        return Reader(self.target, processor, run.family, checkpointing, learning)
 
     def flow(self) -> Flow:
         """What edits are learnt through: the pipeline's transformer."""
         from .flow_matching import Flow
 
-        return Flow(self.pipe, self.course.family.editor, self.course.gradient_checkpointing)
+        return Flow(self.pipe, self.run.family.editor, self.run.gradient_checkpointing)
 
     def see(self, kind: str) -> See:
-        """What the frozen models make of lessons of a kind."""
-        eyes = self.eyes
+        """What the frozen models make of samples of a kind."""
+        encoder = self.encoder
         if kind == "perceive":
-            return eyes.see
+            return encoder.see
         flow = self.flow()
-        return lambda lessons: [
-            one | other for one, other in zip(eyes.see(lessons), flow.see(lessons), strict=True)
+        return lambda samples: [
+            one | other for one, other in zip(encoder.see(samples), flow.see(samples), strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What a step of training costs: lessons drawn for it, and the losses of each process's share of them."""
+"""What a step of training costs: samples drawn for it, and the losses of each process's share of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .trainable import Learner
 
 
 @dataclass
-class Study:
+class TrainData:
     """What a learner learns from: packs with their texts as tokens."""
 
     reader: Reader
@@ -41,25 +41,27 @@ class Study:
         self.nothing = self.reader.rows([(" ", None)], edit=True)
 
 
-class StepPlan:
-    """The lessons of one kind in one step, of all processes, and everything random about them.
+class Batch:
+    """The samples of one kind in one step, of all processes, and everything random about them.
 
     Args:
-        whole: lessons of all processes and accumulated parts together.
+        whole: samples of all processes and accumulated parts together.
     """
 
-    def __init__(self, study: Study, kind: str, step: int, whole: int, settings: TrainingSettings) -> None:
-        self.study, self.kind, self.settings, self.whole = study, kind, settings, whole
-        self.pack: Pack = getattr(study, kind)
-        self.lessons = self.pack.draw(step, whole, settings.seed)
+    def __init__(
+        self, train_data: TrainData, kind: str, step: int, whole: int, settings: TrainingSettings
+    ) -> None:
+        self.train_data, self.kind, self.settings, self.whole = train_data, kind, settings, whole
+        self.pack: Pack = getattr(train_data, kind)
+        self.samples = self.pack.draw(step, whole, settings.seed)
         if kind == "perceive" and settings.hard_share:
-            self.lessons = _harder(study, self.lessons, step, settings)
-        rows = study.rows[kind].at(self.lessons)
-        self.rows = rows.shortened(int(study.nothing.lengths[0]))
+            self.samples = _harder(train_data, self.samples, step, settings)
+        rows = train_data.rows[kind].at(self.samples)
+        self.rows = rows.shortened(int(train_data.nothing.lengths[0]))
         self.total = rows.weights.sum()
         self.generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
         if kind == "edit":
-            shape = self.pack.lines[int(self.lessons[0])]["latents"]
+            shape = self.pack.lines[int(self.samples[0])]["latents"]
             self.shape = (shape[0], shape[1])
             count = shape[0] * shape[1]
             width = self.pack.fields["after"].shape[-1]
@@ -69,16 +71,16 @@ class StepPlan:
 
     def losses(self, learner: Learner, part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses whose sum over all parts is the step's mean loss, and figures likewise."""
-        lessons = self.lessons[part]
-        features, baseline = learner.see(self.pack, lessons)
+        samples = self.samples[part]
+        features, baseline = learner.see(self.pack, samples)
         figures: dict[str, Tensor] = {}
         if self.kind == "perceive":
-            rows = self.rows.at(part).to(self.study.reader.device)
-            wrong, right, _ = self.study.reader.wrongness(features, rows, self.pack.grid_of(lessons))
+            rows = self.rows.at(part).to(self.train_data.reader.device)
+            wrong, right, _ = self.train_data.reader.cross_entropy(features, rows, self.pack.grid_of(samples))
             losses = {"answers": wrong / float(self.total)}
             figures = {"right": right / float(self.total)}
         else:
-            error = self._edit(features, lessons, part) / self.whole
+            error = self._edit(features, samples, part) / self.whole
             losses = {"edit": self.settings.edit_weight * error}
             figures = {"velocity": error}
         if self.settings.anchor:
@@ -89,53 +91,58 @@ class StepPlan:
             losses[f"statistics/{self.kind}"] = self.settings.match_statistics * away
         return losses, figures
 
-    def _edit(self, features: Tensor, lessons: Tensor, part: slice) -> Tensor:
-        reader, flow = self.study.reader, self.study.flow
+    def _edit(self, features: Tensor, samples: Tensor, part: slice) -> Tensor:
+        reader, flow = self.train_data.reader, self.train_data.flow
         rows, device = self.rows.at(part), reader.device
         ids, lengths = rows.ids, rows.lengths
-        empty = self.study.nothing
+        empty = self.train_data.nothing
         without = torch.zeros_like(ids[0])
         without[: int(empty.lengths[0])] = empty.ids[0]
         dropped = self.dropped[part]
         ids = torch.where(dropped[:, None], without, ids).to(device)
         lengths = torch.where(dropped, empty.lengths[0], lengths)
-        grid = self.pack.grid_of(lessons)
+        grid = self.pack.grid_of(samples)
         states = reader.states(features, ids, grid, edit=True, cut=TEMPLATE_PREFIX_TOKENS)
         before = states.shape[1] - ids.shape[1]
         real = torch.arange(states.shape[1])[None] < before + lengths[:, None]
         return flow.losses(
-            self.pack.rows("references", lessons), self.pack.rows("after", lessons), states,
-            real.to(device), self.shape, self.noise[part].to(device), self.spread[part].to(device),
-        ).sum()  # fmt: skip
+            self.pack.rows("references", samples),
+            self.pack.rows("after", samples),
+            states,
+            real.to(device),
+            self.shape,
+            self.noise[part].to(device),
+            self.spread[part].to(device),
+        ).sum()
 
 
-def find_hard(study: Study, batch: int = 64) -> Tensor:
+def find_hard(train_data: TrainData, batch: int = 64) -> Tensor:
     """The questions that the baseline gets wrong, by index."""
-    pack, rows, found = study.perceive, study.rows["perceive"], []
+    pack, rows, found = train_data.perceive, train_data.rows["perceive"], []
     for members in pack.layouts.values():
-        for lessons in members.split(batch):
-            part = rows.at(lessons).shortened().to(study.reader.device)
-            missed = study.reader.misses(pack.rows("vision", lessons), part, pack.grid_of(lessons))
-            found.append(lessons[missed.cpu()])
+        for samples in members.split(batch):
+            part = rows.at(samples).shortened().to(train_data.reader.device)
+            missed = train_data.reader.misses(pack.rows("vision", samples), part, pack.grid_of(samples))
+            found.append(samples[missed.cpu()])
     return torch.cat(found)
 
 
-def _harder(study: Study, lessons: Tensor, step: int, settings: TrainingSettings) -> Tensor:
-    """The lessons with a share of them exchanged for hard ones of the same layout, evenly spread."""
-    if study.hard is None:
-        study.hard = find_hard(study)
-    (members,) = (part for part in study.perceive.layouts.values() if bool((part == lessons[0]).any()))
-    options = members[torch.isin(members, study.hard)]
+def _harder(train_data: TrainData, samples: Tensor, step: int, settings: TrainingSettings) -> Tensor:
+    """The samples with a share of them exchanged for hard ones of the same layout, evenly spread."""
+    if train_data.hard is None:
+        train_data.hard = find_hard(train_data)
+    (members,) = (part for part in train_data.perceive.layouts.values() if bool((part == samples[0]).any()))
+    options = members[torch.isin(members, train_data.hard)]
     if not len(options):
-        return lessons
+        return samples
     generator = torch.Generator().manual_seed(step_seed(settings.seed, step + 500_000_000))
-    drawn = options[torch.randint(len(options), (len(lessons),), generator=generator)]
-    places = torch.arange(1, len(lessons) + 1) * settings.hard_share
-    return torch.where(places.floor() > (places - settings.hard_share).floor(), drawn, lessons)
+    drawn = options[torch.randint(len(options), (len(samples),), generator=generator)]
+    places = torch.arange(1, len(samples) + 1) * settings.hard_share
+    return torch.where(places.floor() > (places - settings.hard_share).floor(), drawn, samples)
 
 
 def distance(features: Tensor, baseline: Tensor) -> Tensor:
-    """Mean squared update in squared RMS of the baseline, one number a lesson, (B,)."""
+    """Mean squared update in squared RMS of the baseline, one number a sample, (B,)."""
     size = baseline.square().mean(-1, keepdim=True).clamp_min(1e-12)
     return ((features - baseline).square() / size).mean((1, 2))
 

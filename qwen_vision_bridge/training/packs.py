@@ -1,8 +1,8 @@
-"""Frozen features of many lessons in few files, made once and mapped from disk: what training reads.
+"""Frozen features of many samples in few files, made once and mapped from disk: what training reads.
 
-A pack is a folder: `<field>.bin` holds a field's rows of all lessons one after the other in bf16, and
-`lessons.jsonl` says for each lesson how many rows it has, its grid and its words. Rows are written before
-the line that counts them, so a run that was stopped goes on behind the last whole lesson. `begun.json` lists
+A pack is a folder: `<field>.bin` holds a field's rows of all samples one after the other in bf16, and
+`samples.jsonl` says for each sample how many rows it has, its grid and its words. Rows are written before
+the line that counts them, so a run that was stopped goes on behind the last whole sample. `begun.json` lists
 the fields before their files are made; only those files are ever cut or removed. `pack.json`, written last,
 says that the pack is finished.
 """
@@ -23,25 +23,25 @@ from torch import Tensor
 from ..io import write_json
 from ..loading.memory import usable_gpu_bytes
 from ..specs import read_json, step_seed
-from .data import Lesson, Lessons
+from .data import Sample, Samples
 
 FORMAT = "qwen-vision-bridge/pack/1"
 BEGUN = "begun.json"
-CHUNK = 64  # lessons looked at together
+CHUNK = 64  # samples looked at together
 Seen = dict[str, Any]
-"""What frozen models make of a lesson: tensors (rows, width) by field, and plain data by name."""
-See = Callable[[Sequence[Lesson]], list[Seen]]
+"""What frozen models make of a sample: tensors (rows, width) by field, and plain data by name."""
+See = Callable[[Sequence[Sample]], list[Seen]]
 
 
 def build_pack(
-    folder: str | Path, lessons: Lessons, see: Callable[[], See], key: str, workers: int = 0
+    folder: str | Path, samples: Samples, see: Callable[[], See], key: str, workers: int = 0
 ) -> Pack:
-    """The pack of some lessons: the one in `folder` if it is theirs, else made there now.
+    """The pack of some samples: the one in `folder` if it is theirs, else made there now.
 
     Args:
         see: starts the frozen models; not called where there is nothing left to see.
-        key: of everything that decides the features, beside the lessons.
-        workers: processes that read or render lessons; 0 is this one.
+        key: of everything that decides the features, beside the samples.
+        workers: processes that read or render samples; 0 is this one.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to; what is whole stays.
@@ -49,15 +49,15 @@ def build_pack(
         ValueError: its `begun.json` is of another format.
     """
     folder = Path(folder)
-    name = {"format": FORMAT, "key": key, "lessons": lessons.digest, "count": len(lessons)}
+    name = {"format": FORMAT, "key": key, "samples": samples.digest, "count": len(samples)}
     begun = _read_begun(folder)
     if begun is None or {item: begun.get(item) for item in name} != name:
-        for file in () if begun is None else ("pack.json", "lessons.jsonl", *map(_file, begun["fields"])):
+        for file in () if begun is None else ("pack.json", "samples.jsonl", *map(_file, begun["fields"])):
             (folder / file).unlink(missing_ok=True)
         begun = {**name, "fields": []}
         write_json(folder / BEGUN, begun)
     if not (folder / "pack.json").is_file():
-        _fill(folder, begun, lessons, see, workers)
+        _fill(folder, begun, samples, see, workers)
         write_json(folder / "pack.json", {**name, "fields": _fields(folder)})
     return Pack(folder)
 
@@ -73,7 +73,7 @@ class Pack:
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", share: float = 0.6) -> None:
         self.folder, self.device = Path(folder), torch.device(device)
         about = read_json(self.folder / "pack.json")
-        text = (self.folder / "lessons.jsonl").read_text(encoding="utf-8")
+        text = (self.folder / "samples.jsonl").read_text(encoding="utf-8")
         self.lines = [json.loads(line) for line in text.splitlines()]
         self.fields: dict[str, Tensor] = {}
         for field, width in about["fields"].items():
@@ -89,19 +89,19 @@ class Pack:
         return len(self.lines)
 
     def texts(self) -> list[tuple[str, str | None]]:
-        """Prompt and answer of each lesson."""
+        """Prompt and answer of each sample."""
         return [(line["prompt"], line["answer"]) for line in self.lines]
 
-    def rows(self, field: str, lessons: Tensor) -> Tensor:
-        """A field's rows (B, n, D) of lessons (B,) that are laid out alike, on the device."""
-        count = int(self._sizes[field][lessons[0]])
-        place = (self._starts[field][lessons, None] + torch.arange(count)).flatten()  # (B·n,)
+    def rows(self, field: str, samples: Tensor) -> Tensor:
+        """A field's rows (B, n, D) of samples (B,) that are laid out alike, on the device."""
+        count = int(self._sizes[field][samples[0]])
+        place = (self._starts[field][samples, None] + torch.arange(count)).flatten()  # (B·n,)
         values = self.fields[field]
-        taken = values.index_select(0, place.to(values.device)).view(len(lessons), count, -1)
+        taken = values.index_select(0, place.to(values.device)).view(len(samples), count, -1)
         return taken.to(self.device, non_blocking=True)
 
     def draw(self, step: int, count: int, seed: int) -> Tensor:
-        """Lessons (count,) of one layout, drawn with replacement from (seed, step) alone."""
+        """Samples (count,) of one layout, drawn with replacement from (seed, step) alone."""
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         total = sum(map(len, self.layouts.values()))
         spin = int(torch.randint(total, (), generator=generator))
@@ -112,19 +112,19 @@ class Pack:
         return members[torch.randint(len(members), (count,), generator=generator)]
 
     def partners(self, seed: int) -> Tensor:
-        """For each lesson another of its layout, (n,), once each; itself where it is the only one."""
+        """For each sample another of its layout, (n,), once each; itself where it is the only one."""
         partner = torch.arange(len(self))
         for members in self.layouts.values():
             order = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))]
             partner[order] = order.roll(1)
         return partner
 
-    def grid_of(self, lessons: Tensor) -> tuple[int, int]:
-        """The grid of lessons that are laid out alike."""
-        return tuple(self.lines[int(lessons[0])]["grid"])
+    def grid_of(self, samples: Tensor) -> tuple[int, int]:
+        """The grid of samples that are laid out alike."""
+        return tuple(self.lines[int(samples[0])]["grid"])
 
     def _count(self) -> None:
-        """Find out from its lines where each lesson's rows are, and which lessons are laid out alike."""
+        """Find out from its lines where each sample's rows are, and which samples are laid out alike."""
         self._starts, self._sizes = {}, {}
         for field in self.fields:
             counts = torch.tensor([line["rows"][field] for line in self.lines])
@@ -144,7 +144,7 @@ class Pack:
 
 
 def join(packs: Sequence[Pack], device: torch.device | str = "cpu") -> Pack:
-    """The pack of all lessons of several packs with the same fields, one after the other, on a device."""
+    """The pack of all samples of several packs with the same fields, one after the other, on a device."""
     whole = copy.copy(packs[0])
     whole.device = torch.device(device)
     whole.lines = [line for pack in packs for line in pack.lines]
@@ -166,7 +166,7 @@ def _file(field: str) -> str:
 def _read_begun(folder: Path) -> dict[str, Any] | None:
     """What a pack in a folder was begun as, with its fields; None where there is none."""
     if not os.path.lexists(folder / BEGUN):
-        for file in ("pack.json", "lessons.jsonl"):
+        for file in ("pack.json", "samples.jsonl"):
             if os.path.lexists(folder / file):
                 raise FileExistsError(
                     f"{folder} holds {file} and no pack: move it away, or give another folder"
@@ -181,7 +181,7 @@ def _read_begun(folder: Path) -> dict[str, Any] | None:
 
 
 def _fill(
-    folder: Path, begun: dict[str, Any], lessons: Lessons, see: Callable[[], See], workers: int
+    folder: Path, begun: dict[str, Any], samples: Samples, see: Callable[[], See], workers: int
 ) -> None:
     from tqdm import tqdm
 
@@ -189,11 +189,11 @@ def _fill(
     looking = see()
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
-        log = stack.enter_context((folder / "lessons.jsonl").open("a", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(total=len(lessons), initial=done, desc="features", unit="image"))
-        for chunk in _chunks(lessons, done, workers):
+        log = stack.enter_context((folder / "samples.jsonl").open("a", encoding="utf-8"))
+        bar = stack.enter_context(tqdm(total=len(samples), initial=done, desc="features", unit="image"))
+        for chunk in _chunks(samples, done, workers):
             found = looking(chunk)
-            for lesson, seen in zip(chunk, found, strict=True):
+            for sample, seen in zip(chunk, found, strict=True):
                 rows = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
                 for field, values in rows.items():
                     if field not in files:
@@ -203,10 +203,12 @@ def _fill(
                     files[field].write(plain.view(torch.uint8).numpy().data)
                 seen = {name: value for name, value in seen.items() if name not in rows}
                 line = {
-                    **seen, "rows": {field: len(values) for field, values in rows.items()},
+                    **seen,
+                    "rows": {field: len(values) for field, values in rows.items()},
                     "widths": {field: values.shape[1] for field, values in rows.items()},
-                    "prompt": lesson.prompt, "answer": lesson.answer,
-                }  # fmt: skip
+                    "prompt": sample.prompt,
+                    "answer": sample.answer,
+                }
                 for file in files.values():
                     file.flush()
                 log.write(json.dumps(line) + "\n")
@@ -227,8 +229,8 @@ def _list_field(folder: Path, begun: dict[str, Any], field: str) -> None:
 
 
 def _recover(folder: Path, fields: Sequence[str]) -> int:
-    """Cut off what a stopped run left half done; how many lessons are whole."""
-    path = folder / "lessons.jsonl"
+    """Cut off what a stopped run left half done; how many samples are whole."""
+    path = folder / "samples.jsonl"
     files = [folder / _file(field) for field in fields if (folder / _file(field)).exists()]
     if not path.is_file():
         for left in files:
@@ -247,15 +249,15 @@ def _recover(folder: Path, fields: Sequence[str]) -> int:
 
 
 def _fields(folder: Path) -> dict[str, int]:
-    """Widths by field, as the first whole lesson says; empty where there is none yet."""
-    path = folder / "lessons.jsonl"
+    """Widths by field, as the first whole sample says; empty where there is none yet."""
+    path = folder / "samples.jsonl"
     first = path.read_text(encoding="utf-8").partition("\n") if path.is_file() else ("", "", "")
     return json.loads(first[0])["widths"] if first[1] else {}
 
 
-def _chunks(lessons: Lessons, first: int, workers: int) -> Iterator[list[Lesson]]:
-    """The lessons from the `first` one on, read by worker processes where there are any."""
+def _chunks(samples: Samples, first: int, workers: int) -> Iterator[list[Sample]]:
+    """The samples from the `first` one on, read by worker processes where there are any."""
     from torch.utils.data import DataLoader, Subset
 
-    rest = Subset(lessons, range(first, len(lessons)))  # type: ignore[arg-type]
+    rest = Subset(samples, range(first, len(samples)))  # type: ignore[arg-type]
     return iter(DataLoader(rest, CHUNK, collate_fn=list, num_workers=workers))

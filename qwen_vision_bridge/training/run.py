@@ -23,9 +23,9 @@ from ..specs import Family, cache_home
 from .calibration import FOLDS, Calibration, Tokens, calibrate
 from .checkpointing import save_result
 from .config import TrainingSettings
-from .data import DatasetLessons, FolderLessons, Kind, Lessons, WorldLessons, held_out
+from .data import DatasetSamples, FolderSamples, Kind, Samples, WorldSamples, held_out
 from .frozen_models import FrozenModels
-from .losses import Study
+from .losses import TrainData
 from .packs import Pack, build_pack
 from .trainable import BridgeLearner, Learner, rival_of
 from .validation import choose_gate, edit_error, examine, predict, summary
@@ -39,7 +39,7 @@ SAMPLES = 2  # held-out edits that are painted in a validation
 
 
 @dataclass(frozen=True)
-class Course:
+class RunConfig:
     """What is learnt, from what and by which way; `TrainingSettings` says how."""
 
     family: Family
@@ -84,32 +84,47 @@ class Course:
 
     @property
     def is_world(self) -> bool:
-        """Whether the lessons are the synthetic world's."""
+        """Whether the samples are the synthetic world's."""
         return self.train_data_dir is None and self.dataset_name is None
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of lessons that the method learns from."""
+        """The kinds of samples that the method learns from."""
         return ("perceive",) if self.method == "calibrate" else tuple(self.method.split("+"))  # type: ignore[return-value]
 
-    def made_from(self) -> dict[str, Any]:
-        """What makes a run of this course that run and no other; `TrainingSettings` adds how it learns.
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes a run of this run that run and no other; `TrainingSettings` adds how it learns.
 
         A folder of data is not named by its path, since it may be moved between two parts of a run.
         """
         config = self.bridge.config if self.bridge is not None else self.config
-        family, names = self.family, ("method", "features", "rival", "strength", "teacher", "dataset_name",
-                                      "max_train_samples", "validation_samples")  # fmt: skip
-        models = {role: [spec.repo, spec.revision] for role in ("source", "target", "editor")
-                  if (spec := getattr(family, role))}  # fmt: skip
+        family, names = (
+            self.family,
+            (
+                "method",
+                "features",
+                "rival",
+                "strength",
+                "teacher",
+                "dataset_name",
+                "max_train_samples",
+                "validation_samples",
+            ),
+        )
+        models = {
+            role: [spec.repo, spec.revision]
+            for role in ("source", "target", "editor")
+            if (spec := getattr(family, role))
+        }
         return {
             **json.loads(json.dumps(asdict(config or BridgeConfig.for_family(family)))),
-            **models, **{name: getattr(self, name) for name in names},
+            **models,
+            **{name: getattr(self, name) for name in names},
             "own_data": self.train_data_dir is not None,
-        }  # fmt: skip
+        }
 
-    def lessons(self, kind: Kind) -> tuple[Lessons, Lessons]:
-        """Lessons to learn from and to validate on, checked.
+    def samples(self, kind: Kind) -> tuple[Samples, Samples]:
+        """Samples to learn from and to validate on, checked.
 
         Raises:
             FileNotFoundError, ValueError: what is wrong with the data.
@@ -117,12 +132,12 @@ class Course:
         if self.is_world:
             taught, size = self.family.name == "miniature", self.family.image_size
             counts = {"train": self.max_train_samples or WORLD_SAMPLES, "validation": self.validation_samples}
-            train, validation = (WorldLessons(kind, s, n, taught, size) for s, n in counts.items())
+            train, validation = (WorldSamples(kind, s, n, taught, size) for s, n in counts.items())
             return train, validation
-        given: Lessons = (
-            FolderLessons(self.train_data_dir, kind)
+        given: Samples = (
+            FolderSamples(self.train_data_dir, kind)
             if self.train_data_dir is not None
-            else DatasetLessons(self.dataset_name, kind)
+            else DatasetSamples(self.dataset_name, kind)
         )
         train, validation = held_out(given, self.validation_samples)
         if self.max_train_samples is not None:
@@ -130,8 +145,8 @@ class Course:
         return train, validation
 
 
-def run(course: Course, settings: TrainingSettings, resume: str | None = None, **trackers: Any) -> Path:
-    """Train as a course says and write what was learnt into its folder.
+def train(run: RunConfig, settings: TrainingSettings, resume: str | None = None, **trackers: Any) -> Path:
+    """Train as a run says and write what was learnt into its folder.
 
     Args:
         resume: a checkpoint's path or name, or `latest`.
@@ -144,133 +159,150 @@ def run(course: Course, settings: TrainingSettings, resume: str | None = None, *
         FileNotFoundError, ValueError, OSError: of data, models and disk, and of `Trainer`.
         FileExistsError: the folder holds another run or somebody else's files, see `runs.check_output_dir`.
     """
-    calibrating, made_from = course.method == "calibrate", {**course.made_from(), "seed": settings.seed}
+    calibrating, fingerprint = (run.method == "calibrate", {**run.fingerprint(), "seed": settings.seed})
     if calibrating and resume is not None:
         raise ValueError("a calibration has no checkpoints: leave --resume_from_checkpoint out")
     steps = 0 if calibrating else settings.max_train_steps
-    check_output_dir(course.output_dir, resume, course.overwrite_output_dir, made_from, steps)
-    lessons = {kind: course.lessons(kind) for kind in course.kinds}
-    accelerator = _accelerator(course, **trackers)
-    models = FrozenModels(course, accelerator.device)
-    packs = {kind: _packs(course, models, kind, *lessons[kind], accelerator) for kind in course.kinds}
-    models.free_eyes()
+    check_output_dir(run.output_dir, resume, run.overwrite_output_dir, fingerprint, steps)
+    samples = {kind: run.samples(kind) for kind in run.kinds}
+    accelerator = _accelerator(run, **trackers)
+    models = FrozenModels(run, accelerator.device)
+    packs = {kind: _packs(run, models, kind, *samples[kind], accelerator) for kind in run.kinds}
+    models.free_encoder()
     if calibrating:
-        output, _ = open_run(course.output_dir, accelerator, made_from, overwrite=course.overwrite_output_dir)
+        output, _ = open_run(run.output_dir, accelerator, fingerprint, overwrite=run.overwrite_output_dir)
         if accelerator.is_main_process:
-            _calibrate(course, settings, models, *packs["perceive"], output)
+            _calibrate(run, settings, models, *packs["perceive"], output)
         accelerator.wait_for_everyone()
-        return course.output_dir
-    _train(course, settings, models, packs, lessons, accelerator, resume)
-    return course.output_dir
+        return run.output_dir
+    _train(run, settings, models, packs, samples, accelerator, resume)
+    return run.output_dir
 
 
 def _train(
-    course: Course, settings: TrainingSettings, models: FrozenModels, packs: dict[str, tuple[Pack, Pack]],
-    lessons: dict[str, tuple[Lessons, Lessons]], accelerator: Any, resume: str | None,
-) -> None:  # fmt: skip
+    run: RunConfig,
+    settings: TrainingSettings,
+    models: FrozenModels,
+    packs: dict[str, tuple[Pack, Pack]],
+    samples: dict[str, tuple[Samples, Samples]],
+    accelerator: Any,
+    resume: str | None,
+) -> None:
     from .trainer import Trainer
 
-    learner = _learner(course, settings, models, accelerator.device)
+    learner = _learner(run, settings, models, accelerator.device)
     trained, validated = ({kind: pair[n] for kind, pair in packs.items()} for n in (0, 1))
-    flow = models.flow() if "edit" in course.kinds else None
-    study = Study(models.reader(), trained.get("perceive"), trained.get("edit"), flow)
-    validate = _validation(course, learner, study, validated)
+    flow = models.flow() if "edit" in run.kinds else None
+    train_data = TrainData(models.reader(), trained.get("perceive"), trained.get("edit"), flow)
+    validate = _validation(run, learner, train_data, validated)
     figures: dict[str, float] = {}
 
     def look(step: int) -> dict[str, float]:
         with trainer.averaged():
-            if "edit" in course.kinds and accelerator.is_main_process:
-                paint_samples(course, models, learner, lessons["edit"][1], step, trainer.output)
+            if "edit" in run.kinds and accelerator.is_main_process:
+                paint_samples(run, models, learner, samples["edit"][1], step, trainer.output)
             figures.update(validate(step))
         return figures
 
     trainer = Trainer(
-        course.output_dir, learner, study, settings, accelerator, look, course.made_from(),
-        course.overwrite_output_dir,
-    )  # fmt: skip
+        run.output_dir,
+        learner,
+        train_data,
+        settings,
+        accelerator,
+        look,
+        run.fingerprint(),
+        run.overwrite_output_dir,
+    )
     trainer.resume(resume)
     accelerator.init_trackers(trainer.output.tracker(), config={})
     finished = trainer.run()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
         with trainer.averaged():
-            save_result(course.output_dir, learner.save, trainer.output)
-        _write_about(course, settings, figures or look(trainer.step), trainer.step, trainer.output)
+            save_result(run.output_dir, learner.save, trainer.output)
+        _write_about(run, settings, figures or look(trainer.step), trainer.step, trainer.output)
     elif accelerator.is_main_process:
         print(f"stopped after step {trainer.step}: --resume_from_checkpoint latest goes on from there")
 
 
-def _accelerator(course: Course, mixed_precision: str | None = None, report_to: str | None = None) -> Any:
+def _accelerator(run: RunConfig, mixed_precision: str | None = None, report_to: str | None = None) -> Any:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     precision = mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
     return Accelerator(
-        mixed_precision=precision, log_with=report_to, project_dir=str(course.output_dir),
+        mixed_precision=precision,
+        log_with=report_to,
+        project_dir=str(run.output_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-    )  # fmt: skip
+    )
 
 
 def _packs(
-    course: Course, models: FrozenModels, kind: Kind, train: Lessons, validation: Lessons, accelerator: Any
+    run: RunConfig, models: FrozenModels, kind: Kind, train: Samples, validation: Samples, accelerator: Any
 ) -> tuple[Pack, Pack]:
     """The packs of both lists; the first process makes what is missing."""
-    root = course.cache_dir or cache_home() / "packs"
+    root = run.cache_dir or cache_home() / "packs"
     packs = []
-    for lessons in (train, validation):
-        key, name = pack_name(models.eyes.key(), kind, course.family, lessons)
+    for samples in (train, validation):
+        key, name = pack_name(models.encoder.key(), kind, run.family, samples)
         with accelerator.main_process_first():
-            workers = course.dataloader_num_workers
-            build_pack(root / name, lessons, lambda: models.see(kind), key, workers)
+            workers = run.dataloader_num_workers
+            build_pack(root / name, samples, lambda: models.see(kind), key, workers)
         packs.append(Pack(root / name, models.device))
     return packs[0], packs[1]
 
 
-def pack_name(eyes_key: str, kind: str, family: Family, lessons: Lessons) -> tuple[str, str]:
-    """The key of what is seen of lessons of a kind, and the name of the folder that their pack is kept in."""
-    key = digest_of([eyes_key, kind, family.editor.name if kind == "edit" else ""])
-    return key, digest_of([key, lessons.digest, len(lessons)])
+def pack_name(encoder_key: str, kind: str, family: Family, samples: Samples) -> tuple[str, str]:
+    """The key of what is seen of samples of a kind, and the name of the folder that their pack is kept in."""
+    key = digest_of([encoder_key, kind, family.editor.name if kind == "edit" else ""])
+    return key, digest_of([key, samples.digest, len(samples)])
 
 
 def _learner(
-    course: Course, settings: TrainingSettings, models: FrozenModels, device: torch.device
+    run: RunConfig, settings: TrainingSettings, models: FrozenModels, device: torch.device
 ) -> Learner:
-    config = course.config or BridgeConfig.for_family(course.family)
-    if course.rival:
+    config = run.config or BridgeConfig.for_family(run.family)
+    if run.rival:
         return rival_of(config, models.target, settings.seed)
-    bridge = course.bridge or VisionBridge(replace(config, seed=settings.seed))
-    return BridgeLearner(bridge.to(device).float(), course.features, course.strength, settings.seed)
+    bridge = run.bridge or VisionBridge(replace(config, seed=settings.seed))
+    return BridgeLearner(bridge.to(device).float(), run.features, run.strength, settings.seed)
 
 
-def _validation(course: Course, learner: Learner, study: Study, packs: dict[str, Pack]) -> Any:
-    """Step → figures on held-out lessons."""
-    asked = ("read", None) if course.is_world else (None, ASKED)
+def _validation(run: RunConfig, learner: Learner, train_data: TrainData, packs: dict[str, Pack]) -> Any:
+    """Step → figures on held-out samples."""
+    asked = ("read", None) if run.is_world else (None, ASKED)
 
     def validate(_step: int) -> dict[str, float]:
         figures: dict[str, float] = {}
         if "perceive" in packs:
-            figures |= predict(learner, study, packs["perceive"])
-            figures |= summary(examine(learner, study.reader, packs["perceive"], *asked))
+            figures |= predict(learner, train_data, packs["perceive"])
+            figures |= summary(examine(learner, train_data.reader, packs["perceive"], *asked))
         if "edit" in packs:
-            held_out_study = Study(study.reader, None, packs["edit"], study.flow)
-            figures["edit"] = edit_error(learner, held_out_study)
+            held_out = TrainData(train_data.reader, None, packs["edit"], train_data.flow)
+            figures["edit"] = edit_error(learner, held_out)
         return figures
 
     return validate
 
 
 def _calibrate(
-    course: Course, settings: TrainingSettings, models: FrozenModels, train: Pack, held: Pack,
+    run: RunConfig,
+    settings: TrainingSettings,
+    models: FrozenModels,
+    train: Pack,
+    held: Pack,
     output: TrainingRun,
-) -> None:  # fmt: skip
-    config = course.config or BridgeConfig.for_family(course.family)
-    learner = BridgeLearner(VisionBridge(config), course.features, seed=settings.seed)
+) -> None:
+    config = run.config or BridgeConfig.for_family(run.family)
+    learner = BridgeLearner(VisionBridge(config), run.features, seed=settings.seed)
     found = calibrate(config, lambda: token_stream(train, learner))
-    study = Study(models.reader(), train)
-    learner = BridgeLearner(found.bridge.to(models.device), course.features, course.strength, settings.seed)
-    gate = choose_gate(learner, study)
-    figures = {"gate": gate, **_validation(course, learner, study, {"perceive": held})(0)}
-    save_result(course.output_dir, learner.save, output)
-    _write_about(course, settings, figures, 0, output, found)
+    train_data = TrainData(models.reader(), train)
+    learner = BridgeLearner(found.bridge.to(models.device), run.features, run.strength, settings.seed)
+    gate = choose_gate(learner, train_data)
+    figures = {"gate": gate, **_validation(run, learner, train_data, {"perceive": held})(0)}
+    save_result(run.output_dir, learner.save, output)
+    _write_about(run, settings, figures, 0, output, found)
 
 
 def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
@@ -278,51 +310,57 @@ def token_stream(pack: Pack, learner: BridgeLearner) -> Iterator[Tokens]:
     for members in pack.layouts.values():
         rows, columns = pack.grid_of(members)
         images = min(CALIBRATION_CHUNK // (rows * columns), len(members) // (2 * FOLDS))
-        for lessons in members.split(max(images, 1)):
-            baseline = pack.rows("vision", lessons)
-            levels = [level.flatten(0, 1).cpu() for level in learner.levels(pack, lessons, baseline)]
-            teacher = pack.rows("teacher", lessons) if "teacher" in pack.fields else None
+        for samples in members.split(max(images, 1)):
+            baseline = pack.rows("vision", samples)
+            levels = [level.flatten(0, 1).cpu() for level in learner.levels(pack, samples, baseline)]
+            teacher = pack.rows("teacher", samples) if "teacher" in pack.fields else None
             yield Tokens(
-                levels, baseline.flatten(0, 1).cpu(),
-                None if teacher is None else teacher.flatten(0, 1).cpu(),
-            )  # fmt: skip
+                levels, baseline.flatten(0, 1).cpu(), None if teacher is None else teacher.flatten(0, 1).cpu()
+            )
 
 
 def paint_samples(
-    course: Course, models: FrozenModels, learner: Learner, lessons: Lessons, step: int, output: TrainingRun
+    run: RunConfig, models: FrozenModels, learner: Learner, samples: Samples, step: int, output: TrainingRun
 ) -> None:
     """Held-out edits without and with the bridge as it is now, into `samples/`; a control paints none."""
     import copy
 
     from ..pipeline import EnhancedQwenImageEdit
 
-    if not isinstance(learner, BridgeLearner) or course.features != "own":
+    if not isinstance(learner, BridgeLearner) or run.features != "own":
         return
     bridge = copy.deepcopy(learner.bridge)
     pipeline = EnhancedQwenImageEdit(
-        course.family, bridge, device=models.device, dtype=models.dtype, pipe=models.pipe, keep_source=True
+        run.family, bridge, device=models.device, dtype=models.dtype, pipe=models.pipe, keep_source=True
     )
-    for index in range(min(SAMPLES, len(lessons))):
-        lesson = lessons[index]
+    for index in range(min(SAMPLES, len(samples))):
+        sample = samples[index]
         sheet = f"samples/step-{step:06d}-{index}.png"
         output.claim(sheet)
-        pipeline.compare(lesson.image, lesson.prompt, output.folder / sheet, course.strength, seed=index)
+        pipeline.compare(sample.image, sample.prompt, output.folder / sheet, run.strength, seed=index)
 
 
 def _write_about(
-    course: Course, settings: TrainingSettings, figures: dict[str, float], step: int, output: TrainingRun,
+    run: RunConfig,
+    settings: TrainingSettings,
+    figures: dict[str, float],
+    step: int,
+    output: TrainingRun,
     calibration: Calibration | None = None,
-) -> None:  # fmt: skip
-    """`training.json`: what made the bridge beside it, and its figures on held-out lessons."""
+) -> None:
+    """`training.json`: what made the bridge beside it, and its figures on held-out samples."""
     device = "cuda" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     about = provenance(
-        [settings.seed], device, family=course.family.name, source=course.family.source.name,
-        target=course.family.target.name,
-    )  # fmt: skip
-    about |= {"method": course.method, "features": course.features, "rival": course.rival, "steps": step}
-    about |= {"strength": course.strength, "settings": asdict(settings), "validation": figures}
+        [settings.seed],
+        device,
+        family=run.family.name,
+        source=run.family.source.name,
+        target=run.family.target.name,
+    )
+    about |= {"method": run.method, "features": run.features, "rival": run.rival, "steps": step}
+    about |= {"strength": run.strength, "settings": asdict(settings), "validation": figures}
     if calibration is not None:
         about["calibration"] = {k: v for k, v in calibration._asdict().items() if k != "bridge"}
     output.claim(ABOUT)
-    write_json(course.output_dir / ABOUT, about)
-    print(f"{course.output_dir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    write_json(run.output_dir / ABOUT, about)
+    print(f"{run.output_dir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))

@@ -26,7 +26,7 @@ class Learner(Protocol):
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that learns, by name."""
 
-    def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
+    def see(self, pack: Pack, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, N, D) for the language model, and the baseline they came from, in float32."""
 
     def save(self, folder: Path) -> None:
@@ -34,7 +34,7 @@ class Learner(Protocol):
 
 
 class BridgeLearner:
-    """A bridge that sees its own lesson's levels, another lesson's, or the target's own features.
+    """A bridge that sees its own sample's levels, another sample's, or the target's own features.
 
     Args:
         features: the two controls are `shuffled` and `target`, see `arms.Arm`.
@@ -52,13 +52,13 @@ class BridgeLearner:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.bridge.named_parameters())
 
-    def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
-        baseline = pack.rows("vision", lessons).float()
-        levels = self.levels(pack, lessons, baseline)
+    def see(self, pack: Pack, samples: Tensor) -> tuple[Tensor, Tensor]:
+        baseline = pack.rows("vision", samples).float()
+        levels = self.levels(pack, samples, baseline)
         return self.bridge(levels, baseline, self.strength).features, baseline
 
-    def levels(self, pack: Pack, lessons: Tensor, baseline: Tensor) -> list[Tensor]:
-        """What the bridge sees of lessons, L × (B, N, source_dim)."""
+    def levels(self, pack: Pack, samples: Tensor, baseline: Tensor) -> list[Tensor]:
+        """What the bridge sees of samples, L × (B, N, source_dim)."""
         config = self.bridge.config
         if self.features == "target":
             flat = baseline.flatten(0, 1)  # (B·N, D)
@@ -67,8 +67,8 @@ class BridgeLearner:
         if self.features == "shuffled":
             if id(pack) not in self._partners:
                 self._partners[id(pack)] = pack.partners(self.seed)
-            lessons = self._partners[id(pack)][lessons]
-        return [pack.rows(name, lessons) for name in config.levels]
+            samples = self._partners[id(pack)][samples]
+        return [pack.rows(name, samples) for name in config.levels]
 
     def save(self, folder: Path) -> None:
         self.bridge.save_pretrained(folder, config=asdict(self.bridge.config))
@@ -103,8 +103,8 @@ class LoraLearner:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
-        baseline = pack.rows("vision", lessons).float()
+    def see(self, pack: Pack, samples: Tensor) -> tuple[Tensor, Tensor]:
+        baseline = pack.rows("vision", samples).float()
         return baseline, baseline
 
     def save(self, folder: Path) -> None:

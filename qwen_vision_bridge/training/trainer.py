@@ -22,7 +22,7 @@ from torch import Tensor
 from ..runs import LOG, TrainingRun, open_run
 from .checkpointing import load_checkpoint, save_checkpoint
 from .config import TrainingSettings
-from .losses import StepPlan, Study
+from .losses import Batch, TrainData
 from .stopping import stop_requests
 from .trainable import Learner
 
@@ -37,7 +37,7 @@ class Trainer:
     Args:
         accelerator: of `accelerate`: devices, processes, mixed precision, trackers.
         validate: step → plain figures, called as the settings say and after the last step.
-        made_from: what makes the run this one and no other, beside the seed.
+        fingerprint: what makes the run this one and no other, beside the seed.
         overwrite: replace the run that the folder holds.
     """
 
@@ -45,13 +45,24 @@ class Trainer:
     """The run in its folder, from `resume` or `run` on."""
 
     def __init__(
-        self, folder: str | Path, learner: Learner, study: Study, settings: TrainingSettings,
-        accelerator: Any, validate: Callable[[int], dict[str, float]] | None = None,
-        made_from: Mapping[str, Any] | None = None, overwrite: bool = False,
-    ) -> None:  # fmt: skip
-        self.folder, self.learner, self.study, self.settings = Path(folder), learner, study, settings
+        self,
+        folder: str | Path,
+        learner: Learner,
+        train_data: TrainData,
+        settings: TrainingSettings,
+        accelerator: Any,
+        validate: Callable[[int], dict[str, float]] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder, self.learner, self.train_data, self.settings = (
+            Path(folder),
+            learner,
+            train_data,
+            settings,
+        )
         self.accelerator, self.validate = accelerator, validate
-        self.made_from, self.overwrite = {**(made_from or {}), "seed": settings.seed}, overwrite
+        self.fingerprint, self.overwrite = {**(fingerprint or {}), "seed": settings.seed}, overwrite
         self.parameters = learner.parameters()
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
         rest = [p for p in self.parameters.values() if p.ndim <= 1]
@@ -125,9 +136,13 @@ class Trainer:
             ValueError: it is of another run or learner. FileExistsError: the folder is another run's.
         """
         self.output, found = open_run(
-            self.folder, self.accelerator, self.made_from, given, self.overwrite,
+            self.folder,
+            self.accelerator,
+            self.fingerprint,
+            given,
+            self.overwrite,
             self.settings.max_train_steps,
-        )  # fmt: skip
+        )
         if found is None:
             return False
         state, tensors = load_checkpoint(found)
@@ -142,8 +157,10 @@ class Trainer:
                 parameter.copy_(tensors[f"parameter/{name}"])
                 self.average[name].copy_(tensors[f"average/{name}"])
                 if f"exp_avg/{name}" in tensors:
-                    moments = {key: tensors[f"{key}/{name}"].to(parameter.device)
-                               for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+                    moments = {
+                        key: tensors[f"{key}/{name}"].to(parameter.device)
+                        for key in ("exp_avg", "exp_avg_sq")
+                    }
                     count = torch.tensor(float(self.step))
                     self.optimizer.state[parameter] = {"step": count, **moments}
         return True
@@ -177,11 +194,11 @@ class Trainer:
             parameter.copy_(values[name])
 
     def _advance(self) -> None:
-        """One optimiser step over this process's share of the step's lessons."""
+        """One optimiser step over this process's share of the step's samples."""
         settings, world = self.settings, self.accelerator.num_processes
         whole = settings.train_batch_size * world * settings.gradient_accumulation_steps
         self.optimizer.zero_grad(set_to_none=True)
-        plans = [StepPlan(self.study, kind, self.step, whole, settings) for kind in self.study.rows]
+        plans = [Batch(self.train_data, kind, self.step, whole, settings) for kind in self.train_data.rows]
         for turn in range(settings.gradient_accumulation_steps):
             place = (turn * world + self.accelerator.process_index) * settings.train_batch_size
             part = slice(place, place + settings.train_batch_size)

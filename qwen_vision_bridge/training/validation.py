@@ -11,7 +11,7 @@ from torch import Tensor
 from ..evaluation.metrics import pixels as metrics
 from .config import TrainingSettings
 from .frozen_lm import Reader
-from .losses import StepPlan, Study
+from .losses import Batch, TrainData
 from .packs import Pack
 from .trainable import BridgeLearner, Learner
 
@@ -22,7 +22,7 @@ BATCH = {"cpu": 64, "cuda": 512}  # images
 class Answer(NamedTuple):
     """One reply to one held-out question."""
 
-    lesson: int
+    sample: int
     prompt: str
     wanted: str
     said: str
@@ -70,62 +70,64 @@ def examine(
     answers, size = [], BATCH[reader.device.type]
     for members in asked.values():
         for first in range(0, len(members), size):
-            lessons = torch.tensor(members[first : first + size])
-            shown = features_of(learner, pack, lessons)
-            said = reader.reply(shown, [texts[index][0] for index in lessons.tolist()], pack.grid_of(lessons))
+            samples = torch.tensor(members[first : first + size])
+            shown = features_of(learner, pack, samples)
+            said = reader.reply(shown, [texts[index][0] for index in samples.tolist()], pack.grid_of(samples))
             answers += [
                 Answer(index, *texts[index], reply)
-                for index, reply in zip(lessons.tolist(), said, strict=True)
+                for index, reply in zip(samples.tolist(), said, strict=True)
             ]
     return sorted(answers)
 
 
-def features_of(learner: Learner | None, pack: Pack, lessons: Tensor) -> Tensor:
-    """What the language model is shown of lessons, (B, N, D)."""
-    return pack.rows("vision", lessons).float() if learner is None else learner.see(pack, lessons)[0]
+def features_of(learner: Learner | None, pack: Pack, samples: Tensor) -> Tensor:
+    """What the language model is shown of samples, (B, N, D)."""
+    return pack.rows("vision", samples).float() if learner is None else learner.see(pack, samples)[0]
 
 
 @torch.no_grad()
-def predict(learner: Learner | None, study: Study, pack: Pack, most: int | None = None) -> dict[str, float]:
+def predict(
+    learner: Learner | None, train_data: TrainData, pack: Pack, most: int | None = None
+) -> dict[str, float]:
     """Cross-entropy of a pack's replies, and the share of their tokens that is predicted right.
 
     Args:
         most: of each layout only the first so many.
     """
-    rows = study.reader.rows(pack.texts())
+    rows = train_data.reader.rows(pack.texts())
     sums = torch.zeros(3)
     for members in (members[:most] for members in pack.layouts.values()):
-        for lessons in members.split(BATCH[study.reader.device.type]):
-            part = rows.at(lessons).shortened().to(study.reader.device)
-            features = features_of(learner, pack, lessons)
-            found = study.reader.wrongness(features, part, pack.grid_of(lessons))
+        for samples in members.split(BATCH[train_data.reader.device.type]):
+            part = rows.at(samples).shortened().to(train_data.reader.device)
+            features = features_of(learner, pack, samples)
+            found = train_data.reader.cross_entropy(features, part, pack.grid_of(samples))
             sums += torch.stack(found).float().cpu()
     return {"loss": float(sums[0] / sums[2]), "right": float(sums[1] / sums[2])}
 
 
 @torch.no_grad()
-def choose_gate(learner: BridgeLearner, study: Study, lessons: int = 512) -> float:
+def choose_gate(learner: BridgeLearner, train_data: TrainData, samples: int = 512) -> float:
     """Set a calibrated bridge's gate to the value of `GATES` under which the language model answers best.
 
     Regression knows nothing of the model that reads the features: replacing them whole does harm where a
-    small share of it helps. The first so many lessons of the study are asked, none that validates.
+    small share of it helps. The first so many samples of the train_data are asked, none that validates.
     """
     losses = {}
     for gate in GATES:
         learner.bridge.gate.fill_(gate)
-        losses[gate] = predict(learner, study, study.perceive, lessons)["loss"]
+        losses[gate] = predict(learner, train_data, train_data.perceive, samples)["loss"]
     best = min(losses, key=lambda gate: losses[gate])
     learner.bridge.gate.fill_(best)
     return best
 
 
 @torch.no_grad()
-def edit_error(learner: Learner, study: Study, batch: int = 32) -> float:
-    """The flow-matching loss of a study's edits, prompts never left out; the same noise in every call."""
+def edit_error(learner: Learner, train_data: TrainData, batch: int = 32) -> float:
+    """The flow-matching loss of the edits, prompts never left out; the same noise in every call."""
     settings = TrainingSettings(condition_dropout=0.0, edit_weight=1.0)
-    count, error = -(-len(study.edit) // batch), 0.0
+    count, error = -(-len(train_data.edit) // batch), 0.0
     for turn in range(count):
-        plan = StepPlan(study, "edit", turn, batch, settings)
+        plan = Batch(train_data, "edit", turn, batch, settings)
         losses, _ = plan.losses(learner, slice(0, batch))
         error += float(losses["edit"]) / count
     return error

@@ -72,18 +72,26 @@ def _loaded(bench: Bench, arm: str, seed: int) -> Any:
 
 
 def _asked(bench: Bench, loaded: Any, arm: str, seed: int, group: str, exam: Exam) -> Iterator[Record]:
-    pack, lessons = bench.questions(group, exam.split, exam.count)
+    pack, samples = bench.questions(group, exam.split, exam.count)
     learner, reader = loaded
     if isinstance(learner, BridgeLearner):
         learner.strength = exam.strength
     for answer in examine(learner, reader, pack, exam.only):
-        case, question = lessons.asked[answer.lesson]
+        case, question = samples.asked[answer.sample]
         yield {
-            "arm": arm, "seed": seed, "split": exam.split, "group": group, "difficulty": case.difficulty,
-            "kind": case.kind, "case": f"{case.case_id}:{question.kind}", "asked": question.kind,
-            "strength": exam.strength, "said": answer.said, "wanted": answer.wanted,
+            "arm": arm,
+            "seed": seed,
+            "split": exam.split,
+            "group": group,
+            "difficulty": case.difficulty,
+            "kind": case.kind,
+            "case": f"{case.case_id}:{question.kind}",
+            "asked": question.kind,
+            "strength": exam.strength,
+            "said": answer.said,
+            "wanted": answer.wanted,
             "metrics": _scored(answer, question),
-        }  # fmt: skip
+        }
 
 
 def _scored(answer: Answer, question: Any) -> dict[str, float]:

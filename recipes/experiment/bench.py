@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_vision_bridge import VisionBridge
 from qwen_vision_bridge.bridge import BridgeConfig
-from qwen_vision_bridge.evaluation.scoring import Measurer
+from qwen_vision_bridge.evaluation.scoring import Scorer
 from qwen_vision_bridge.evaluation.vqa import questions_of
 from qwen_vision_bridge.io import digest_of, write_json
 from qwen_vision_bridge.loading.processors import load_processor
@@ -23,11 +23,11 @@ from qwen_vision_bridge.synthetic.cases import Case, make_cases
 from qwen_vision_bridge.training.calibration import calibrate
 from qwen_vision_bridge.training.checkpointing import save_result
 from qwen_vision_bridge.training.config import TrainingSettings
-from qwen_vision_bridge.training.data import Lesson, WorldLessons
-from qwen_vision_bridge.training.features import Eyes
+from qwen_vision_bridge.training.data import Sample, WorldSamples
+from qwen_vision_bridge.training.features import FeatureEncoder
 from qwen_vision_bridge.training.flow_matching import Flow
 from qwen_vision_bridge.training.frozen_lm import Reader
-from qwen_vision_bridge.training.losses import Study
+from qwen_vision_bridge.training.losses import TrainData
 from qwen_vision_bridge.training.packs import Pack, See, build_pack, join
 from qwen_vision_bridge.training.run import pack_name, token_stream
 from qwen_vision_bridge.training.trainable import BridgeLearner, Learner, rival_of
@@ -36,17 +36,17 @@ from qwen_vision_bridge.training.validation import choose_gate
 
 from .designs import EXTRA, Design
 
-PART = 6000  # lessons whose features are made by one process
+PART = 6000  # samples whose features are made by one process
 FEWER = 4  # times fewer edits than questions to learn from: a step through the transformer costs more
 
 
-def lessons_parts(kind: str, samples: int) -> list[WorldLessons]:
+def samples_parts(kind: str, samples: int) -> list[WorldSamples]:
     """What is learnt from where there are so many questions, in parts for several processes."""
     count = samples if kind == "perceive" else max(samples // FEWER, 1)
-    return [WorldLessons(kind, "train", min(PART, count - k), first=k) for k in range(0, count, PART)]
+    return [WorldSamples(kind, "train", min(PART, count - k), first=k) for k in range(0, count, PART)]
 
 
-class CaseLessons:
+class CaseSamples:
     """Every question of some cases, with the case and kind it belongs to."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
@@ -56,9 +56,9 @@ class CaseLessons:
     def __len__(self) -> int:
         return len(self.asked)
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> Sample:
         case, question = self.asked[index]
-        return Lesson(case.image, question.text, question.answer)
+        return Sample(case.image, question.text, question.answer)
 
 
 class Bench:
@@ -72,9 +72,13 @@ class Bench:
     """
 
     def __init__(
-        self, folder: Path, samples: int, workers: int, packs: Path | None = None,
+        self,
+        folder: Path,
+        samples: int,
+        workers: int,
+        packs: Path | None = None,
         settings: TrainingSettings | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.samples, self.workers = folder, samples, workers
         self.packs = packs or folder / "packs"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,15 +86,16 @@ class Bench:
         self.pipeline = EnhancedQwenImageEdit("miniature", "fresh", device=self.device, dtype=self.dtype)
         self.pipeline.pipe.set_progress_bar_config(disable=True)
         self.family = self.pipeline.family
-        self._eyes = {
-            teacher: Eyes(self.family, self.device, self.dtype, teacher) for teacher in (False, True)
+        self._encoder = {
+            teacher: FeatureEncoder(self.family, self.device, self.dtype, teacher)
+            for teacher in (False, True)
         }
         self.settings = settings or TrainingSettings()
         self.flow = Flow(self.pipeline.pipe, self.family.editor)
         self.accelerator = Accelerator(mixed_precision="bf16" if self.device.type == "cuda" else "no")
         self._joined: dict[str, Pack] = {}
-        self._questions: dict[tuple[str, str, int], tuple[Pack, CaseLessons]] = {}
-        self._measurer: Measurer | None = None
+        self._questions: dict[tuple[str, str, int], tuple[Pack, CaseSamples]] = {}
+        self._scorer: Scorer | None = None
 
     def reader(self, model: Any = None) -> Reader:
         """A reader of the pipeline's own text encoder, or of another one that learns."""
@@ -99,46 +104,46 @@ class Bench:
         own = self.pipeline.pipe.text_encoder
         return Reader(model or own, processor, self.family, learning=model is not None)
 
-    def lessons_part(self, kind: str, number: int) -> Pack:
+    def samples_part(self, kind: str, number: int) -> Pack:
         """The features of one part; those of questions with what the target sees of sharp images."""
-        return self._pack(lessons_parts(kind, self.samples)[number], kind, teacher=kind == "perceive")
+        return self._pack(samples_parts(kind, self.samples)[number], kind, teacher=kind == "perceive")
 
-    def lessons(self, kind: str, count: int | None = None, teacher: bool = True) -> Pack:
-        """What is learnt from, the first `count` lessons alone if that is given.
+    def samples(self, kind: str, count: int | None = None, teacher: bool = True) -> Pack:
+        """What is learnt from, the first `count` samples alone if that is given.
 
         Args:
             teacher: whether what the target sees of sharp images is in it.
         """
         if kind not in self._joined:
-            numbers = range(len(lessons_parts(kind, self.samples)))
-            self._joined[kind] = join([self.lessons_part(kind, number) for number in numbers], self.device)
+            numbers = range(len(samples_parts(kind, self.samples)))
+            self._joined[kind] = join([self.samples_part(kind, number) for number in numbers], self.device)
         return _part(self._joined[kind], count, teacher)
 
-    def questions(self, group: str, split: str, count: int) -> tuple[Pack, CaseLessons]:
+    def questions(self, group: str, split: str, count: int) -> tuple[Pack, CaseSamples]:
         """Questions about held-out cases of a group."""
         key = (group, split, count)
         if key not in self._questions:
-            lessons = CaseLessons(make_cases(group, count, seed=7, split=split))
-            self._questions[key] = join([self._pack(lessons, "perceive", teacher=True)], self.device), lessons
+            samples = CaseSamples(make_cases(group, count, seed=7, split=split))
+            self._questions[key] = join([self._pack(samples, "perceive", teacher=True)], self.device), samples
         return self._questions[key]
 
     @property
-    def measurer(self) -> Measurer:
+    def scorer(self) -> Scorer:
         """Measures edited images, for as long as this process lives."""
-        if self._measurer is None:
-            self._measurer = Measurer(self.workers)
-        return self._measurer
+        if self._scorer is None:
+            self._scorer = Scorer(self.workers)
+        return self._scorer
 
     def close(self) -> None:
         """End the processes that measure."""
-        if self._measurer is not None:
-            self._measurer.close()
-            self._measurer = None
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None
 
-    def study(self, design: Design, reader: Reader) -> Study:
+    def train_data(self, design: Design, reader: Reader) -> TrainData:
         """What a design learns from."""
-        packs = {kind: self.lessons(kind, design.samples) for kind in design.method.split("+")}
-        return Study(reader, packs.get("perceive"), packs.get("edit"), self.flow)
+        packs = {kind: self.samples(kind, design.samples) for kind in design.method.split("+")}
+        return TrainData(reader, packs.get("perceive"), packs.get("edit"), self.flow)
 
     def learner(self, design: Design, seed: int) -> tuple[Learner, Reader]:
         """What a design trains, at its start, and what reads for it."""
@@ -159,7 +164,7 @@ class Bench:
                     parameter.zero_()
         learner = BridgeLearner(bridge.to(self.device), design.features, seed=seed)
         if design.method == "calibrate":
-            choose_gate(learner, Study(self.reader(), self.lessons("perceive", design.samples)))
+            choose_gate(learner, TrainData(self.reader(), self.samples("perceive", design.samples)))
         for name, parameter in bridge.named_parameters():
             parameter.requires_grad_(not (design.frozen and name.startswith(design.frozen)))
         return learner, self.reader()
@@ -177,7 +182,7 @@ class Bench:
             steps = max(round(design.share * self.settings.max_train_steps), 1)
             changed = replace(self.settings, max_train_steps=steps, seed=seed, **design.settings)
             learning = Learning(learner)
-            trainer = Trainer(folder, learning, self.study(design, reader), changed, self.accelerator)
+            trainer = Trainer(folder, learning, self.train_data(design, reader), changed, self.accelerator)
             trainer.resume("latest")
             if not trainer.run():
                 raise KeyboardInterrupt
@@ -203,20 +208,20 @@ class Bench:
 
     def _calibrated(self, design: Design, config: BridgeConfig) -> VisionBridge:
         """Of the config's own rank, on all levels alike: query and keys do nothing yet."""
-        pack = self.lessons("perceive", design.samples, design.teacher)
+        pack = self.samples("perceive", design.samples, design.teacher)
         aside = BridgeLearner(VisionBridge(config), design.features)
         return calibrate(config, lambda: token_stream(pack, aside), ranks=[config.rank]).bridge
 
-    def _pack(self, lessons: Any, kind: str, teacher: bool = False) -> Pack:
-        eyes = self._eyes[teacher]
-        key, name = pack_name(eyes.key(), kind, self.family, lessons)
-        return build_pack(self.packs / name, lessons, lambda: self._see(kind, eyes), key, self.workers)
+    def _pack(self, samples: Any, kind: str, teacher: bool = False) -> Pack:
+        encoder = self._encoder[teacher]
+        key, name = pack_name(encoder.key(), kind, self.family, samples)
+        return build_pack(self.packs / name, samples, lambda: self._see(kind, encoder), key, self.workers)
 
-    def _see(self, kind: str, eyes: Eyes) -> See:
+    def _see(self, kind: str, encoder: FeatureEncoder) -> See:
         if kind == "perceive":
-            return eyes.see
-        return lambda lessons: [
-            one | other for one, other in zip(eyes.see(lessons), self.flow.see(lessons), strict=True)
+            return encoder.see
+        return lambda samples: [
+            one | other for one, other in zip(encoder.see(samples), self.flow.see(samples), strict=True)
         ]
 
 
@@ -236,13 +241,13 @@ class Untouched:
     def __init__(self, field: str = "vision") -> None:
         self.field = field
 
-    def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
-        features = pack.rows(self.field, lessons).float()
+    def see(self, pack: Pack, samples: Tensor) -> tuple[Tensor, Tensor]:
+        features = pack.rows(self.field, samples).float()
         return features, features
 
 
 def _part(pack: Pack, count: int | None, teacher: bool) -> Pack:
-    """The same pack with only its first lessons to draw from, or without what the teacher sees."""
+    """The same pack with only its first samples to draw from, or without what the teacher sees."""
     if count is None and teacher:
         return pack
     part = copy.copy(pack)

@@ -15,7 +15,7 @@ class Design:
     name: str
     method: str = "perceive"
     """`fresh`, `random`, `calibrate`, `perceive`, `edit` or `perceive+edit`; `sharp` is no bridge but the
-    target's own tower, shown images that the pipeline does not reduce: what better eyes alone are worth."""
+    target's own tower, shown images that the pipeline does not reduce: what better vision alone are worth."""
     features: str = "own"
     rival: bool = False
     start: str | None = None
@@ -31,7 +31,7 @@ class Design:
     zeroed: tuple[str, ...] = ()
     """Beginnings of the names of weights that are set to zero first."""
     samples: int | None = None
-    """Fewer lessons than the run's."""
+    """Fewer samples than the run's."""
     share: float = 1.0
     """Of the run's steps: those through the transformer cost several times as much."""
 
@@ -47,7 +47,7 @@ class Design:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of lessons that it learns from."""
+        """The kinds of samples that it learns from."""
         if self.method == "calibrate":
             return ("perceive",)
         return tuple(self.method.split("+")) if self.is_trained else ()
@@ -115,7 +115,7 @@ DESIGNS = (
 """What validation chooses among."""
 
 _RANKS = {f"rank-{rank}": {"rank": rank, "query_dim": rank} for rank in (4, 12, 24, 48, 96)}
-_AMOUNTS = {f"{count}-lessons": count for count in (250, 1000, 4000, 16_000)}
+_AMOUNTS = {f"{count}-samples": count for count in (250, 1000, 4000, 16_000)}
 CURVE_STARTS = (
     *(Design(f"calibrated-{name}", "calibrate", config=config) for name, config in _RANKS.items()),
     *(Design(f"calibrated-{name}", "calibrate", samples=count) for name, count in _AMOUNTS.items()),

@@ -120,9 +120,15 @@ def _call(run: Run, make: Any, case: Case) -> Any:
             raise ValueError(f"{case.case_id}: no other image of its part has its grid; take fewer --parts")
         source = run.pipeline.extract_source(run.cases[shown].images)
     return make(
-        case.image, case.prompt, run.seed_of(case), bridge=arm.bridge, source=source, strength=arm.strength,
-        site=arm.site, **run.options,
-    )  # fmt: skip
+        case.image,
+        case.prompt,
+        run.seed_of(case),
+        bridge=arm.bridge,
+        source=source,
+        strength=arm.strength,
+        site=arm.site,
+        **run.options,
+    )
 
 
 def _measured(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Record]:
@@ -132,13 +138,18 @@ def _measured(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Recor
         waiting = []
         for case in edits.cases():
             image = Image.open(io.BytesIO(file.read(f"{case.case_id}.webp"))).convert("RGB")
-            waiting.append((case, bench.measurer.submit(case, image)))
+            waiting.append((case, bench.scorer.submit(case, image)))
     for case, measured in waiting:
         yield {
-            "arm": shown, "seed": seed, "group": case.group, "difficulty": case.difficulty,
-            "kind": case.kind, "case": case.case_id, "metrics": measured.result()["metrics"],
+            "arm": shown,
+            "seed": seed,
+            "group": case.group,
+            "difficulty": case.difficulty,
+            "kind": case.kind,
+            "case": case.case_id,
+            "metrics": measured.result()["metrics"],
             "level_weights": weights.get(case.case_id),
-        }  # fmt: skip
+        }
 
 
 def _lossless(image: Image.Image) -> bytes:

@@ -45,8 +45,9 @@ def rows_of(records: Sequence[Record], gain: str, against: str = BASELINE) -> li
             if arm not in (against, BASELINE):
                 rows.append(
                     {"arm": arm, "group": group, "difficulty": difficulty, "gain": gain, "metric": metric}
-                    | _paired(arms[against], cases) | {"seeds": sorted(seeds[arm, group]), "against": against}
-                )  # fmt: skip
+                    | _paired(arms[against], cases)
+                    | {"seeds": sorted(seeds[arm, group]), "against": against}
+                )
     return rows
 
 
@@ -57,9 +58,13 @@ def _paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> Ro
     differences = pairs[:, 1] - pairs[:, 0]
     low, high = bootstrap_interval(differences)
     return {
-        "n": len(both), "baseline": float(pairs[:, 0].mean()), "value": float(pairs[:, 1].mean()),
-        "diff": float(differences.mean()), "ci_low": low, "ci_high": high,
-    }  # fmt: skip
+        "n": len(both),
+        "baseline": float(pairs[:, 0].mean()),
+        "value": float(pairs[:, 1].mean()),
+        "diff": float(differences.mean()),
+        "ci_low": low,
+        "ci_high": high,
+    }
 
 
 def level_shares(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -77,8 +82,10 @@ def level_shares(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Row]) -> str:
     """The headline metrics as a table in Markdown."""
-    lines = ["| gain | group | difficulty | arm | metric | n | seeds | baseline | value | difference |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| gain | group | difficulty | arm | metric | n | seeds | baseline | value | difference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         if row["metric"] in SHOWN[row["gain"]]:
             difference = f"{row['diff']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
@@ -105,8 +112,16 @@ def draw_differences(rows: Sequence[Row], path: Path, gain: str, metric: str) ->
             middle = np.array([100 * row["diff"] for row in part])
             low, high = (np.array([100 * row[end] for row in part]) for end in ("ci_low", "ci_high"))
             places = [arms.index(row["arm"]) + above for row in part]
-            axis.errorbar(middle, places, xerr=[middle - low, high - middle], fmt="o", markersize=4,
-                          capsize=2, color=colour, label=f"{difficulty} cases")  # fmt: skip
+            axis.errorbar(
+                middle,
+                places,
+                xerr=[middle - low, high - middle],
+                fmt="o",
+                markersize=4,
+                capsize=2,
+                color=colour,
+                label=f"{difficulty} cases",
+            )
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(title=f"{group}: {metric}", xlabel="points over the baseline")
         axis.set_yticks(range(len(arms)), arms)

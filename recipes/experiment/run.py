@@ -25,7 +25,7 @@ from qwen_vision_bridge.synthetic.cases import GROUPS
 from qwen_vision_bridge.training.config import TrainingSettings
 
 from .asking import Exam, ask
-from .bench import Bench, lessons_parts
+from .bench import Bench, samples_parts
 from .designs import AMOUNTS, ARMS, DESIGNS, EXTRA, RANKS, STRENGTHS, Design, with_starts
 from .editing import SITES, Edits, draw, measure
 from .hands import Hands, Job
@@ -41,9 +41,11 @@ def main(given: Sequence[str] | None = None) -> None:
     """Run one part of the experiment."""
     arguments = _arguments(given)
     settings = TrainingSettings(
-        max_train_steps=arguments.steps, train_batch_size=arguments.batch,
-        checkpointing_steps=max(arguments.steps // 2, 1), log_every=max(arguments.steps // 20, 1),
-    )  # fmt: skip
+        max_train_steps=arguments.steps,
+        train_batch_size=arguments.batch,
+        checkpointing_steps=max(arguments.steps // 2, 1),
+        log_every=max(arguments.steps // 20, 1),
+    )
     workers = -(-arguments.workers // max(arguments.processes, 1))
     make = partial(Bench, arguments.folder, arguments.samples, workers, arguments.packs, settings)
     with Hands(make, arguments.processes) as hands:
@@ -101,10 +103,10 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
         points.append((strength, rows[-1]))
     _draw(points, arguments.folder / "strength.png", "strength")
     whole = next(row for row in rows if row["strength"] == 1.0)
-    for name, designs in (("rank", RANKS), ("lessons", amounts)):
+    for name, designs in (("rank", RANKS), ("samples", amounts)):
         found = [_letters(others, design.name) for design in designs]
         points = [(float("".join(filter(str.isdigit, row["arm"]))), row) for row in found]
-        if name == "lessons":
+        if name == "samples":
             points.append((float(arguments.samples), whole))
         _draw(points, arguments.folder / f"{name}.png", name, log=True)
         rows += found
@@ -112,9 +114,12 @@ def curves(hands: Hands, arguments: argparse.Namespace) -> None:
 
 
 def _edits(
-    designs: Sequence[Design], arguments: argparse.Namespace, split: str, count: int,
+    designs: Sequence[Design],
+    arguments: argparse.Namespace,
+    split: str,
+    count: int,
     sites: Sequence[str] = SITES[:1],
-) -> list[tuple[str, int, Edits]]:  # fmt: skip
+) -> list[tuple[str, int, Edits]]:
     """What is edited in which arm and seed, first seeds first; the first of `perceive` at all the sites."""
     some = arguments.edit_designs or EXTRA
     arms = [(d.name, seed) for d in designs if d.name in some for seed in d.seeds(arguments.seeds)]
@@ -131,27 +136,32 @@ def _edits(
 
 
 def _done(
-    hands: Hands, designs: Sequence[Design], arguments: argparse.Namespace, exams: Sequence[Exam],
+    hands: Hands,
+    designs: Sequence[Design],
+    arguments: argparse.Namespace,
+    exams: Sequence[Exam],
     edits: Sequence[tuple[str, int, Edits]] = (),
-) -> tuple[list[Record], list[Record]]:  # fmt: skip
+) -> tuple[list[Record], list[Record]]:
     """Train the designs and what they start from, ask them and edit through them; both kinds of records."""
     folder = arguments.folder
     every = [(d, seed) for d in with_starts(designs) for seed in d.seeds(arguments.seeds)]
     untrained = [design for design, seed in every if not design.is_finished(folder, seed)]
-    lessons = {
-        kind: [("lessons", kind, n) for n in range(len(lessons_parts(kind, arguments.samples)))]
+    samples = {
+        kind: [("samples", kind, n) for n in range(len(samples_parts(kind, arguments.samples)))]
         for kind in sorted({kind for design in untrained for kind in design.kinds})
     }
     arms = [(BASELINE, 0)] + [(d.name, seed) for d in designs for seed in d.seeds(arguments.seeds)]
     unasked = {
         ("questions", group, exam.split, exam.count): None
-        for exam in exams for group in exam.groups for arm in arms
+        for exam in exams
+        for group in exam.groups
+        for arm in arms
         if not exam.kept(folder, group, *arm).is_file()
-    }  # fmt: skip
-    jobs: dict[Any, Job] = {name: Job(_lessons, name[1:]) for names in lessons.values() for name in names}
+    }
+    jobs: dict[Any, Job] = {name: Job(_samples, name[1:]) for names in samples.values() for name in names}
     jobs |= {name: Job(_questions, name[1:]) for name in unasked}
     for design, seed in every:
-        needs = [name for kind in design.kinds for name in lessons.get(kind, ())]
+        needs = [name for kind in design.kinds for name in samples.get(kind, ())]
         if design.start is not None:
             start = EXTRA[design.start]
             needs.append(("train", start.name, seed if start.is_trained else 0))
@@ -171,8 +181,8 @@ def _done(
     )
 
 
-def _lessons(bench: Bench, kind: str, number: int) -> None:
-    bench.lessons_part(kind, number)
+def _samples(bench: Bench, kind: str, number: int) -> None:
+    bench.samples_part(kind, number)
 
 
 def _questions(bench: Bench, group: str, split: str, count: int) -> None:
@@ -233,7 +243,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--packs", type=Path, help="where features are kept; default: in the folder")
     parser.add_argument("--designs", nargs="+", choices=sorted(EXTRA), help="these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, default=12_000, help="lessons of each kind")
+    parser.add_argument("--samples", type=int, default=12_000, help="samples of each kind")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", type=int, default=500, help="held-out cases a group")

@@ -51,9 +51,14 @@ def once(source: str, editor: str, steps: int) -> dict[str, float]:
     image = sample_image(128)
     start = time.perf_counter()
     pipeline = EnhancedQwenImageEdit(
-        "miniature", bridge="random", source=source, editor=editor, device="cpu", feature_cache=False,
+        "miniature",
+        bridge="random",
+        source=source,
+        editor=editor,
+        device="cpu",
+        feature_cache=False,
         keep_source=True,
-    )  # fmt: skip
+    )
     pipeline.pipe.set_progress_bar_config(disable=True)
     pipeline.extractor.extract_qwen3_vision(image)
     seconds = {"load": time.perf_counter() - start}

@@ -168,9 +168,9 @@ def fast_transformer() -> Iterator[None]:
     try:
         yield
     finally:
-        (
-            stock.compute_text_seq_len_from_mask, stock.apply_rotary_emb_qwen, stock.QwenEmbedRope.forward,
-        ) = kept  # fmt: skip
+        (stock.compute_text_seq_len_from_mask, stock.apply_rotary_emb_qwen, stock.QwenEmbedRope.forward) = (
+            kept
+        )
 
 
 def _rotate_pairs(x: Tensor, angles: Tensor, use_real: bool = False) -> Tensor:

@@ -36,9 +36,14 @@ class Feed:
     """
 
     def __init__(
-        self, make: Callable[[int, int], Arrays], chunk: int, workers: int, first: int = 0,
-        limit: int | None = None, ordered: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        make: Callable[[int, int], Arrays],
+        chunk: int,
+        workers: int,
+        first: int = 0,
+        limit: int | None = None,
+        ordered: bool = False,
+    ) -> None:
         self._make, self._chunk, self._workers, self._first = make, chunk, workers, first
         self._end = None if limit is None else first + limit
         self._ordered, self._next = ordered, first

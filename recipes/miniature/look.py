@@ -1,4 +1,4 @@
-"""A quick look at how well the editor edits, by kind: as asked, said outright, and with strange eyes.
+"""A quick look at how well the editor edits, by kind: as asked, said outright, and with strange encoder.
 
     python recipes/miniature/look.py --target runs/target/target --vae runs/vae/vae \\
         --transformer runs/dit/transformer --folder runs/look
@@ -55,10 +55,15 @@ def main() -> None:
         for (group, kind), edited in images.items():
             _sheet(arguments.folder / f"{group}-{kind}.png", made[group, kind], edited)
         rows = [
-            {"group": group, "kind": kind, "arm": arm, "right": np.mean([f.result() for f in futures]).item(),
-             "n": len(futures)}
+            {
+                "group": group,
+                "kind": kind,
+                "arm": arm,
+                "right": np.mean([f.result() for f in futures]).item(),
+                "n": len(futures),
+            }
             for (group, kind, arm), futures in judged.items()
-        ]  # fmt: skip
+        ]
     _print(rows)
     (arguments.folder / "look.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -73,9 +73,15 @@ class Loop:
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, loss: Loss, settings: Settings, *,
-        graphs: bool = True, light: bool | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        model: nn.Module,
+        loss: Loss,
+        settings: Settings,
+        *,
+        graphs: bool = True,
+        light: bool | None = None,
+    ) -> None:
         """`light` keeps moments and average on disk in bf16 (the default on CUDA) instead of fp32."""
         self.folder, self.model, self.settings = Path(folder), model, settings
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -83,9 +89,15 @@ class Loop:
             raise ValueError(f"parameters are trained in float32, these are not: {wrong[:5]}")
         hidden = [p for name, p in self._trained.items() if settings.muon and is_hidden(name, p)]
         self._stepper = Stepper(
-            list(self._trained.values()), loss, settings.betas, settings.weight_decay, settings.clip, graphs,
-            hidden, settings.muon,
-        )  # fmt: skip
+            list(self._trained.values()),
+            loss,
+            settings.betas,
+            settings.weight_decay,
+            settings.clip,
+            graphs,
+            hidden,
+            settings.muon,
+        )
         self.device = self._stepper.device
         self.light = self._stepper.is_cuda if light is None else light
         self.step, self.seconds = 0, 0.0

@@ -29,8 +29,17 @@ from qwen_vision_bridge.synthetic import cases as world
 
 PARTS = {"vae": "VAE:", "reading": "reading:", "cost": "cost:", "edits": ""}  # how their figures' names begin
 EXPLICIT = ("change_text",)
-PLACED = ("move_left", "move_right", "move_top", "move_bottom", "move_centre", "move_corner", "move_beside",
-          "swap", "align")  # fmt: skip
+PLACED = (
+    "move_left",
+    "move_right",
+    "move_top",
+    "move_bottom",
+    "move_centre",
+    "move_corner",
+    "move_beside",
+    "swap",
+    "align",
+)
 PAINTED = ("recolour_object", "remove_object", "recolour_background")
 
 
@@ -108,7 +117,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    """Every edit: all kinds as asked, hard ones also said outright and with strange eyes.
+    """Every edit: all kinds as asked, hard ones also said outright and with strange encoder.
 
     Kinds in turn, so that a run which was stopped has some of each. The other arms' differences are large and
     take fewer cases to see: they come in every `--rarely`-th round.
@@ -200,8 +209,8 @@ def _edit(job: Job) -> dict[str, Any]:
     if job.arm == "outright" and case.outright is None:
         return row
     prompt = case.outright if job.arm == "outright" else case.prompt
-    eyes = replace_vision(pipeline.pipe, _seen(pipeline, other)) if job.arm == "strange" else nullcontext()
-    with eyes:
+    encoder = replace_vision(pipeline.pipe, _seen(pipeline, other)) if job.arm == "strange" else nullcontext()
+    with encoder:
         shown = case.images if case.references else case.image
         image = pipeline.generate(shown, prompt, False, seed=job.index, **_settings["options"])
     verdict = judge(case, image)

@@ -29,8 +29,10 @@ def main() -> None:
         shutil.rmtree(root / place, ignore_errors=True)
     shutil.copytree(arguments.source, root / "source")
     for name, folder in (
-        ("text_encoder", arguments.target), ("vae", arguments.vae), ("transformer", arguments.transformer)
-    ):  # fmt: skip
+        ("text_encoder", arguments.target),
+        ("vae", arguments.vae),
+        ("transformer", arguments.transformer),
+    ):
         shutil.copytree(folder, root / "editor" / name, ignore=_not_weights)
     miniature.build(root, "editor")  # processor, tokenizer, scheduler, index: what is there already is kept
     check(root)

@@ -52,9 +52,16 @@ class Stepper:
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], loss: Loss, betas: tuple[float, float], weight_decay: float,
-        clip: float, graphs: bool, hidden: Sequence[nn.Parameter] = (), boost: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        parameters: list[nn.Parameter],
+        loss: Loss,
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float,
+        graphs: bool,
+        hidden: Sequence[nn.Parameter] = (),
+        boost: float = 1.0,
+    ) -> None:
         self.device, self._loss, self._clip = parameters[0].device, loss, clip
         self.is_cuda = self.device.type == "cuda"
         self.parameters, self.graphs = parameters, graphs and self.is_cuda
@@ -76,9 +83,12 @@ class Stepper:
             {"params": [p for p in rest if p in vectors], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=self.rate, betas=betas,
-            fused=self.is_cuda, capturable=self.is_cuda,
-        )  # fmt: skip
+            [group for group in groups if group["params"]],
+            lr=self.rate,
+            betas=betas,
+            fused=self.is_cuda,
+            capturable=self.is_cuda,
+        )
         for group in self.optimizer.param_groups:  # the very tensor, which steps fill and graphs read
             group["lr"] = self.rate
         self._stream = torch.cuda.Stream(self.device) if self.graphs else None

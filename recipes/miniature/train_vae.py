@@ -151,10 +151,13 @@ def loss(vae: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def train(vae: nn.Module, supply: Supply, held_out: Tensor, arguments: argparse.Namespace) -> Loop:
     """Run the loop from where the folder's checkpoint ends."""
     settings = Settings(
-        steps=arguments.steps, learning_rate=arguments.learning_rate, minutes=arguments.minutes,
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        minutes=arguments.minutes,
         cosine_minutes=arguments.cosine_minutes,
-        log_every=arguments.log_every, seed=arguments.seed,
-    )  # fmt: skip
+        log_every=arguments.log_every,
+        seed=arguments.seed,
+    )
     compute: Loss = partial(loss, vae)
     with as_images(vae):
         if arguments.compile:

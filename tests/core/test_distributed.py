@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_vision_bridge.evaluation.record_log import Ledger
+from qwen_vision_bridge.evaluation.record_log import RecordLog
 
 RUN = """
 import sys
@@ -27,7 +27,7 @@ from qwen_vision_bridge.synthetic.cases import make_cases
 class StandIn:
     family, device = FAMILIES["miniature"], torch.device("cpu")
 
-    def made_from(self, enhanced):
+    def fingerprint(self, enhanced):
         return {"family": "stand-in", "source": "none"}
 
     def provenance(self, seeds):
@@ -67,8 +67,16 @@ def results(folder: Path) -> dict[str, Any]:
 def test_two_processes_equal_one_record_by_record(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN, encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--main_process_port", "0"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     for command, name in (([sys.executable], "one"), (launch, "two")):
         # Without --multi_gpu accelerate starts one process on a CPU; with this it leaves the GPUs alone.
         home = {
@@ -86,7 +94,7 @@ def test_two_processes_equal_one_record_by_record(tmp_path: Path) -> None:
 
 
 def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -> None:
-    first, second = Ledger(tmp_path), Ledger(tmp_path, process=1)
+    first, second = RecordLog(tmp_path), RecordLog(tmp_path, process=1)
     first.append({"key": "a"})
     second.append({"key": "b"})
     second.append({"key": "a"})
@@ -94,7 +102,7 @@ def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -
     left = part.read_bytes()
     first.merge()
     part.write_bytes(left)  # as a kill between writing and deleting leaves it
-    again = Ledger(tmp_path)
+    again = RecordLog(tmp_path)
     assert again.records.keys() == {"a", "b"}
     again.merge()
     lines = [json.loads(line)["key"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -105,24 +113,24 @@ def test_a_merge_keeps_every_record_once_and_can_be_done_again(tmp_path: Path) -
 def test_a_merge_leaves_other_peoples_files(tmp_path: Path) -> None:
     mine = tmp_path / "results.part-mine.jsonl"
     mine.write_text('{"key": "x"}\n')
-    ledger = Ledger(tmp_path)
-    assert not ledger.records
-    ledger.merge()
+    record_log = RecordLog(tmp_path)
+    assert not record_log.records
+    record_log.merge()
     assert mine.exists()
 
 
 def test_a_job_that_was_done_again_replaces_its_error_and_no_error_replaces_a_result(tmp_path: Path) -> None:
-    first, second = Ledger(tmp_path), Ledger(tmp_path, process=1)
+    first, second = RecordLog(tmp_path), RecordLog(tmp_path, process=1)
     first.append({"key": "a", "error": "lost"})
     first.append({"key": "b", "error": None})
     second.append({"key": "a", "error": None})
     second.append({"key": "b", "error": "lost"})
-    assert {key: record["error"] for key, record in Ledger(tmp_path).records.items()} == {
+    assert {key: record["error"] for key, record in RecordLog(tmp_path).records.items()} == {
         "a": None,
         "b": None,
     }
     first.merge()
-    assert {key: record["error"] for key, record in Ledger(tmp_path).records.items()} == {
+    assert {key: record["error"] for key, record in RecordLog(tmp_path).records.items()} == {
         "a": None,
         "b": None,
     }
@@ -137,8 +145,12 @@ def test_one_process_where_more_were_asked_for_is_said(tmp_path: Path) -> None:
     for asked in (1, 3):
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(asked)]
         done = subprocess.run(
-            [*launch, str(script)], capture_output=True, text=True, check=True, timeout=120,
+            [*launch, str(script)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
+        )
         assert "there are 1" in done.stdout
         assert (f"asked for {asked} processes and started one" in done.stderr) == (asked > 1)

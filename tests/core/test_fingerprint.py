@@ -76,16 +76,16 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_everything_a_user_can_change_changes_the_key() -> None:
     """One change after the other on one pipeline: every state has a key of its own."""
     editor = EnhancedQwenImageEdit("miniature", bridge="random")
-    unloaded = digest_of(editor.made_from(False))
+    unloaded = digest_of(editor.fingerprint(False))
     _ = editor.pipe
-    assert digest_of(editor.made_from(False)) == unloaded
+    assert digest_of(editor.fingerprint(False)) == unloaded
     keys = {"as loaded": unloaded}
     for name, change in CHANGES.items():
         change(editor.pipe)
-        keys[name] = digest_of(editor.made_from(False))
+        keys[name] = digest_of(editor.fingerprint(False))
     assert len(set(keys.values())) == len(keys), keys
     editor.mrope = "stock"
-    assert digest_of(editor.made_from(False)) not in keys.values()
+    assert digest_of(editor.fingerprint(False)) not in keys.values()
 
 
 def test_sizes_set_in_diffusers_itself_are_in_the_key(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,27 +99,27 @@ def test_sizes_set_in_diffusers_itself_are_in_the_key(pipe: Any, monkeypatch: py
 
 
 def test_changes_put_back_give_the_first_key_again(own_editor: EnhancedQwenImageEdit) -> None:
-    pipe, before = own_editor.pipe, own_editor.made_from(True)
+    pipe, before = own_editor.pipe, own_editor.fingerprint(True)
     assert before["changes"] == {}
     scheduler = pipe.scheduler
     change_scheduler(pipe)
     add_lora(pipe.transformer, "to_q")
-    assert set(own_editor.made_from(True)["changes"]) == {"scheduler", "transformer"}
+    assert set(own_editor.fingerprint(True)["changes"]) == {"scheduler", "transformer"}
     pipe.scheduler = scheduler
     pipe.unload_lora_weights()
-    assert own_editor.made_from(True) == before
+    assert own_editor.fingerprint(True) == before
 
 
 def test_an_edit_leaves_the_key_as_it_was(own_editor: EnhancedQwenImageEdit, photo: Image.Image) -> None:
-    before = own_editor.made_from(True)
+    before = own_editor.fingerprint(True)
     own_editor.compare(photo, PROMPT, **SHORT)
-    assert own_editor.made_from(True) == before
+    assert own_editor.fingerprint(True) == before
 
 
 def test_a_given_pipeline_is_known_by_its_content(pipe: Any) -> None:
     """Nothing says that it is what the family's editor holds."""
     editor = EnhancedQwenImageEdit("miniature", pipe=pipe)
-    assert set(editor.made_from(False)["changes"]) == {"pipeline", *pipe.components}
+    assert set(editor.fingerprint(False)["changes"]) == {"pipeline", *pipe.components}
 
 
 def test_weights_under_sequential_offload_are_still_read() -> None:

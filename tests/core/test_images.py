@@ -68,8 +68,17 @@ def test_32_bit_integers_count_as_16_bit_and_no_others_pass(tmp_path: Path) -> N
 
 def test_a_12_bit_tiff_is_scaled_by_its_4095_levels(tmp_path: Path) -> None:
     """Two levels, 4095 and 2048, in three bytes; Pillow reads such files and does not write them."""
-    entries = [(256, 4, 32), (257, 4, 32), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 122),
-               (277, 3, 1), (278, 4, 32), (279, 4, 32 * 48)]  # fmt: skip
+    entries = [
+        (256, 4, 32),
+        (257, 4, 32),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 122),
+        (277, 3, 1),
+        (278, 4, 32),
+        (279, 4, 32 * 48),
+    ]
     tags = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
     path = tmp_path / "twelve.tif"
     header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))

@@ -140,8 +140,10 @@ def test_a_lora_loads_the_stock_way_and_leaves_the_bridge_alone(
     before, digest = editor.compare(photo, PROMPT, **SHORT), bridge_digest(editor.bridge)
     width, name = 192, "transformer.transformer_blocks.0.attn.to_q"
     generator = torch.Generator().manual_seed(0)
-    lora = {f"{name}.lora_{part}.weight": torch.randn(shape, generator=generator)
-            for part, shape in (("A", (4, width)), ("B", (width, 4)))}  # fmt: skip
+    lora = {
+        f"{name}.lora_{part}.weight": torch.randn(shape, generator=generator)
+        for part, shape in (("A", (4, width)), ("B", (width, 4)))
+    }
     save_file(lora, tmp_path / "lora.safetensors")
     editor.pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="test")
     try:
@@ -336,6 +338,6 @@ def test_running_out_of_gpu_memory_names_every_mode_and_leaves_no_hook(
 def test_what_decides_a_image_is_in_its_key(pipe: Any) -> None:
     random = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe)
     fresh = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, site="deepstack")
-    assert random.made_from(False) == fresh.made_from(False)
-    assert random.made_from(True)["bridge"] != fresh.made_from(True)["bridge"]
-    assert random.made_from(False)["editor"]["revision"].startswith("local:")
+    assert random.fingerprint(False) == fresh.fingerprint(False)
+    assert random.fingerprint(True)["bridge"] != fresh.fingerprint(True)["bridge"]
+    assert random.fingerprint(False)["editor"]["revision"].startswith("local:")

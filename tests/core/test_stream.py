@@ -176,9 +176,17 @@ def test_another_folders_features_are_not_overwritten(
     monkeypatch.setattr(stream, "extract_folder", lambda *_: pytest.fail("the first one was begun"))
     with pytest.raises(ValueError, match="give another --output"):  # the second encoder's, before the first
         example_extraction.main(
-            ["--models", "miniature", "--folder", str(other), "--output", str(tmp_path / "out"),
-             "--encoder", "both"]
-        )  # fmt: skip
+            [
+                "--models",
+                "miniature",
+                "--folder",
+                str(other),
+                "--output",
+                str(tmp_path / "out"),
+                "--encoder",
+                "both",
+            ]
+        )
     assert contents(tmp_path / "out" / "target") == before
 
 
@@ -207,9 +215,13 @@ def test_an_index_names_shards_and_nothing_else(used: Path, images: Path, tmp_pa
 
 @pytest.mark.parametrize("kept", range(0, 12, 2))
 def test_a_run_killed_after_any_file_goes_on(
-    kept: int, extractor: VisionCacheExtractor, images: Path, used: Path, tmp_path: Path,
+    kept: int,
+    extractor: VisionCacheExtractor,
+    images: Path,
+    used: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """The run over fewer images dies before its `kept`-th change to the disk, and is started again."""
 
     class Killed(BaseException):
@@ -374,7 +386,7 @@ def test_the_index_says_what_the_features_were_made_from(
 ) -> None:
     extract_folder(extractor, images, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert index["made_from"]["model"] == "miniature-source"
-    assert index["made_from"]["target_grid"] == "miniature-target"
+    assert index["fingerprint"]["model"] == "miniature-source"
+    assert index["fingerprint"]["target_grid"] == "miniature-target"
     assert index["features"] == ["early", "mid", "late"]
     assert set(index["skipped"]) == {"cut.png"}

@@ -19,9 +19,7 @@ from qwen_vision_bridge.loading.locks import replaced
 from qwen_vision_bridge.synthetic.cases import sample_image
 
 PROMPT = 'Change the text to "FOX".'
-SHORT = {
-    "num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": None, "height": 64, "width": 64,
-}  # fmt: skip
+SHORT = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": None, "height": 64, "width": 64}
 THREADS = 4
 
 
@@ -32,8 +30,12 @@ def images() -> list[Image.Image]:
 
 def global_state(pipe: Any) -> dict[str, Any]:
     """Everything global that a call touches and must put back."""
-    modules = [module for part in pipe.components.values() if isinstance(part, nn.Module)
-               for module in part.modules()]  # fmt: skip
+    modules = [
+        module
+        for part in pipe.components.values()
+        if isinstance(part, nn.Module)
+        for module in part.modules()
+    ]
     return {
         "hooks": [(*module._forward_hooks, *module._forward_pre_hooks) for module in modules],
         "replaced methods": [sorted(vars(module).keys() & {"forward"}) for module in modules],
@@ -99,8 +101,10 @@ def test_bridges_made_while_a_model_loads_hold_weights() -> None:
 
 def test_batched_edits_in_threads_are_those_of_one(editor: Any, images: list[Image.Image]) -> None:
     def edit(number: int) -> list[bytes]:
-        prepared = [editor.prepare(images[number % 3], PROMPT, seed, bridge=editor.bridge, **SHORT)
-                    for seed in range(2)]  # fmt: skip
+        prepared = [
+            editor.prepare(images[number % 3], PROMPT, seed, bridge=editor.bridge, **SHORT)
+            for seed in range(2)
+        ]
         return [image.tobytes() for image in editor.denoise(prepared)]
 
     alone = [edit(number) for number in range(3)]

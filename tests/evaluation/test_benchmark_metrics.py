@@ -78,9 +78,17 @@ def test_background_metrics_of_pie_bench_are_those_of_torchmetrics(photo: Image.
 def test_file_cases_get_the_metrics_of_their_benchmark_and_what_is_missing_is_said() -> None:
     (made,) = language_cases(1)[0]
     case = FileCase(
-        "t", "ocr", "own", made.prompt, made.image, made.target, source_text=made.source_text,
-        expected_text=made.expected_text, text_is_part=True, benchmark="textedit",
-    )  # fmt: skip
+        "t",
+        "ocr",
+        "own",
+        made.prompt,
+        made.image,
+        made.target,
+        source_text=made.source_text,
+        expected_text=made.expected_text,
+        text_is_part=True,
+        benchmark="textedit",
+    )
     right, untouched = measure(case, case.target), measure(case, case.image)
     assert right["region_target_accuracy"] == right["region_f1"] == right["region_roi_ned"] == 1
     assert untouched["region_f1"] < 0.5

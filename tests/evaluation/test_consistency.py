@@ -66,15 +66,25 @@ def test_the_same_edit_of_two_images_agrees_in_colour_place_and_size() -> None:
 
 def test_one_prompt_on_several_images_is_compared_in_every_arm(tmp_path: Path) -> None:
     red, plain = COLOURS["red"], Image.fromarray(flat(GREY))
-    cases = [FileCase(name, "other", "own", prompt, plain) for name, prompt in
-             (("a", "paint"), ("b", "paint"), ("c", "other"), ("d", "paint"))]  # fmt: skip
+    cases = [
+        FileCase(name, "other", "own", prompt, plain)
+        for name, prompt in (("a", "paint"), ("b", "paint"), ("c", "other"), ("d", "paint"))
+    ]
     records = []
     for case, left in zip(cases, (10, 40, 0, 10), strict=True):
         for arm in ("baseline", "bridge"):
             box = with_box(red, left if arm == "baseline" else 10, 10, 20, 20)
             Image.fromarray(box).save(tmp_path / f"{case.case_id}{arm}.png")
-            records.append({"key": case.case_id + arm, "level": "edit", "case_id": case.case_id, "arm": arm,
-                            "error": None, "image": f"{case.case_id}{arm}.png"})  # fmt: skip
+            records.append(
+                {
+                    "key": case.case_id + arm,
+                    "level": "edit",
+                    "case_id": case.case_id,
+                    "arm": arm,
+                    "error": None,
+                    "image": f"{case.case_id}{arm}.png",
+                }
+            )
     records[-1]["error"] = "lost"
     found = {(r["case_id"], r["arm"]): r["metrics"] for r in pair_records(cases, records, tmp_path)}
     assert found.keys() == {("a+b", "baseline"), ("a+b", "bridge"), ("b+d", "baseline")}
@@ -85,9 +95,11 @@ def test_one_prompt_on_several_images_is_compared_in_every_arm(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["same_object", "same_colour", "same_background", "same_text"])
 def test_a_right_edit_agrees_with_its_reference_and_the_unedited_image_does_not(kind: str) -> None:
     asked = {
-        "same_object": {"agrees_colour_off", "agrees_place_off"}, "same_text": {"agrees_text"},
-        "same_colour": {"agrees_colour_off"}, "same_background": {"agrees_colour_off"},
-    }[kind]  # fmt: skip
+        "same_object": {"agrees_colour_off", "agrees_place_off"},
+        "same_text": {"agrees_text"},
+        "same_colour": {"agrees_colour_off"},
+        "same_background": {"agrees_colour_off"},
+    }[kind]
     for case in make_cases("consistency", 3, seed=2, kinds=(kind,)):
         right, untouched = measure(case, case.target), measure(case, case.image)
         assert {name for name in right if name.startswith("agrees")} == asked

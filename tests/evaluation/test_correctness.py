@@ -110,7 +110,7 @@ def to_another_shape(case: world.Case) -> Scene:
     return replace(before, objects=(chosen, other, *rest), texts=labels)
 
 
-@pytest.mark.parametrize("kind", [*world.REFERRING_WORDS, *referring._RIDDLES])
+@pytest.mark.parametrize("kind", [*world.REFERRING_WORDS, *referring._REFERRING_TARGETS])
 def test_the_same_done_to_another_is_wrong(kind: str) -> None:
     words = kind in world.REFERRING_WORDS
     for case in made("ocr" if words else "space", kind, 6):

@@ -218,11 +218,13 @@ def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_pat
     arm = parse_arm("half=random,strength=0.5,site=deepstack,features=shuffled", editor.family)
     assert (arm.strength, arm.site, arm.features, arm.is_control) == (0.5, "deepstack", "shuffled", True)
     for text, says in (
-        ("half", "an arm is NAME=BRIDGE"), ("x=random,what=1", "an arm is"),
+        ("half", "an arm is NAME=BRIDGE"),
+        ("x=random,what=1", "an arm is"),
         ("x=random,strength=a", "number"),
-        ("x=random,site=moon", "site is one of"), ("x=random,features=none", "features is one of"),
+        ("x=random,site=moon", "site is one of"),
+        ("x=random,features=none", "features is one of"),
         ("a/b=random", "name is letters"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=says):
             parse_arm(text, editor.family)
     case = make_cases("detail", 1)[0]

@@ -80,9 +80,14 @@ def test_every_fault_is_named_with_file_and_line(folder: Path) -> None:
 
 def test_textedit_is_read_as_its_repository_lays_it_out(tmp_path: Path, photo: Image.Image) -> None:
     row = {
-        "id": 3, "prompt": "Replace the text 'A' with 'B'.", "source_text": "A", "target_text": "B",
-        "original_image": "1.1.1/image/original/x.png", "gt_image": "1.1.1/image/gt/x.png", "gt_caption": "",
-    }  # fmt: skip
+        "id": 3,
+        "prompt": "Replace the text 'A' with 'B'.",
+        "source_text": "A",
+        "target_text": "B",
+        "original_image": "1.1.1/image/original/x.png",
+        "gt_image": "1.1.1/image/gt/x.png",
+        "gt_caption": "",
+    }
     for part in ("original", "gt"):
         (tmp_path / "data/1.1.1/image" / part).mkdir(parents=True)
         photo.save(tmp_path / "data/1.1.1/image" / part / "x.png")
@@ -101,8 +106,14 @@ def test_pie_masks_are_decoded_and_their_rim_is_edited(tmp_path: Path, photo: Im
     assert mask[2, 5:7].all()
     assert mask[0].all()
     assert mask[:, -1].all()
-    entry = {"image_path": "0_random_140/x.jpg", "original_prompt": "a [cat]", "editing_prompt": "a [dog]",
-             "editing_instruction": "Make it a dog", "editing_type_id": "0", "mask": [513, 3]}  # fmt: skip
+    entry = {
+        "image_path": "0_random_140/x.jpg",
+        "original_prompt": "a [cat]",
+        "editing_prompt": "a [dog]",
+        "editing_instruction": "Make it a dog",
+        "editing_type_id": "0",
+        "mask": [513, 3],
+    }
     (tmp_path / "annotation_images/0_random_140").mkdir(parents=True)
     photo.resize((512, 512)).save(tmp_path / "annotation_images/0_random_140/x.jpg")
     (tmp_path / "mapping_file.json").write_text(json.dumps({"000": entry}, indent=1))
@@ -114,8 +125,13 @@ def test_pie_masks_are_decoded_and_their_rim_is_edited(tmp_path: Path, photo: Im
         load_pie(tmp_path)
 
 
-COLUMNS = {"key": "k1", "task_type": "text_change", "instruction": "Change the text",
-           "instruction_language": "en", "Intersection_exist": True}  # fmt: skip
+COLUMNS = {
+    "key": "k1",
+    "task_type": "text_change",
+    "instruction": "Change the text",
+    "instruction_language": "en",
+    "Intersection_exist": True,
+}
 
 
 def test_gedit_is_read_from_the_files_of_its_dataset(tmp_path: Path, photo: Image.Image) -> None:
@@ -139,8 +155,10 @@ def test_gedit_is_read_from_the_files_of_its_dataset(tmp_path: Path, photo: Imag
     for folder in (tmp_path / "arrow", tmp_path / "parquet"):
         cases = load_gedit(folder)
         assert [(case.case_id, case.group) for case in cases] == [
-            ("gedit-en-k1", "ocr"), ("gedit-en-k2", "ocr"), ("gedit-en-k3", "other")
-        ]  # fmt: skip
+            ("gedit-en-k1", "ocr"),
+            ("gedit-en-k2", "ocr"),
+            ("gedit-en-k3", "other"),
+        ]
         assert np.array_equal(np.asarray(cases[0].image), np.asarray(photo))
         (other,) = load_gedit(folder, "cn")
         assert other.prompt == "改字"

@@ -36,12 +36,21 @@ def record(folder: Path, case: int, arm: str, group: str) -> dict[str, Any]:
         size = 8 if name.endswith("levels") else 96
         Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
     return {
-        "key": f"{case}{arm}", "level": "edit", "case_id": f"c{case}", "group": group, "kind": "k",
-        "difficulty": "easy", "arm": arm, "prompt": EVIL, "seed": 0, "error": None, "seconds": 1.0,
+        "key": f"{case}{arm}",
+        "level": "edit",
+        "case_id": f"c{case}",
+        "group": group,
+        "kind": "k",
+        "difficulty": "easy",
+        "arm": arm,
+        "prompt": EVIL,
+        "seed": 0,
+        "error": None,
+        "seconds": 1.0,
         "image": f"{group}/c{case}_{arm}.png",
         "metrics": {"right": float(rng.random() < 0.5), SPREAD[group]: float(rng.random())},
         **({"attention": f"{group}/c{case}_{arm}_levels.png"} if arm != "baseline" else {}),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +113,13 @@ def test_differences_case_by_case_are_those_of_the_records() -> None:
     records = [
         {"level": "edit", "group": "ocr", "case_id": case, "arm": arm, "metrics": {"edit_similarity": value}}
         for case, arm, value in (
-            ("b", "baseline", 0.5), ("a", "baseline", 0.25), ("a", "bridge", 1.0), ("b", "bridge", 0.0),
+            ("b", "baseline", 0.5),
+            ("a", "baseline", 0.25),
+            ("a", "bridge", 1.0),
+            ("b", "bridge", 0.0),
             ("c", "bridge", 1.0),
         )
-    ]  # fmt: skip
+    ]
     records.append({**records[2], "level": "perception", "case_id": "b"})
     spread = case_differences(records)
     assert {group: list(arms) for group, arms in spread.items()} == {"ocr": ["bridge"]}
@@ -159,9 +171,13 @@ def test_the_page_fits_phone_and_desktop(width: int, run_folder: Path) -> None:
     outer = run_folder / "outer.html"
     outer.write_text(f'<iframe src="inner.html" width="{width}" height="900" frameborder="0"></iframe>')
     dom = browse(
-        outer, "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=3000",
-        f"--screenshot={run_folder}/page-{width}.png", f"--window-size={max(width, 500)},1000",
-    ).stdout  # fmt: skip
+        outer,
+        "--dump-dom",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=3000",
+        f"--screenshot={run_folder}/page-{width}.png",
+        f"--window-size={max(width, 500)},1000",
+    ).stdout
     found = re.search(r"<title>(\d+)</title>", dom)
     assert found is not None
     assert int(found[1]) <= width

@@ -21,12 +21,16 @@ def records(
 ) -> list[dict[str, Any]]:
     return [
         {
-            "level": "edit", "case_id": f"{group}-{number:04d}", "group": group, "arm": name,
-            "difficulty": ("easy", "hard")[number % 2], "metrics": {metric: float(value)},
+            "level": "edit",
+            "case_id": f"{group}-{number:04d}",
+            "group": group,
+            "arm": name,
+            "difficulty": ("easy", "hard")[number % 2],
+            "metrics": {metric: float(value)},
         }
         for number, pair in enumerate(zip(baseline, arm, strict=True))
         for name, value in zip(("baseline", "bridge"), pair, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def row_of(made: list[dict[str, Any]], difficulty: str = "all") -> comparisons.Difference:

@@ -95,9 +95,13 @@ def odd_tower() -> nn.Module:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
     config = Qwen2_5_VLVisionConfig(
-        depth=2, hidden_size=32, num_heads=2, intermediate_size=3420, out_hidden_size=16,
+        depth=2,
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=3420,
+        out_hidden_size=16,
         fullatt_block_indexes=[1],
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
 

@@ -105,9 +105,13 @@ def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visi
         hub.ignore_ranges.add("Whole.safetensors")
         environment = hub.environ(root / "home") | {"QWEN_VISION_BRIDGE_HOME": str(root / "kept")}
         client = subprocess.Popen(
-            [sys.executable, "-c", CLIENT], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-c", CLIENT],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         first = client.stdout.readline()
     last, errors = client.communicate("\n", timeout=120)
     assert client.returncode == 0, errors

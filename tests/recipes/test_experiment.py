@@ -12,21 +12,27 @@ import pytest
 
 def record(arm: str, case: str, value: float, seed: int = 0, difficulty: str = "hard") -> dict[str, Any]:
     return {
-        "arm": arm, "seed": seed, "group": "ocr", "difficulty": difficulty, "case": case,
+        "arm": arm,
+        "seed": seed,
+        "group": "ocr",
+        "difficulty": difficulty,
+        "case": case,
         "metrics": {"letters": value},
-    }  # fmt: skip
+    }
 
 
 def test_rows_pair_cases_and_average_seeds_within_them() -> None:
     from recipes.experiment.results import rows_of, table
 
     records = [
-        record("baseline", "a", 0.5), record("baseline", "b", 1.0, difficulty="easy"),
+        record("baseline", "a", 0.5),
+        record("baseline", "b", 1.0, difficulty="easy"),
         record("baseline", "unpaired", 0.0),
         {**record("perceive", "a", 0.0, seed=7), "group": "another group, another seed"},
         *(record("perceive", "a", value, seed) for seed, value in enumerate((1.0, 0.8, 0.6))),
-        record("perceive", "b", 1.0, difficulty="easy"), record("shuffled", "a", 0.4),
-    ]  # fmt: skip
+        record("perceive", "b", 1.0, difficulty="easy"),
+        record("shuffled", "a", 0.4),
+    ]
     rows = {(row["arm"], row["difficulty"]): row for row in rows_of(records, "perception")}
     hard = rows["perceive", "hard"]
     assert (hard["n"], hard["seeds"], hard["against"]) == (1, [0, 1, 2], "baseline")
@@ -36,9 +42,10 @@ def test_rows_pair_cases_and_average_seeds_within_them() -> None:
     assert both["diff"] == pytest.approx(0.15)
     assert both["ci_low"] <= both["diff"] <= both["ci_high"]
     (against,) = (
-        row for row in rows_of(records, "perception", "shuffled")
+        row
+        for row in rows_of(records, "perception", "shuffled")
         if row["arm"] == "perceive" and row["difficulty"] == "all"
-    )  # fmt: skip
+    )
     assert against["diff"] == pytest.approx(0.4)
     assert "| perception | ocr | hard | perceive | letters | 1 | 3 | 0.500 | 0.800 |" in table([hard])
 
@@ -66,9 +73,17 @@ def test_every_arm_that_is_promised_is_there_and_designs_differ() -> None:
     from recipes.experiment.designs import ARMS, DESIGNS, EXTRA
 
     assert {arm.name for arm in ARMS} == {
-        "fresh", "random", "calibrated", "perceive", "edit", "perceive+edit", "shuffled", "target-only",
-        "lora", "sharp",
-    }  # fmt: skip
+        "fresh",
+        "random",
+        "calibrated",
+        "perceive",
+        "edit",
+        "perceive+edit",
+        "shuffled",
+        "target-only",
+        "lora",
+        "sharp",
+    }
     assert len({str(design) for design in DESIGNS}) == len(DESIGNS) >= 6
     assert len(EXTRA) == len({design.name for design in EXTRA.values()})
 
@@ -97,9 +112,9 @@ def test_a_shuffled_edit_without_a_partner_says_what_to_change() -> None:
 
     from recipes.experiment.editing import _call
 
-    arm, case = SimpleNamespace(features="shuffled", bridge=object()), SimpleNamespace(case_id="lonely")
-    with pytest.raises(ValueError, match="lonely: no other image of its part has its grid; take fewer"):
-        _call(SimpleNamespace(arms=[arm], partners={"lonely": None}), None, case)
+    arm, case = SimpleNamespace(features="shuffled", bridge=object()), SimpleNamespace(case_id="unpaired")
+    with pytest.raises(ValueError, match="unpaired: no other image of its part has its grid; take fewer"):
+        _call(SimpleNamespace(arms=[arm], partners={"unpaired": None}), None, case)
 
 
 class Bench:
@@ -121,8 +136,11 @@ def test_jobs_wait_for_what_they_need() -> None:
         done.append(name)
         return f"{name} is done"
 
-    jobs = {"last": Job(work, ("last",), ("first", "other")), "first": Job(work, ("first",)),
-            "other": Job(work, ("other",), ("first",))}  # fmt: skip
+    jobs = {
+        "last": Job(work, ("last",), ("first", "other")),
+        "first": Job(work, ("first",)),
+        "other": Job(work, ("other",), ("first",)),
+    }
     with Hands(lambda: bench) as hands:
         found = hands.do(jobs)
         assert done == ["first", "other", "last"]
@@ -160,12 +178,22 @@ def test_records_are_kept_by_everything_that_decides_them(tmp_path: Path) -> Non
     from recipes.experiment.editing import Edits
 
     exam = Exam("test", ("ocr",), 5)
-    some = [exam, exam._replace(split="novel"), exam._replace(count=6), exam._replace(strength=0.5),
-            exam._replace(only="read")]  # fmt: skip
+    some = [
+        exam,
+        exam._replace(split="novel"),
+        exam._replace(count=6),
+        exam._replace(strength=0.5),
+        exam._replace(only="read"),
+    ]
     places = {one.kept(tmp_path, "ocr", arm, seed) for one in some for arm in "ab" for seed in (0, 1)}
     edits = Edits("test", "ocr", 5, 20, 8)
-    more = [edits, edits._replace(group="space"), edits._replace(site="deepstack"),
-            edits._replace(part=1, parts=2), edits._replace(parts=2)]  # fmt: skip
+    more = [
+        edits,
+        edits._replace(group="space"),
+        edits._replace(site="deepstack"),
+        edits._replace(part=1, parts=2),
+        edits._replace(parts=2),
+    ]
     places |= {one.kept(tmp_path, arm, 0) for one in more for arm in "ab"}
     assert len(places) == 5 * 4 + 5 * 2
     keep_records(min(places), [record("a", "x", 0.5)])

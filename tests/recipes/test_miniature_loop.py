@@ -95,8 +95,10 @@ def test_a_checkpoint_removes_the_one_before_alone(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, {"model": {"x": torch.full((2,), float(step))}}, {"step": step})
     assert {path.name for path in tmp_path.iterdir()} == {
-        "state.json", mine.name, "model-0000003-00.safetensors",
-    }  # fmt: skip
+        "state.json",
+        mine.name,
+        "model-0000003-00.safetensors",
+    }
     state, kinds = read_checkpoint(tmp_path)
     assert state["step"] == 3
     assert kinds["model"]["x"].tolist() == [3, 3]

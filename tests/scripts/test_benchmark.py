@@ -180,8 +180,12 @@ def test_no_part_is_begun_that_the_time_does_not_do_for(
 def test_a_part_in_a_process_of_its_own_gets_the_same_settings() -> None:
     argv = ["benchmark.py", "--parts", "mode-24,edits", "--family", "qwen", "--minutes=9", "--steps", "4"]
     assert bench_parts._without(argv, "--parts", "--minutes") == [
-        "benchmark.py", "--family", "qwen", "--steps", "4",
-    ]  # fmt: skip
+        "benchmark.py",
+        "--family",
+        "qwen",
+        "--steps",
+        "4",
+    ]
 
 
 def test_files_below_the_folder_that_are_not_its_own_stay(
@@ -210,8 +214,11 @@ def test_every_number_that_has_to_be_shown_has_a_part() -> None:
     needed = ("extraction", "source-tower", "target-tower", "bridge", "seed-numbers", "edits", "devices")
     assert set(needed) <= set(bench_parts.PARTS)
     assert [name for name, part in bench_parts.PARTS.items() if part.alone] == [
-        "mode-16", "mode-24", "mode-12", "mode-48",
-    ]  # fmt: skip
+        "mode-16",
+        "mode-24",
+        "mode-12",
+        "mode-48",
+    ]
 
 
 def test_random_checkpoints_have_the_released_sizes() -> None:

@@ -71,14 +71,20 @@ def test_extraction_prints_the_promised_lines(folder: Path, capsys: pytest.Captu
     family = FAMILIES["miniature"]
     tokens = (TARGET_PX // family.target.token_px) ** 2
     for line in (
-        "Loading Qwen3-VL model...", "Qwen3-VL cache extracted successfully",
+        "Loading Qwen3-VL model...",
+        "Qwen3-VL cache extracted successfully",
         f"  Early features: torch.Size([1, {tokens}, 256])",
         f"  Mid features: torch.Size([1, {tokens}, 256])",
-        f"  Late features: torch.Size([1, {tokens}, 256])", "Loading Qwen2.5-VL model...",
-        "Qwen2.5-VL cache extracted successfully", f"  Vision features: torch.Size([1, {tokens}, 224])",
-        "Cache Comparison:", "  Vision token count match: True", "  Dimension mismatch: True",
-        "  Dimension ratio: 1.14", "~5.2M",
-    ):  # fmt: skip
+        f"  Late features: torch.Size([1, {tokens}, 256])",
+        "Loading Qwen2.5-VL model...",
+        "Qwen2.5-VL cache extracted successfully",
+        f"  Vision features: torch.Size([1, {tokens}, 224])",
+        "Cache Comparison:",
+        "  Vision token count match: True",
+        "  Dimension mismatch: True",
+        "  Dimension ratio: 1.14",
+        "~5.2M",
+    ):
         assert line in out
     assert (folder / "examples_output" / "test_input.png").is_file()
 
@@ -123,18 +129,16 @@ def test_every_option_runs_and_writes_its_files(
 
 @pytest.mark.parametrize("example", [1, 2, 5, 6])
 def test_options_take_the_users_photograph(
-    example: int,
-    folder: Path,
-    photo_file: Path,
-    session_of_examples: Any,
-    capsys: pytest.CaptureFixture[str],
+    example: int, folder: Path, photo_file: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["--image", str(photo_file), "--prompt", "HELLO"]
     session_of_examples([*QUICK, "--example", str(example), *asked])
     written = {
-        1: "comparison_basic.png", 2: "ocr_tests/report.html", 5: "full_evaluation/report.html",
+        1: "comparison_basic.png",
+        2: "ocr_tests/report.html",
+        5: "full_evaluation/report.html",
         6: "attention_visualization.png",
-    }  # fmt: skip
+    }
     assert (folder / "examples_output" / written[example]).is_file()
     if example in (2, 5):
         results = (folder / "examples_output" / written[example]).with_name("results.json")
@@ -197,9 +201,14 @@ def test_run_all_does_all_six(folder: Path, session_of_examples: Any) -> None:
     session_of_examples([*QUICK, "--example", "7"])
     made = {path.name for path in (folder / "examples_output").iterdir()}
     assert made == {
-        "test_input.png", "comparison_basic.png", "attention_visualization.png", "ocr_tests", "spatial_tests",
-        "detail_tests", "full_evaluation",
-    }  # fmt: skip
+        "test_input.png",
+        "comparison_basic.png",
+        "attention_visualization.png",
+        "ocr_tests",
+        "spatial_tests",
+        "detail_tests",
+        "full_evaluation",
+    }
 
 
 def test_the_environment_check_prints_and_returns_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,8 +343,20 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_ctrl_c_in_the_middle_of_a_run_exits_130_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "example_end_to_end.py"), "--models", "miniature", "--example", "4",
-               "--cases", "3", "--steps", "4", "--bridge", "random"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "example_end_to_end.py"),
+        "--models",
+        "miniature",
+        "--example",
+        "4",
+        "--cases",
+        "3",
+        "--steps",
+        "4",
+        "--bridge",
+        "random",
+    ]
     log = tmp_path / "examples_output" / "detail_tests" / "results.jsonl"
     process = subprocess.Popen(
         command,

@@ -100,7 +100,7 @@ def test_every_kind_is_asked_in_at_least_two_ways(cases: list[world.Case]) -> No
     for _, kind in ALL:
         made = of(cases, kind)
         ways = edits.PHRASINGS.get(kind) or (edits.PHRASINGS["move"] if kind.startswith("move_") else None)
-        if ways is None:  # a riddle: what it asks to do has phrasings of its own
+        if ways is None:  # a referring_target: what it asks to do has phrasings of its own
             ways = [
                 way for act in ("move", "remove_object", "recolour_object") for way in edits.PHRASINGS[act]
             ]
@@ -188,11 +188,14 @@ def test_every_seed_draws_cases_in_every_script(seed: int, size: int) -> None:
     assert all(case.image.size == (size, size) for case in language_cases(4, seed, size)[0])
 
 
-@pytest.mark.parametrize("draw", [
-    lambda seed: world.sample_image(64, seed),
-    lambda seed: world.make_cases("ocr", 1, seed),
-    lambda seed: language_cases(1, seed),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda seed: world.sample_image(64, seed),
+        lambda seed: world.make_cases("ocr", 1, seed),
+        lambda seed: language_cases(1, seed),
+    ],
+)
 def test_other_seeds_are_refused_with_the_accepted_range(draw: Callable[[int], object]) -> None:
     for seed in (-1, MAX_SEED + 1, 2**64):
         with pytest.raises(ValueError, match=rf"seed is {seed}.*from 0 to {MAX_SEED}"):
@@ -283,7 +286,7 @@ def test_a_hard_prompt_does_not_give_away_what_only_seeing_tells(cases: list[wor
             continue
         assert case.outright != case.prompt
         prompt = case.prompt.lower()
-        if case.kind in referring._RIDDLES:
+        if case.kind in referring._REFERRING_TARGETS:
             meant = case.edit.before.objects[0]
             assert meant.colour not in prompt.split(), case.case_id
             assert meant.kind not in prompt.split(), case.case_id
@@ -300,7 +303,7 @@ def test_a_hard_prompt_does_not_give_away_what_only_seeing_tells(cases: list[wor
 
 
 def test_outright_names_exactly_what_is_meant(cases: list[world.Case]) -> None:
-    for case in of(cases, *referring._RIDDLES):
+    for case in of(cases, *referring._REFERRING_TARGETS):
         first, *others = case.edit.before.objects
         assert first.name in case.outright, case.case_id
         assert not any(item.name == first.name for item in others)
@@ -358,7 +361,7 @@ def test_a_name_means_one_object_only(cases: list[world.Case]) -> None:
 
 
 def test_answers_give_the_squares_of_what_is_meant(cases: list[world.Case]) -> None:
-    for case in (c for c in cases if c.kind in referring._RIDDLES or c.kind == "remove_object"):
+    for case in (c for c in cases if c.kind in referring._REFERRING_TARGETS or c.kind == "remove_object"):
         first = case.edit.before.objects[0]
         column, row = ("abcdefgh".index(letter) for letter in case.answer[:2])
         assert case.answer[2:] == f" {first.name}"

@@ -1,4 +1,4 @@
-"""Lessons follow from their index, and all that is wrong with a user's data is said before anything loads."""
+"""Samples follow from their index, and all that is wrong with a user's data is said before anything loads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 
 from qwen_vision_bridge.training import data as module
 from qwen_vision_bridge.training.data import (
-    DatasetLessons,
-    FolderLessons,
-    LessonFileError,
-    WorldLessons,
+    DatasetSamples,
+    FolderSamples,
+    SampleFileError,
+    WorldSamples,
     held_out,
 )
 
@@ -41,14 +41,14 @@ def write(folder: Path, *rows: dict[str, Any] | str) -> Path:
 
 def test_a_folder_gives_its_questions_and_its_edits(folder: Path) -> None:
     write(folder, GOOD, EDIT, "")
-    asked, edits = FolderLessons(folder, "perceive"), FolderLessons(folder, "edit")
+    asked, edits = FolderSamples(folder, "perceive"), FolderSamples(folder, "edit")
     assert len(asked) == len(edits) == 1
     assert asked[0][1:] == ("What does it say?", "HELLO", None)
     assert edits[0].prompt == "Make it red."
     assert edits[0].after.size == edits[0].image.size == (64, 48)
     before = asked.digest
     Image.new("RGB", (64, 48), (0, 0, 9)).save(folder / "a.png", compress_level=0)
-    assert FolderLessons(folder, "perceive").digest != before  # another image, other features
+    assert FolderSamples(folder, "perceive").digest != before  # another image, other features
 
 
 @pytest.mark.parametrize(
@@ -69,27 +69,27 @@ def test_a_folder_gives_its_questions_and_its_edits(folder: Path) -> None:
 )
 def test_every_fault_is_named_with_its_line(folder: Path, row: Any, fault: str) -> None:
     write(folder, GOOD, row)
-    with pytest.raises(LessonFileError, match=f"metadata.jsonl:2: .*{fault}"):
-        FolderLessons(folder, "perceive")
+    with pytest.raises(SampleFileError, match=f"metadata.jsonl:2: .*{fault}"):
+        FolderSamples(folder, "perceive")
 
 
 def test_all_faults_come_at_once_and_empty_data_are_refused(folder: Path) -> None:
     write(folder, *[{**GOOD, "answer": ""}] * 30)
-    with pytest.raises(LessonFileError, match=r"(?s):1: .*:20: .*and 10 more"):
-        FolderLessons(folder, "perceive")
+    with pytest.raises(SampleFileError, match=r"(?s):1: .*:20: .*and 10 more"):
+        FolderSamples(folder, "perceive")
     write(folder, GOOD)
-    with pytest.raises(LessonFileError, match="no line with image, instruction and target"):
-        FolderLessons(folder, "edit")
+    with pytest.raises(SampleFileError, match="no line with image, instruction and target"):
+        FolderSamples(folder, "edit")
     write(folder, "")
-    with pytest.raises(LessonFileError, match="no line with"):
-        FolderLessons(folder, "perceive")
+    with pytest.raises(SampleFileError, match="no line with"):
+        FolderSamples(folder, "perceive")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        FolderLessons(folder / "nowhere", "perceive")
+        FolderSamples(folder / "nowhere", "perceive")
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"has no metadata\.jsonl"):
-        FolderLessons(folder / "empty", "perceive")
+        FolderSamples(folder / "empty", "perceive")
     with pytest.raises(ValueError, match="at least two"):
-        held_out(FolderLessons(write(folder, GOOD), "perceive"), 10)
+        held_out(FolderSamples(write(folder, GOOD), "perceive"), 10)
 
 
 def test_a_dataset_without_the_package_or_a_column_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_a_dataset_without_the_package_or_a_column_is_said(monkeypatch: pytest.M
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="package `datasets`, which is not installed"):
-        DatasetLessons("someone/something", "perceive")
+        DatasetSamples("someone/something", "perceive")
 
     class Rows(list):
         column_names = ("image", "question", "answer")
@@ -107,39 +107,39 @@ def test_a_dataset_without_the_package_or_a_column_is_said(monkeypatch: pytest.M
     rows = Rows([{"image": Image.new("L", (8, 8)), "question": "Q", "answer": "A"}])
     stand_in = SimpleNamespace(load_dataset=lambda name, split: rows)
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    assert DatasetLessons("x/y", "perceive")[0][1:] == ("Q", "A", None)
-    assert DatasetLessons("x/y", "perceive")[0].image.mode == "RGB"
+    assert DatasetSamples("x/y", "perceive")[0][1:] == ("Q", "A", None)
+    assert DatasetSamples("x/y", "perceive")[0].image.mode == "RGB"
     rows[0]["image"] = Image.fromarray(
         np.full((8, 8), 257, np.uint16)
     )  # dark; Pillow's `convert` makes it white
-    assert DatasetLessons("x/y", "perceive")[0].image.getpixel((0, 0)) == (1, 1, 1)
+    assert DatasetSamples("x/y", "perceive")[0].image.getpixel((0, 0)) == (1, 1, 1)
     with pytest.raises(ValueError, match="no column 'instruction'"):
-        DatasetLessons("x/y", "edit")
+        DatasetSamples("x/y", "edit")
 
 
-def test_world_lessons_follow_from_their_index_and_share_nothing_between_splits() -> None:
-    one, again = WorldLessons("perceive", "train", 8), WorldLessons("perceive", "train", 20)
+def test_world_samples_follow_from_their_index_and_share_nothing_between_splits() -> None:
+    one, again = WorldSamples("perceive", "train", 8), WorldSamples("perceive", "train", 20)
     for index in range(8):
         assert one[index][1:] == again[index][1:]
         assert np.array_equal(one[index].image, again[index].image)
     assert one.digest != again.digest
-    held = WorldLessons("perceive", "validation", 8)
+    held = WorldSamples("perceive", "validation", 8)
     assert all(not np.array_equal(one[i].image, held[i].image) for i in range(8))
-    edits = WorldLessons("edit", "train", 4)
+    edits = WorldSamples("edit", "train", 4)
     assert all(edits[i].after.size == edits[i].image.size for i in range(4))
     with pytest.raises(ValueError, match="split"):
-        WorldLessons("perceive", "elsewhere", 3)
+        WorldSamples("perceive", "elsewhere", 3)
 
 
 def test_a_model_that_was_not_taught_the_world_is_told_how_to_reply() -> None:
-    asked = [WorldLessons("perceive", "train", 40, taught=False)[index] for index in range(40)]
-    assert {lesson.prompt.split()[0] for lesson in asked} == {"What", "Where", "How"}
-    assert all("Reply with" in lesson.prompt for lesson in asked)
-    assert all(lesson.answer != "nothing" for lesson in asked if lesson.prompt.startswith("What"))
+    asked = [WorldSamples("perceive", "train", 40, taught=False)[index] for index in range(40)]
+    assert {sample.prompt.split()[0] for sample in asked} == {"What", "Where", "How"}
+    assert all("Reply with" in sample.prompt for sample in asked)
+    assert all(sample.answer != "nothing" for sample in asked if sample.prompt.startswith("What"))
 
 
-def test_held_out_lessons_are_never_learnt_from() -> None:
-    whole = WorldLessons("perceive", "train", 50)
+def test_held_out_samples_are_never_learnt_from() -> None:
+    whole = WorldSamples("perceive", "train", 50)
     train, validation = held_out(whole, 4)
     assert len(validation) == 4
     assert sorted([*train.indices, *validation.indices]) == list(range(50))

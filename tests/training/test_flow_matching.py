@@ -1,4 +1,4 @@
-"""The edit's loss is that of one lesson at a time, however lessons are batched, and looks where it should."""
+"""The edit's loss is that of one sample at a time, however samples are batched, and looks where it should."""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ import torch
 from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.training.config import TrainingSettings
-from qwen_vision_bridge.training.data import WorldLessons
-from qwen_vision_bridge.training.features import Eyes
+from qwen_vision_bridge.training.data import WorldSamples
+from qwen_vision_bridge.training.features import FeatureEncoder
 from qwen_vision_bridge.training.flow_matching import CHANGED, Flow
 from qwen_vision_bridge.training.frozen_lm import Reader
-from qwen_vision_bridge.training.losses import StepPlan, Study, distance, strangeness
+from qwen_vision_bridge.training.losses import Batch, TrainData, distance, strangeness
 from qwen_vision_bridge.training.packs import build_pack
 from qwen_vision_bridge.training.trainable import BridgeLearner
 
 FAMILY = FAMILIES["miniature"]
-LESSONS = WorldLessons("edit", "validation", 4)
+LESSONS = WorldSamples("edit", "validation", 4)
 
 
 @pytest.fixture(scope="module")
-def study(shared_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    eyes, flow = Eyes(FAMILY, "cpu", torch.float32), Flow(shared_pipe, FAMILY.editor)
-    look = lambda chunk: [a | b for a, b in zip(eyes.see(chunk), flow.see(chunk), strict=True)]  # noqa: E731
+def train_data(shared_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> TrainData:
+    encoder, flow = FeatureEncoder(FAMILY, "cpu", torch.float32), Flow(shared_pipe, FAMILY.editor)
+    look = lambda chunk: [a | b for a, b in zip(encoder.see(chunk), flow.see(chunk), strict=True)]  # noqa: E731
     pack = build_pack(tmp_path_factory.mktemp("edits"), LESSONS, lambda: look, "k")
-    eyes.close()
+    encoder.close()
     processor = load_processor(FAMILY.target.repo, FAMILY.target.processor_subfolder, None, False)
-    return Study(Reader(shared_pipe.text_encoder, processor, FAMILY), edit=pack, flow=flow)
+    return TrainData(Reader(shared_pipe.text_encoder, processor, FAMILY), edit=pack, flow=flow)
 
 
 class Blind:
     """A learner that leaves everything as it is."""
 
-    def see(self, pack: Any, lessons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = pack.rows("vision", lessons).float()
+    def see(self, pack: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = pack.rows("vision", samples).float()
         return features, features
 
 
 @torch.no_grad()
-def cost(study: Study, part: slice, dropout: float = 0.0) -> float:
-    plan = StepPlan(study, "edit", 3, 4, TrainingSettings(condition_dropout=dropout))
+def cost(train_data: TrainData, part: slice, dropout: float = 0.0) -> float:
+    plan = Batch(train_data, "edit", 3, 4, TrainingSettings(condition_dropout=dropout))
     return 4 * float(plan.losses(Blind(), part)[0]["edit"])
 
 
-def test_padding_in_a_batch_changes_no_lessons_loss(study: Study) -> None:
-    lengths = study.rows["edit"].lengths
+def test_padding_in_a_batch_changes_no_samples_loss(train_data: TrainData) -> None:
+    lengths = train_data.rows["edit"].lengths
     assert len(set(lengths.tolist())) > 1  # there is padding
-    each = [cost(study, slice(number, number + 1)) for number in range(4)]
+    each = [cost(train_data, slice(number, number + 1)) for number in range(4)]
     assert len(set(each)) > 1
-    assert sum(each) == pytest.approx(cost(study, slice(0, 4)), rel=1e-4)
+    assert sum(each) == pytest.approx(cost(train_data, slice(0, 4)), rel=1e-4)
 
 
-def test_a_prompt_that_is_left_out_is_the_pipelines_empty_one(study: Study) -> None:
-    without = cost(study, slice(0, 4), dropout=0.999)
-    kept = study.rows["edit"]
-    study.rows["edit"] = study.reader.rows([(" ", None)] * 4, edit=True)
+def test_a_prompt_that_is_left_out_is_the_pipelines_empty_one(train_data: TrainData) -> None:
+    without = cost(train_data, slice(0, 4), dropout=0.999)
+    kept = train_data.rows["edit"]
+    train_data.rows["edit"] = train_data.reader.rows([(" ", None)] * 4, edit=True)
     try:
-        assert cost(study, slice(0, 4)) == pytest.approx(without, rel=1e-4)
+        assert cost(train_data, slice(0, 4)) == pytest.approx(without, rel=1e-4)
     finally:
-        study.rows["edit"] = kept
-    assert cost(study, slice(0, 4)) != pytest.approx(without, rel=1e-4)
+        train_data.rows["edit"] = kept
+    assert cost(train_data, slice(0, 4)) != pytest.approx(without, rel=1e-4)
 
 
-def test_latents_are_those_of_the_stock_pipeline(study: Study, pipe: Any) -> None:
+def test_latents_are_those_of_the_stock_pipeline(train_data: TrainData, pipe: Any) -> None:
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
     seen: dict[str, torch.Tensor] = {}
@@ -76,43 +76,50 @@ def test_latents_are_those_of_the_stock_pipeline(study: Study, pipe: Any) -> Non
     handle = pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
         editor = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, dtype=torch.float32)
-        lesson = LESSONS[0]
-        editor.generate(lesson.image, lesson.prompt, False, num_inference_steps=2, true_cfg_scale=1.0)
+        sample = LESSONS[0]
+        editor.generate(sample.image, sample.prompt, False, num_inference_steps=2, true_cfg_scale=1.0)
     finally:
         handle.remove()
-    mine = study.edit.rows("references", torch.tensor([0])).float()
+    mine = train_data.edit.rows("references", torch.tensor([0])).float()
     stock = seen["hidden_states"][:, mine.shape[1] :]  # behind the noise
     assert (mine - stock).abs().max() < 0.02 * stock.abs().max()  # packs are in bf16
-    assert seen["img_shapes"][0] == [(1, *study.edit.lines[0]["latents"])] * 2
+    assert seen["img_shapes"][0] == [(1, *train_data.edit.lines[0]["latents"])] * 2
 
 
-def test_latents_do_not_depend_on_what_is_encoded_beside_them(study: Study) -> None:
-    lessons = [LESSONS[index] for index in range(3)]
-    wide = lessons[1]._replace(
-        image=lessons[1].image.resize((192, 96)), after=lessons[1].after.resize((192, 96))
+def test_latents_do_not_depend_on_what_is_encoded_beside_them(train_data: TrainData) -> None:
+    samples = [LESSONS[index] for index in range(3)]
+    wide = samples[1]._replace(
+        image=samples[1].image.resize((192, 96)), after=samples[1].after.resize((192, 96))
     )
-    mixed = study.flow.see([lessons[0], wide, lessons[2]])
-    for found, lesson in zip(mixed, (lessons[0], wide, lessons[2]), strict=True):
-        (alone,) = study.flow.see([lesson])
+    mixed = train_data.flow.see([samples[0], wide, samples[2]])
+    for found, sample in zip(mixed, (samples[0], wide, samples[2]), strict=True):
+        (alone,) = train_data.flow.see([sample])
         assert alone["latents"] == found["latents"]
         for field in ("references", "after"):
             torch.testing.assert_close(found[field], alone[field], atol=1e-4, rtol=1e-3)
     assert mixed[1]["latents"][1] > mixed[1]["latents"][0]
 
 
-def test_checkpointing_the_transformer_changes_no_loss_and_no_gradient(study: Study, pipe: Any) -> None:
-    plan = StepPlan(study, "edit", 0, 2, TrainingSettings())
+def test_checkpointing_the_transformer_changes_no_loss_and_no_gradient(
+    train_data: TrainData, pipe: Any
+) -> None:
+    plan = Batch(train_data, "edit", 0, 2, TrainingSettings())
     states = torch.randn(2, 5, 224, generator=torch.Generator().manual_seed(0))
 
     def gradient(flow: Flow) -> tuple[torch.Tensor, torch.Tensor]:
         asked = states.clone().requires_grad_()
         loss = flow.losses(
-            study.edit.rows("references", plan.lessons), study.edit.rows("after", plan.lessons), asked,
-            torch.ones(2, 5, dtype=torch.bool), plan.shape, plan.noise, plan.spread,
-        ).sum()  # fmt: skip
+            train_data.edit.rows("references", plan.samples),
+            train_data.edit.rows("after", plan.samples),
+            asked,
+            torch.ones(2, 5, dtype=torch.bool),
+            plan.shape,
+            plan.noise,
+            plan.spread,
+        ).sum()
         return loss.detach(), torch.autograd.grad(loss, asked)[0]
 
-    plain = gradient(study.flow)
+    plain = gradient(train_data.flow)
     try:
         saving = gradient(Flow(pipe, FAMILY.editor, checkpointing=True))
     finally:
@@ -123,9 +130,9 @@ def test_checkpointing_the_transformer_changes_no_loss_and_no_gradient(study: St
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_the_changed_region_counts_more(study: Study) -> None:
-    flow, lessons = study.flow, torch.tensor([0])
-    before, after = (study.edit.rows(name, lessons).float() for name in ("references", "after"))
+def test_the_changed_region_counts_more(train_data: TrainData) -> None:
+    flow, samples = train_data.flow, torch.tensor([0])
+    before, after = (train_data.edit.rows(name, samples).float() for name in ("references", "after"))
     assert not torch.equal(before, after)
     states, real = torch.zeros(1, 3, 224), torch.ones(1, 3, dtype=torch.bool)
 
@@ -168,10 +175,10 @@ def test_anchor_and_statistics_are_nothing_for_the_baseline_and_grow_from_there(
     assert (distance(mixed, baseline) > 1).all()
 
 
-def test_a_bridge_learner_is_shown_bf16_packs_in_float32(study: Study) -> None:
+def test_a_bridge_learner_is_shown_bf16_packs_in_float32(train_data: TrainData) -> None:
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
 
     pupil = BridgeLearner(VisionBridge(BridgeConfig.for_family(FAMILY)))
-    features, baseline = pupil.see(study.edit, torch.tensor([0, 1]))
+    features, baseline = pupil.see(train_data.edit, torch.tensor([0, 1]))
     assert features.dtype == baseline.dtype == torch.float32
     assert torch.equal(features, baseline)

@@ -15,8 +15,8 @@ from qwen_vision_bridge.injection import mrope_positions
 from qwen_vision_bridge.loading.processors import load_processor
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.cases import make_cases
-from qwen_vision_bridge.training.data import Lesson
-from qwen_vision_bridge.training.features import Eyes, pooled
+from qwen_vision_bridge.training.data import Sample
+from qwen_vision_bridge.training.features import FeatureEncoder, pooled
 from qwen_vision_bridge.training.frozen_lm import Reader
 
 FAMILY = FAMILIES["miniature"]
@@ -28,9 +28,9 @@ SHOWN = isqrt(FAMILY.editor.condition_area)  # px a side, to which the pipeline 
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """What both towers see of the cases, with a teacher."""
-    eyes = Eyes(FAMILY, "cpu", torch.float32, teacher=True)
-    found = eyes.see([Lesson(case.image, case.prompt) for case in CASES])
-    eyes.close()
+    encoder = FeatureEncoder(FAMILY, "cpu", torch.float32, teacher=True)
+    found = encoder.see([Sample(case.image, case.prompt) for case in CASES])
+    encoder.close()
     return found
 
 
@@ -74,7 +74,7 @@ def test_the_template_worked_out_once_changes_nothing_and_neither_does_checkpoin
 
     def gradient(one: Reader) -> tuple[torch.Tensor, torch.Tensor]:
         asked = features.clone().requires_grad_()
-        wrong, _, total = one.wrongness(asked, rows, GRID)
+        wrong, _, total = one.cross_entropy(asked, rows, GRID)
         return wrong / total, torch.autograd.grad(wrong / total, asked)[0]
 
     shared = gradient(reader)
@@ -125,11 +125,11 @@ def test_a_teacher_sees_the_image_as_large_as_the_processor_takes_it(seen: list[
 def test_a_teacher_of_another_grid_is_averaged_place_by_place() -> None:
     fine = torch.arange(16.0).view(16, 1)  # 4 × 4 tokens, row by row
     assert pooled(fine, (4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    eyes = Eyes(FAMILY, "cpu", torch.float32, teacher=True)
+    encoder = FeatureEncoder(FAMILY, "cpu", torch.float32, teacher=True)
     image = CASES[0].image.resize((120, 50))
-    (found,) = eyes.see([Lesson(image, CASES[0].prompt)])
-    assert eyes.extractor.target_grid(image) != tuple(found["grid"])  # the reduced one is less wide
-    eyes.close()
+    (found,) = encoder.see([Sample(image, CASES[0].prompt)])
+    assert encoder.extractor.target_grid(image) != tuple(found["grid"])  # the reduced one is less wide
+    encoder.close()
     teacher, plain = found["teacher"], found["vision"]
     assert teacher.shape == plain.shape
     moved = torch.nn.functional.cosine_similarity(teacher, plain.roll(8, 0), dim=-1).mean()

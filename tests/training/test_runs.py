@@ -78,7 +78,7 @@ def foreign_checkpoint(folder: Path, step: int) -> Path:
         (["--resume_from_checkpoint", "latest", "--blend", "replace"], "of another run (blend 'add'"),
         (["--resume_from_checkpoint", "checkpoint-3", "--max_train_samples", "5"], "(max_train_samples 6"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.usefixtures("no_models")
 def test_another_run_in_a_used_folder_is_refused(
     flags: Sequence[str], says: str, used: Path, capsys: pytest.CaptureFixture[str]
@@ -99,8 +99,11 @@ def test_overwriting_removes_the_runs_own_files_alone(used: Path, places: tuple[
     train_bridge.main([*FLAGS, *places[1], "--output_dir", str(used), *flags])
     assert run_id(used) != first
     assert sorted(path.name for path in used.glob("checkpoint-*")) == [
-        "checkpoint-1", "checkpoint-2", "checkpoint-99", "checkpoint-old",
-    ]  # fmt: skip
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-99",
+        "checkpoint-old",
+    ]
     assert steps(used) == [1, 2]
     assert contents(used / "checkpoint-99") == foreign
     assert all((used / name).read_text() == "mine" for name in mine)
@@ -164,8 +167,8 @@ def test_a_run_goes_on_in_an_empty_folder_under_its_id(used: Path, tmp_path: Pat
     from qwen_vision_bridge.runs import open_run
 
     alone: Any = SimpleNamespace(is_main_process=True, num_processes=1)
-    made_from = json.loads((used / "run.json").read_text())["made_from"]
-    run, found = open_run(tmp_path / "new", alone, made_from, str(used / "checkpoint-2"))
+    fingerprint = json.loads((used / "run.json").read_text())["fingerprint"]
+    run, found = open_run(tmp_path / "new", alone, fingerprint, str(used / "checkpoint-2"))
     assert run.run_id == run_id(used) == run_id(tmp_path / "new")
     assert found == used / "checkpoint-2"
 

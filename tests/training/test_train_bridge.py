@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train_bridge
 from qwen_vision_bridge.bridge import VisionBridge
 from qwen_vision_bridge.cli import run
-from qwen_vision_bridge.training.cli import course_of, parse, settings_of
+from qwen_vision_bridge.training.cli import parse, run_config_of, settings_of
 
 SMALL = [
     "--max_train_samples",
@@ -80,8 +80,13 @@ def test_a_dry_run_plans_the_released_models_and_downloads_nothing(
     whole = capsys.readouterr().out
     train_bridge.main(["--models", "qwen", "--method", "perceive", "--load_in_8bit", "--dry-run", *places])
     part = capsys.readouterr().out
-    for line in ("vision tower of Qwen3-VL-8B", "transformer of Qwen-Image-Edit-2509, bf16",
-                 "5.2 M parameters", "unknown until measured", "download at most"):  # fmt: skip
+    for line in (
+        "vision tower of Qwen3-VL-8B",
+        "transformer of Qwen-Image-Edit-2509, bf16",
+        "5.2 M parameters",
+        "unknown until measured",
+        "download at most",
+    ):
         assert line in whole
     assert "transformer of" not in part
     assert "with its language model, 8-bit" in part
@@ -118,10 +123,10 @@ def test_every_flag_reaches_what_it_is_for(tmp_path: Path) -> None:
         "--lr-scheduler linear --anchor 0.5 --seed 3"
     ).split()
     arguments = parse(given, None)
-    settings, course = settings_of(arguments), course_of(arguments)
+    settings, run = settings_of(arguments), run_config_of(arguments)
     assert (settings.train_batch_size, settings.lr_scheduler, settings.use_ema) == (7, "linear", True)
     assert (settings.anchor, settings.seed) == (0.5, 3)
-    assert (course.config.levels, course.config.rank, course.config.blend) == (("late",), 8, "replace")
+    assert (run.config.levels, run.config.rank, run.config.blend) == (("late",), 8, "replace")
     assert settings_of(parse(["--output_dir", "x"], None)).use_ema is False
 
 
@@ -148,8 +153,8 @@ import torch
 from accelerate import Accelerator
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
 from qwen_vision_bridge.training.trainable import BridgeLearner
-from qwen_vision_bridge.training.data import WorldLessons
-from qwen_vision_bridge.training.losses import Study
+from qwen_vision_bridge.training.data import WorldSamples
+from qwen_vision_bridge.training.losses import TrainData
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.packs import build_pack
 from qwen_vision_bridge.training.frozen_lm import Rows
@@ -166,17 +171,17 @@ class StandIn:
         ids = torch.tensor([[len(prompt) % 5, 1, 2] for prompt, _ in texts])
         return Rows(ids, ids, (ids + 1).float(), torch.full((len(ids),), 3))
 
-    def wrongness(self, features, rows, grid):
+    def cross_entropy(self, features, rows, grid):
         logits = features @ torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
         labels = rows.labels.flatten()
         errors = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
         return (errors * rows.weights.flatten()).sum(), torch.zeros(()), rows.weights.sum()
 
 
-def see(lessons):
+def see(samples):
     made = []
-    for lesson in lessons:
-        noise = torch.Generator().manual_seed(len(lesson.prompt))
+    for sample in samples:
+        noise = torch.Generator().manual_seed(len(sample.prompt))
         fields = {name: torch.randn(3, 16, generator=noise) for name in ("early", "mid", "late")}
         made.append({**fields, "vision": torch.randn(3, 12, generator=noise), "grid": [1, 3]})
     return made
@@ -185,10 +190,11 @@ def see(lessons):
 folder, batch = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
 with accelerator.main_process_first():
-    pack = build_pack(folder + "-pack", WorldLessons("perceive", "train", 20), lambda: see, "k")
+    pack = build_pack(folder + "-pack", WorldSamples("perceive", "train", 20), lambda: see, "k")
 config = BridgeConfig(source_dim=16, target_dim=12, rank=8, query_dim=8, init="random")
 settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2, anchor=0.1)
-trainer = Trainer(folder, BridgeLearner(VisionBridge(config)), Study(StandIn(), pack), settings, accelerator)
+learner = BridgeLearner(VisionBridge(config))
+trainer = Trainer(folder, learner, TrainData(StandIn(), pack), settings, accelerator)
 trainer.run()
 open(f"{folder}-id-{accelerator.process_index}", "w").write(trainer.output.run_id)
 """
@@ -197,8 +203,16 @@ open(f"{folder}-id-{accelerator.process_index}", "w").write(trainer.output.run_i
 def test_two_processes_equal_one_within_rounding(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN, encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--main_process_port", "0"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     for command, name, batch in (([sys.executable], "one", "4"), (launch, "two", "2")):
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         subprocess.run(

@@ -22,11 +22,11 @@ from qwen_vision_bridge.runs import checkpoints, find_checkpoint
 from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
 from qwen_vision_bridge.training import checkpointing as milestones
 from qwen_vision_bridge.training.config import TrainingSettings
-from qwen_vision_bridge.training.data import WorldLessons
-from qwen_vision_bridge.training.features import Eyes
+from qwen_vision_bridge.training.data import WorldSamples
+from qwen_vision_bridge.training.features import FeatureEncoder
 from qwen_vision_bridge.training.flow_matching import Flow
 from qwen_vision_bridge.training.frozen_lm import Reader
-from qwen_vision_bridge.training.losses import StepPlan, Study, find_hard
+from qwen_vision_bridge.training.losses import Batch, TrainData, find_hard
 from qwen_vision_bridge.training.packs import Pack, build_pack
 from qwen_vision_bridge.training.trainable import BridgeLearner, rival_of
 from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
@@ -34,9 +34,13 @@ from qwen_vision_bridge.training.validation import GATES, choose_gate, examine, 
 
 FAMILY = FAMILIES["miniature"]
 SETTINGS = TrainingSettings(
-    max_train_steps=4, train_batch_size=4, lr_warmup_steps=0, checkpointing_steps=2, log_every=1,
+    max_train_steps=4,
+    train_batch_size=4,
+    lr_warmup_steps=0,
+    checkpointing_steps=2,
+    log_every=1,
     learning_rate=5e-3,
-)  # fmt: skip
+)
 
 
 def alone(**changes: Any) -> Any:
@@ -44,10 +48,15 @@ def alone(**changes: Any) -> Any:
     from contextlib import nullcontext
 
     plain = {
-        "num_processes": 1, "process_index": 0, "is_main_process": True, "device": torch.device("cpu"),
-        "autocast": nullcontext, "reduce": lambda value, reduction: value,
-        "wait_for_everyone": lambda: None, "log": lambda figures, step: None,
-    }  # fmt: skip
+        "num_processes": 1,
+        "process_index": 0,
+        "is_main_process": True,
+        "device": torch.device("cpu"),
+        "autocast": nullcontext,
+        "reduce": lambda value, reduction: value,
+        "wait_for_everyone": lambda: None,
+        "log": lambda figures, step: None,
+    }
     return SimpleNamespace(**(plain | changes))
 
 
@@ -63,26 +72,26 @@ def test_a_step_of_the_largest_seed_has_a_seed_torch_takes() -> None:
 
 
 @pytest.fixture(scope="module")
-def study(shared_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
+def train_data(shared_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> TrainData:
     """Twelve questions and six edits of the world, seen once."""
     root = tmp_path_factory.mktemp("packs")
-    eyes = Eyes(FAMILY, "cpu", torch.float32)
+    encoder = FeatureEncoder(FAMILY, "cpu", torch.float32)
     flow = Flow(shared_pipe, FAMILY.editor)
 
-    def both(lessons: Any) -> Any:
-        return [a | b for a, b in zip(eyes.see(lessons), flow.see(lessons), strict=True)]
+    def both(samples: Any) -> Any:
+        return [a | b for a, b in zip(encoder.see(samples), flow.see(samples), strict=True)]
 
-    asked = build_pack(root / "asked", WorldLessons("perceive", "train", 12), lambda: eyes.see, "k")
-    edits = build_pack(root / "edits", WorldLessons("edit", "train", 6), lambda: both, "k")
-    eyes.close()
+    asked = build_pack(root / "asked", WorldSamples("perceive", "train", 12), lambda: encoder.see, "k")
+    edits = build_pack(root / "edits", WorldSamples("edit", "train", 6), lambda: both, "k")
+    encoder.close()
     processor = load_processor(FAMILY.target.repo, FAMILY.target.processor_subfolder, None, False)
-    return Study(Reader(shared_pipe.text_encoder, processor, FAMILY), asked, edits, flow)
+    return TrainData(Reader(shared_pipe.text_encoder, processor, FAMILY), asked, edits, flow)
 
 
 @pytest.fixture
-def questions(study: Study) -> Study:
+def questions(train_data: TrainData) -> TrainData:
     """The questions alone."""
-    return Study(study.reader, study.perceive)
+    return TrainData(train_data.reader, train_data.perceive)
 
 
 def learner(features: str = "own", **changes: Any) -> BridgeLearner:
@@ -90,17 +99,21 @@ def learner(features: str = "own", **changes: Any) -> BridgeLearner:
 
 
 def trained(
-    folder: Path, study: Study, settings: TrainingSettings = SETTINGS, resume: str | None = None, **who: Any
+    folder: Path,
+    train_data: TrainData,
+    settings: TrainingSettings = SETTINGS,
+    resume: str | None = None,
+    **who: Any,
 ) -> tuple[Trainer, BridgeLearner]:
     pupil = learner()
-    trainer = Trainer(folder, pupil, study, settings, alone(**who))
+    trainer = Trainer(folder, pupil, train_data, settings, alone(**who))
     trainer.resume(resume)
     trainer.run()
     return trainer, pupil
 
 
 def test_the_loss_falls_and_only_the_bridge_has_changed(
-    tmp_path: Path, study: Study, shared_pipe: Any
+    tmp_path: Path, train_data: TrainData, shared_pipe: Any
 ) -> None:
     frozen = {
         name: [parameter.detach().clone() for parameter in getattr(shared_pipe, name).parameters()]
@@ -108,7 +121,7 @@ def test_the_loss_falls_and_only_the_bridge_has_changed(
     }
     settings = TrainingSettings(**{**vars(SETTINGS), "max_train_steps": 12, "train_batch_size": 6})
     fresh = bridge_digest(learner().bridge)
-    _, pupil = trained(tmp_path, study, settings)
+    _, pupil = trained(tmp_path, train_data, settings)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for loss in ("answers", "edit"):
         assert all(math.isfinite(row[loss]) for row in rows)
@@ -122,25 +135,25 @@ def test_the_loss_falls_and_only_the_bridge_has_changed(
 
 
 @pytest.mark.parametrize("kind", ["perceive", "edit"])
-def test_each_loss_reaches_every_part_of_a_bridge_that_is_not_fresh(study: Study, kind: str) -> None:
+def test_each_loss_reaches_every_part_of_a_bridge_that_is_not_fresh(train_data: TrainData, kind: str) -> None:
     pupil = learner(init="random")
-    losses, _ = StepPlan(study, kind, 0, 3, SETTINGS).losses(pupil, slice(0, 3))
+    losses, _ = Batch(train_data, kind, 0, 3, SETTINGS).losses(pupil, slice(0, 3))
     sum(losses.values()).backward()
     for name, parameter in pupil.parameters().items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_fresh_bridge_costs_what_the_baseline_costs(study: Study) -> None:
+def test_a_fresh_bridge_costs_what_the_baseline_costs(train_data: TrainData) -> None:
     fresh, blended = learner(), learner(blend="replace")
-    mine = [predict(pupil, study, study.perceive) for pupil in (None, fresh, blended)]
+    mine = [predict(pupil, train_data, train_data.perceive) for pupil in (None, fresh, blended)]
     assert mine[0] == mine[1] == mine[2]
 
 
-def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, study: Study) -> None:
-    _, whole = trained(tmp_path / "whole", study)
+def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, train_data: TrainData) -> None:
+    _, whole = trained(tmp_path / "whole", train_data)
     cut = tmp_path / "cut"
-    trainer = Trainer(cut, learner(), study, SETTINGS, alone())
+    trainer = Trainer(cut, learner(), train_data, SETTINGS, alone())
     original = trainer._advance
 
     def stop_after_two() -> None:
@@ -152,7 +165,7 @@ def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, study: 
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert [path.name for path in checkpoints(cut)] == ["checkpoint-2"]
-    resumed, again = trained(cut, study, resume="latest")
+    resumed, again = trained(cut, train_data, resume="latest")
     assert bridge_digest(again.bridge) == bridge_digest(whole.bridge)
     for name, value in resumed.average.items():
         assert not torch.equal(value, dict(learner().parameters())[name]) or value.abs().sum() == 0
@@ -160,20 +173,23 @@ def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, study: 
     assert bridge_digest(saved[0]) == bridge_digest(saved[1]) == bridge_digest(whole.bridge)
 
 
-def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, study: Study) -> None:
+def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, train_data: TrainData) -> None:
     """The second process's share is worked out here too; `test_two_processes…` starts real ones."""
     settings = vars(SETTINGS) | {"max_train_steps": 1, "anchor": 0.1, "match_statistics": 0.01}
     large = Trainer(
         tmp_path,
         learner(init="random"),
-        study,
+        train_data,
         TrainingSettings(**settings | {"train_batch_size": 4}),
         alone(),
     )
     parts = Trainer(
-        tmp_path, learner(init="random"), study,
-        TrainingSettings(**settings | {"train_batch_size": 2, "gradient_accumulation_steps": 2}), alone(),
-    )  # fmt: skip
+        tmp_path,
+        learner(init="random"),
+        train_data,
+        TrainingSettings(**settings | {"train_batch_size": 2, "gradient_accumulation_steps": 2}),
+        alone(),
+    )
     gradients = []
     for trainer in (large, parts):
         trainer._advance()
@@ -181,9 +197,12 @@ def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, st
     shares = []
     for rank in (0, 1):
         trainer = Trainer(
-            tmp_path, learner(init="random"), study, TrainingSettings(**settings | {"train_batch_size": 2}),
+            tmp_path,
+            learner(init="random"),
+            train_data,
+            TrainingSettings(**settings | {"train_batch_size": 2}),
             alone(num_processes=2, process_index=rank),
-        )  # fmt: skip
+        )
         trainer.settings = TrainingSettings(**settings | {"train_batch_size": 2, "max_grad_norm": 1e9})
         trainer._advance()
         shares.append({name: p.grad.clone() for name, p in trainer.parameters.items()})
@@ -195,16 +214,16 @@ def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, st
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
-    tmp_path: Path, questions: Study, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, questions: TrainData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = StepPlan.losses
+    plain = Batch.losses
 
-    def broken(self: StepPlan, *args: Any) -> Any:
+    def broken(self: Batch, *args: Any) -> Any:
         losses, figures = plain(self, *args)
         spoilt = self.settings.max_train_steps == 5 and trainer.step == 3
         return {name: value * (math.nan if spoilt else 1) for name, value in losses.items()}, figures
 
-    monkeypatch.setattr(StepPlan, "losses", broken)
+    monkeypatch.setattr(Batch, "losses", broken)
     settings = TrainingSettings(**vars(SETTINGS) | {"max_train_steps": 5, "log_every": 20})
     trainer = Trainer(tmp_path, learner(), questions, settings, alone())
     with pytest.raises(NotFiniteError, match="up to 4"):
@@ -216,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(
-    tmp_path: Path, questions: Study, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, questions: TrainData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = milestones.save_file
 
@@ -251,7 +270,9 @@ def test_a_result_replaces_another_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_only_so_many_checkpoints_are_kept_and_others_are_refused(tmp_path: Path, questions: Study) -> None:
+def test_only_so_many_checkpoints_are_kept_and_others_are_refused(
+    tmp_path: Path, questions: TrainData
+) -> None:
     settings = TrainingSettings(
         **vars(SETTINGS) | {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "use_ema": True}
     )
@@ -273,35 +294,35 @@ def test_only_so_many_checkpoints_are_kept_and_others_are_refused(tmp_path: Path
         Trainer(tmp_path, learner(), questions, settings, alone()).resume("latest")
 
 
-def test_hard_lessons_are_those_that_the_baseline_gets_wrong(questions: Study) -> None:
+def test_hard_samples_are_those_that_the_baseline_gets_wrong(questions: TrainData) -> None:
     pack = copy.copy(questions.perceive)
     pack.lines = copy.deepcopy(pack.lines)
     for index in (2, 5, 11):  # what no image says
         pack.lines[index]["answer"] = "ZZZZ"
-    asked = Study(questions.reader, pack)
+    asked = TrainData(questions.reader, pack)
     hard = set(find_hard(asked).tolist())
-    assert hard == {2, 5, 11} | set(find_hard(Study(questions.reader, questions.perceive)).tolist())
+    assert hard == {2, 5, 11} | set(find_hard(TrainData(questions.reader, questions.perceive)).tolist())
     assert len(hard) < len(pack)
     settings = TrainingSettings(**vars(SETTINGS) | {"hard_share": 0.5})
     drawn, plain = (
-        torch.cat([StepPlan(asked, "perceive", step, 8, one).lessons for step in range(6)])
+        torch.cat([Batch(asked, "perceive", step, 8, one).samples for step in range(6)])
         for one in (settings, SETTINGS)
     )
     assert {2, 5, 11} <= set(drawn[1::2].tolist()) <= hard
     assert torch.equal(drawn[::2], plain[::2])
-    again = StepPlan(asked, "perceive", 5, 8, settings).lessons
+    again = Batch(asked, "perceive", 5, 8, settings).samples
     assert torch.equal(again, drawn[-8:])  # a resumed run draws the same
 
 
 @pytest.mark.parametrize(("helps", "best"), [(True, GATES[-1]), (False, GATES[0])])
 def test_the_gate_of_a_calibrated_bridge_is_chosen_by_the_answers(
-    questions: Study, helps: bool, best: float
+    questions: TrainData, helps: bool, best: float
 ) -> None:
     class Mixed(BridgeLearner):
         """Its gate takes other tokens' features away, or puts them in."""
 
-        def see(self, pack: Pack, lessons: Tensor) -> tuple[Tensor, Tensor]:
-            right = pack.rows("vision", lessons).float()
+        def see(self, pack: Pack, samples: Tensor) -> tuple[Tensor, Tensor]:
+            right = pack.rows("vision", samples).float()
             share = 1 - self.bridge.gate if helps else self.bridge.gate
             return right + 3 * share * right.roll(3, 1), right
 
@@ -310,23 +331,23 @@ def test_the_gate_of_a_calibrated_bridge_is_chosen_by_the_answers(
     assert float(pupil.bridge.gate.detach()) == pytest.approx(best)
 
 
-def test_controls_see_what_they_should(study: Study) -> None:
-    pack, lessons = study.perceive, torch.arange(4)
+def test_controls_see_what_they_should(train_data: TrainData) -> None:
+    pack, samples = train_data.perceive, torch.arange(4)
     own, shuffled, target = (
-        learner(features).levels(pack, lessons, pack.rows("vision", lessons).float())
+        learner(features).levels(pack, samples, pack.rows("vision", samples).float())
         for features in ("own", "shuffled", "target")
     )
     partners = pack.partners(0)
     assert sorted(partners.tolist()) == list(range(12))
     assert not (partners == torch.arange(12)).any()
-    assert torch.equal(own[0], pack.rows("early", lessons))
-    assert torch.equal(shuffled[2], pack.rows("late", partners[lessons]))
+    assert torch.equal(own[0], pack.rows("early", samples))
+    assert torch.equal(shuffled[2], pack.rows("late", partners[samples]))
     assert torch.equal(target[0], target[2])
     assert target[0].shape == own[0].shape
 
 
 def test_a_rival_learns_inside_the_language_model_and_is_as_large(
-    tmp_path: Path, questions: Study, target_copy: Callable[[], Any]
+    tmp_path: Path, questions: TrainData, target_copy: Callable[[], Any]
 ) -> None:
     from peft import PeftModel
 
@@ -338,14 +359,14 @@ def test_a_rival_learns_inside_the_language_model_and_is_as_large(
     assert abs(size - bridge) < 0.1 * bridge
     assert all("language_model" in name for name in rival.parameters())
     processor = questions.reader.processor
-    study = Study(Reader(model, processor, FAMILY, learning=True), questions.perceive)
-    before = predict(rival, study, study.perceive)
+    train_data = TrainData(Reader(model, processor, FAMILY, learning=True), questions.perceive)
+    before = predict(rival, train_data, train_data.perceive)
     assert before == pytest.approx(predict(None, questions, questions.perceive), abs=1e-5)
-    Trainer(tmp_path, rival, study, SETTINGS, alone()).run()
-    after = predict(rival, study, study.perceive)
+    Trainer(tmp_path, rival, train_data, SETTINGS, alone()).run()
+    after = predict(rival, train_data, train_data.perceive)
     assert after["loss"] < before["loss"]
     loaded = PeftModel.from_pretrained(target_copy(), tmp_path / "checkpoint-4")
-    again = Study(Reader(loaded.base_model.model, processor, FAMILY), questions.perceive)
+    again = TrainData(Reader(loaded.base_model.model, processor, FAMILY), questions.perceive)
     assert predict(None, again, questions.perceive) == pytest.approx(after, abs=1e-5)
 
 
@@ -359,7 +380,7 @@ def target_copy(editor_folder: Path) -> Callable[[], Any]:
     )
 
 
-def test_what_is_examined_is_scored_letter_by_letter(questions: Study) -> None:
+def test_what_is_examined_is_scored_letter_by_letter(questions: TrainData) -> None:
     answers = examine(None, questions.reader, questions.perceive, "read")
     assert answers
     assert all(answer.kind == "read" for answer in answers)

@@ -131,11 +131,17 @@ def pair_records(
                 after = [Image.open(folder / record["image"]) for record in both]
                 agreed = edit_agreement(first.image, after[0], second.image, after[1])
                 values = {} if agreed is None else agreed._asdict()
-                found.append({
-                    **both[0], "key": f"{both[0]['key']}+{both[1]['key']}", "level": "agreement",
-                    "case_id": f"{first.case_id}+{second.case_id}", "prompt": prompt, "seconds": 0.0,
-                    "metrics": {f"pair_{name}": round(value, 6) for name, value in values.items()},
-                })  # fmt: skip
+                found.append(
+                    {
+                        **both[0],
+                        "key": f"{both[0]['key']}+{both[1]['key']}",
+                        "level": "agreement",
+                        "case_id": f"{first.case_id}+{second.case_id}",
+                        "prompt": prompt,
+                        "seconds": 0.0,
+                        "metrics": {f"pair_{name}": round(value, 6) for name, value in values.items()},
+                    }
+                )
     return found
 
 

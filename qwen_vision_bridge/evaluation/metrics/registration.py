@@ -64,9 +64,11 @@ def measure_drift(image: Image.Image, original: Image.Image) -> Drift | None:
     grown, turned, right, down = parameters
     grown, turned = grown / half, turned / half
     return Drift(
-        float(right * factor), float(down * factor), float(np.hypot(1 + grown, turned)),
+        float(right * factor),
+        float(down * factor),
+        float(np.hypot(1 + grown, turned)),
         float(np.degrees(np.arctan2(turned, 1 + grown))),
-    )  # fmt: skip
+    )
 
 
 def _start(moved: np.ndarray, fixed: np.ndarray) -> tuple[float, float]:

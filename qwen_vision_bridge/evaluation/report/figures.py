@@ -14,9 +14,12 @@ from ...plots import DPI, to_image
 from ..statistics import BASELINE, Difference, Expectation, bootstrap_interval
 
 SPREAD = {
-    "ocr": "edit_similarity", "space": "iou_by_object", "detail": "edited_ssim", "consistency": "edited_ssim",
+    "ocr": "edit_similarity",
+    "space": "iou_by_object",
+    "detail": "edited_ssim",
+    "consistency": "edited_ssim",
     "other": "drift_shift_px",
-}  # fmt: skip
+}
 """What is drawn case by case in each group: finer than right or wrong, which has three differences only."""
 GOOD, BAD, NEUTRAL, POINT = "#2a8c4a", "#c8452f", "#c9ccd4", "#1155dd"
 MANY = 12  # cases from which on their distribution is drawn behind the dots
@@ -35,8 +38,9 @@ def evaluation_figures(
     found = {}
     if rows:
         found["differences.png"] = (
-            "Paired differences with their 95 % intervals, by group and arm", difference_figure(rows)
-        )  # fmt: skip
+            "Paired differences with their 95 % intervals, by group and arm",
+            difference_figure(rows),
+        )
         found["wins.png"] = ("Cases won, tied and lost against the baseline", wins_figure(rows))
     spread = case_differences(records)
     if spread:

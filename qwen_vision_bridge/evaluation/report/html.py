@@ -86,17 +86,30 @@ def write_page(folder: str | Path, found: Evaluation) -> Path:
         write_image(folder / name, figure)
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     cases = _cases(folder, found.records)
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(
-        title=found.provenance.get("family", "?"), caution=warning(found), rows=rows,
-        expectations=expectations(found), cases=cases, kinds=kind_rows(found),
-        changes=[row for row in found.rows if row.difficulty == "all"],
-        figures=[(words, _embedded(figure, max(figure.size))) for words, figure in figures.values()],
-        total=len({record["case_id"] for record in found.records if record["level"] == "edit"}), each=EACH,
-        groups=sorted({case["group"] for case in cases}),
-        arms=[arm["name"] for arm in found.arms if arm["name"] != BASELINE], left_out=found.left_out,
-        provenance=json.dumps(found.provenance, indent=2, ensure_ascii=False), style=Markup(STYLE),
-        script=Markup(SCRIPT), style_hash=_digest(STYLE), script_hash=_digest(SCRIPT),
-    )  # fmt: skip
+    page = (
+        Environment(autoescape=True, undefined=StrictUndefined)
+        .from_string(template)
+        .render(
+            title=found.provenance.get("family", "?"),
+            caution=warning(found),
+            rows=rows,
+            expectations=expectations(found),
+            cases=cases,
+            kinds=kind_rows(found),
+            changes=[row for row in found.rows if row.difficulty == "all"],
+            figures=[(words, _embedded(figure, max(figure.size))) for words, figure in figures.values()],
+            total=len({record["case_id"] for record in found.records if record["level"] == "edit"}),
+            each=EACH,
+            groups=sorted({case["group"] for case in cases}),
+            arms=[arm["name"] for arm in found.arms if arm["name"] != BASELINE],
+            left_out=found.left_out,
+            provenance=json.dumps(found.provenance, indent=2, ensure_ascii=False),
+            style=Markup(STYLE),
+            script=Markup(SCRIPT),
+            style_hash=_digest(STYLE),
+            script_hash=_digest(SCRIPT),
+        )
+    )
     return write_whole(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
@@ -132,23 +145,28 @@ def _card(folder: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     stem = folder / first["group"] / first["case_id"]
     target = Path(f"{stem}_target.png")
     return {
-        "case_id": first["case_id"], "group": first["group"], "prompt": first["prompt"],
-        "input": _image(Path(f"{stem}_input.png")), "target": _image(target) if target.is_file() else "",
+        "case_id": first["case_id"],
+        "group": first["group"],
+        "prompt": first["prompt"],
+        "input": _image(Path(f"{stem}_input.png")),
+        "target": _image(target) if target.is_file() else "",
         "baseline": _image(folder / first["image"]),
         "read": [first.get("read_before"), first.get("read_after")],
         "arms": [_arm(folder, first, record) for name, record in arms.items() if name != BASELINE],
-    }  # fmt: skip
+    }
 
 
 def _arm(folder: Path, baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     right = {1.0: "right", 0.0: "wrong"}.get(record["metrics"].get("right"), "not judged")
     drawn = record.get("attention")
     return {
-        "name": record["arm"], "image": _image(folder / record["image"]), "words": right,
+        "name": record["arm"],
+        "image": _image(folder / record["image"]),
+        "words": right,
         "read": record.get("read_after"),
         "gain": round(gain_of(baseline["metrics"], record["metrics"]), 6),
         "attention": _image(folder / drawn) if drawn else "",
-    }  # fmt: skip
+    }
 
 
 def _image(path: Path) -> str:

@@ -15,9 +15,20 @@ from ..scoring import HEADLINES, METRICS
 from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
 
 PLAIN = (
-    "level", "case_id", "group", "kind", "difficulty", "arm", "prompt", "seed", "seconds", "image", "reply",
-    "answer", "error",
-)  # fmt: skip
+    "level",
+    "case_id",
+    "group",
+    "kind",
+    "difficulty",
+    "arm",
+    "prompt",
+    "seed",
+    "seconds",
+    "image",
+    "reply",
+    "answer",
+    "error",
+)
 TITLES = {
     "ocr": "OCR capability",
     "space": "Spatial reasoning",
@@ -121,8 +132,10 @@ def as_table(found: Evaluation) -> str:
     """The headlines as a short plain table, with a word of caution; without a truth, what changed."""
     if not headline_rows(found):
         return "\n".join([*_plain_changes(found), NO_TRUTH])
-    lines = [f"{'level':11} {'group':12} {'arm':12} {'n':>4} {'baseline':>9} {'arm':>7} {'difference':>11} "
-             "95 % interval      p  win/tie/loss"]  # fmt: skip
+    lines = [
+        f"{'level':11} {'group':12} {'arm':12} {'n':>4} {'baseline':>9} {'arm':>7} {'difference':>11} "
+        "95 % interval      p  win/tie/loss"
+    ]
     for row in headline_rows(found):
         lines.append(
             f"{row.level:11} {row.group:12} {row.arm:12} {row.n:4d} {row.baseline:9.3f} {row.value:7.3f} "
@@ -169,26 +182,38 @@ def _as_markdown(found: Evaluation) -> str:
     lines = ["# Evaluation", ""]
     if words := warning(found):
         lines += [f"**{words}**", ""]
-    lines += ["## Expected and measured", "",
-              "| level | group | arm | expected | n | measured | 95 % interval | |",
-              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines += [
+        "## Expected and measured",
+        "",
+        "| level | group | arm | expected | n | measured | 95 % interval | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     lines += [
         f"| {row.level} | {row.group} | {row.arm} | +{row.expected_low:.2f} to +{row.expected_high:.2f} | "
         f"{row.n} | {row.difference:+.3f} | {row.ci_low:+.3f} to {row.ci_high:+.3f} | {row.verdict} |"
         for row in expectations(found)
     ]
     lines += _difference_table(found.rows) + _kind_table(kind_rows(found))
-    lines += ["", "Points of the share that is right. Paired differences from the baseline, percentile "
-              "bootstrap over cases; an interval that holds 0 shows no difference. *Resolvable* is the "
-              "smallest difference that a sample like this finds 4 times in 5.", ""]  # fmt: skip
+    lines += [
+        "",
+        "Points of the share that is right. Paired differences from the baseline, percentile "
+        "bootstrap over cases; an interval that holds 0 shows no difference. *Resolvable* is the "
+        "smallest difference that a sample like this finds 4 times in 5.",
+        "",
+    ]
     lines += [f"- left out: {line}" for line in found.left_out]
     provenance = json.dumps(found.provenance, indent=2, ensure_ascii=False)
     return "\n".join([*lines, "", "```json", provenance, "```", ""])
 
 
 def _kind_table(rows: Sequence[KindRow]) -> list[str]:
-    lines = ["", "## By kind of case", "", "| level | group | kind | arm | metric | n | baseline | arm |",
-             "|" + " --- |" * 8]  # fmt: skip
+    lines = [
+        "",
+        "## By kind of case",
+        "",
+        "| level | group | kind | arm | metric | n | baseline | arm |",
+        "|" + " --- |" * 8,
+    ]
     return lines + [
         f"| {row.level} | {row.group} | {row.kind} | {row.arm} | {row.metric} | {row.n} "
         f"| {row.baseline:.3f} | {row.value:.3f} |"
@@ -197,10 +222,14 @@ def _kind_table(rows: Sequence[KindRow]) -> list[str]:
 
 
 def _difference_table(rows: Sequence[Difference]) -> list[str]:
-    lines = ["", "## All differences", "",
-             "| level | group | cases | arm | metric | better | n | baseline | arm | difference | "
-             "95 % interval | p | win/tie/loss | resolvable |",
-             "|" + " --- |" * 14]  # fmt: skip
+    lines = [
+        "",
+        "## All differences",
+        "",
+        "| level | group | cases | arm | metric | better | n | baseline | arm | difference | "
+        "95 % interval | p | win/tie/loss | resolvable |",
+        "|" + " --- |" * 14,
+    ]
     for row in rows:
         better = {True: "higher", False: "lower", None: "neither"}[row.higher_is_better]
         lines.append(
