@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qwen_vision_bridge.injection import batched_vision, mrope_positions
 from qwen_vision_bridge.loading.editors import MEMORY_MODES, MemoryMode
 from qwen_vision_bridge.loading.memory import GpuMemoryError, free_cuda
 from qwen_vision_bridge.loading.placement import CARDS_GB, best_mode
-from qwen_vision_bridge.patches import image_sizes
+from qwen_vision_bridge.patches import batched_vision, image_sizes, mrope_positions
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
 from .runner import Bench
@@ -112,7 +111,7 @@ def _memory(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> 
 def _strength_zero(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
     """Strength 0 has the bits of the pipeline called by hand; strength 1 has others."""
     options = {"num_inference_steps": SHORT}
-    stock = np.asarray(stock_edit(editor, image, SHORT, editor.vision_attention))
+    stock = np.asarray(stock_edit(editor, image, SHORT, editor.options.vision_attention))
     zero = np.asarray(editor.generate(image, PROMPT, strength=0.0, **options))
     one = np.asarray(editor.generate(image, PROMPT, **options))
     mode = editor.mode.name
@@ -130,7 +129,7 @@ def stock_edit(editor: EnhancedQwenImageEdit, image: Image.Image, steps: int, at
         attention: `stock` leaves the installed attention and positions, `batched` gives both of ours.
     """
     pipe, family = editor.pipe, editor.family
-    positions = "stock" if attention == "stock" else editor.mrope
+    positions = "stock" if attention == "stock" else editor.options.mrope
     with (
         mrope_positions(pipe, positions),
         batched_vision(pipe, attention),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .calls import LevelAttention
+from .injection import LevelAttention
 from .loading.checkpoints import not_finite
 from .loading.locks import exclusive, replaced
 
@@ -108,10 +108,10 @@ def denoise(pipe: Any, edits: Sequence[Prepared]) -> list[Image.Image]:
     width, height = (images[-1] if isinstance(images, list) else images).size
     sliced = pipe.vae.use_slicing or width * height > LARGE
     with replaced(pipe, **made), replaced(pipe.vae, use_slicing=sliced):
-        return finished(pipe, **first.call)
+        return run_stock(pipe, **first.call)
 
 
-def finished(pipe: Any, **call: Any) -> list[Any]:
+def run_stock(pipe: Any, **call: Any) -> list[Any]:
     """The images of a stock call, the same bits, refused where a NaN would have turned them black.
 
     Raises:

@@ -188,8 +188,7 @@ def test_strength_zero_is_the_pipeline_with_the_same_attention(
     mode: str, pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipeline called by hand, and both arms of the toolkit, use one and the same attention."""
-    from qwen_vision_bridge.injection import batched_vision, mrope_positions
-    from qwen_vision_bridge.patches import image_sizes
+    from qwen_vision_bridge.patches import batched_vision, image_sizes, mrope_positions
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
     used = []
