@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 
 from qwen_vision_bridge.injection import batched_vision, mrope_positions
-from qwen_vision_bridge.loading.editors import MEMORY_MODES, MemoryMode
-from qwen_vision_bridge.loading.memory import GpuMemoryError, free_cuda
-from qwen_vision_bridge.loading.placement import CARDS_GB, best_mode
+from qwen_vision_bridge.loading.memory import (
+    CARDS_GB,
+    MEMORY_MODES,
+    GpuMemoryError,
+    MemoryMode,
+    best_mode,
+    free_cuda,
+)
 from qwen_vision_bridge.patches import image_sizes
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from qwen_vision_bridge.io import digest_of, write_json
-from qwen_vision_bridge.specs import Family, resolve_family
+from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.specs import Family
 
 from .timing import Measured, summarise
 

@@ -8,8 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .loading.editors import MEMORY_MODES
-from .loading.placement import best_mode, plan_for
+from .loading.memory import MEMORY_MODES, best_mode, plan_for
 from .specs import FAMILIES, cache_home
 
 MINIATURE_RAM_GB = 2.0
@@ -180,11 +179,11 @@ def _qwen(ram_gb: float, gpus: list[tuple[str, float, float]]) -> FamilyReport:
     free = max(free for _, free, _ in gpus)
     plan = plan_for(FAMILIES["qwen"], free, ram_gb)
     if plan is None:
-        least = min(candidate.gpu_gb(FAMILIES["qwen"].editor) for candidate in MEMORY_MODES)
+        least = min(mode.peak_gb(FAMILIES["qwen"].editor) for mode in MEMORY_MODES)
         return FamilyReport(
             "qwen", False, None, "", f"{free:.1f} GB of GPU memory are free, {least:.1f} GB is the least"
         )
-    reason = f"needs about {plan.need_gb:.0f} of {free:.0f} GB (estimate)"
+    reason = f"needs about {plan.peak_gb:.0f} of {free:.0f} GB (estimate)"
     return FamilyReport("qwen", True, plan.mode.name, plan.mode.arguments, reason, tuple(plan.lines()))
 
 

@@ -21,22 +21,24 @@ from .fingerprint import changed_parts, loaded_state
 from .images import ImageLike
 from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
 from .io import provenance, write_image
-from .loading.editors import (
+from .loading.editors import editor_revision, load_pipeline
+from .loading.families import resolve_family
+from .loading.locks import exclusive, model_lock
+from .loading.memory import (
+    MemoryPlan,
     check_device,
-    editor_revision,
     find_mode,
     free_gpu_gb,
-    load_pipeline,
-    out_of_memory_named,
+    log_plan,
+    smaller_mode_suggested,
+    total_gpu_gb,
 )
-from .loading.locks import exclusive, model_lock
-from .loading.placement import MemoryPlan, card_gb, say
-from .loading.processors import load_processor
 from .loading.tower_attention import VisionAttention, check_vision_attention
+from .loading.towers import load_processor
 from .pairs import run_pairs
 from .patches import condition_grids, effective_sizes, image_sizes, takes_several
 from .shipped import resolve_bridge
-from .specs import Family, resolve_family
+from .specs import Family
 
 Made = TypeVar("Made")
 
@@ -103,7 +105,7 @@ class EnhancedQwenImageEdit:
         if mrope not in ("fixed", "stock"):
             raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
         self.mrope, self.site = mrope, site
-        self.plan = MemoryPlan(self.mode, self.family, card_gb(self.device))
+        self.plan = MemoryPlan(self.mode, self.family, total_gpu_gb(self.device))
         self.keep_source = self.plan.keeps_source if keep_source is None else keep_source
         self.vision_attention = check_vision_attention(vision_attention)
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
@@ -131,8 +133,8 @@ class EnhancedQwenImageEdit:
         """The stock diffusers pipeline, loaded on first use; change it only while no call is running."""
         if self._pipe is None:
             if self.device.type == "cuda":
-                say(self.plan)
-            with out_of_memory_named(self.mode, self.family.editor):
+                log_plan(self.plan)
+            with smaller_mode_suggested(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             self._stock_state = loaded_state(self._pipe)
             made = self._pipe.text_encoder.config.vision_config.out_hidden_size
@@ -301,7 +303,7 @@ class EnhancedQwenImageEdit:
     def extract_source(self, images: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
         grids = self.condition_grids(images)
-        with out_of_memory_named(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
+        with smaller_mode_suggested(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
             cache = self.extractor.extract_qwen3_vision(list(images), grids=grids)
         self._free_source()
         return cache
@@ -403,7 +405,7 @@ class EnhancedQwenImageEdit:
         positions, sizes = mrope_positions(pipe, self.mrope), image_sizes(type(pipe), editor)
         towers = batched_vision(pipe, self.vision_attention)
         # After an error diffusers leaves on the GPU what offloading had brought there.
-        named = out_of_memory_named(self.mode, editor, pipe.maybe_free_model_hooks)
+        named = smaller_mode_suggested(self.mode, editor, pipe.maybe_free_model_hooks)
         with model_lock, named, positions, towers, sizes:
             yield
 

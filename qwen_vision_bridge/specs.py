@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from .loading.hub import hub_file
 
 BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniature.py
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)
 MAX_SEED = 2**63 - 1  # the largest that NumPy, PyTorch and a signed 64-bit column of a table all take
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -280,31 +276,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def resolve_family(
-    family: str | Family,
-    source: str | Path | None = None,
-    target: str | Path | None = None,
-    editor: str | Path | None = None,
-) -> Family:
-    """The named family, with any role taken by another registered name, hub id or local folder.
-
-    Raises:
-        ValueError: an unknown family or model name, or a folder whose config is of another kind.
-        FileNotFoundError: a folder without a config.
-    """
-    if isinstance(family, str):
-        if family not in FAMILIES:
-            raise ValueError(f"unknown family {family!r}: choose one of {', '.join(sorted(FAMILIES))}")
-        family = FAMILIES[family]
-    if source is not None:
-        family = replace(family, source=_resolve_model("source", source))
-    if target is not None:
-        family = replace(family, target=_resolve_model("target", target))
-    if editor is not None:
-        family = replace(family, editor=_resolve_editor(editor, family.editor))
-    return family
-
-
 def check_seed(seed: Any) -> int:
     """A seed that every random generator of the toolkit takes.
 
@@ -339,56 +310,3 @@ def cache_home() -> Path:
     if given := os.environ.get("QWEN_VISION_BRIDGE_HOME"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qwen-vision-bridge"
-
-
-def _resolve_model(role: str, given: str | Path) -> ModelSpec:
-    known = {spec.name: spec for spec in MODELS.values() if spec.role == role}
-    known |= {spec.repo: spec for spec in known.values()}
-    if str(given) in known:
-        return known[str(given)]
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no config.json: give the folder of a whole {role} checkpoint"
-            )
-        config = read_json(folder / "config.json")
-        where: dict[str, Any] = {"name": folder.name, "repo": str(folder)}
-    elif _HUB_ID.fullmatch(str(given)):
-        config = read_json(hub_file(str(given), "config.json"))
-        where = {"name": str(given), "repo": str(given)}
-    else:
-        names = ", ".join(spec.name for spec in MODELS.values() if spec.role == role)
-        raise ValueError(f"unknown {role} model {str(given)!r}: give a folder, a hub id, or one of {names}")
-    spec = ModelSpec.from_config(config, **where)
-    # A copy of a released model goes by the released name, so that bridges made for it fit.
-    for known_spec in MODELS.values():
-        if spec.shapes == known_spec.shapes:
-            spec = replace(spec, name=known_spec.name)
-    if spec.role != role:
-        raise ValueError(f"{given} is a {spec.model_type} model and cannot be the {role}")
-    return spec
-
-
-def _resolve_editor(given: str | Path, base: EditorSpec) -> EditorSpec:
-    known = EDITORS | {spec.repo: spec for spec in EDITORS.values()}
-    if str(given) in known:
-        return known[str(given)]
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline"
-            )
-        index, name = read_json(folder / "model_index.json"), folder.name
-    elif _HUB_ID.fullmatch(str(given)):
-        index, name = read_json(hub_file(str(given), "model_index.json")), str(given)
-    else:
-        names = ", ".join(EDITORS)
-        raise ValueError(f"unknown editor {str(given)!r}: give a folder, a hub id, or one of {names}")
-    found = index.get("_class_name", "nothing")
-    if found not in (classes := sorted({spec.pipeline_class for spec in EDITORS.values()})):
-        raise ValueError(f"{given} is a pipeline of class {found}, needed is {' or '.join(classes)}")
-    # The image sizes are no part of a checkpoint: it keeps those of the family it is used in.
-    repo = str(folder) if folder.is_dir() else str(given)
-    return replace(base, name=name, repo=repo, pipeline_class=found, revision=None)

@@ -24,9 +24,9 @@ from PIL import Image
 from benchmarks.random_checkpoints import write_checkpoint
 from qwen_vision_bridge import EnhancedQwenImageEdit, VisionBridge, VisionCacheExtractor
 from qwen_vision_bridge.bridge import count_parameters
-from qwen_vision_bridge.loading.editors import MEMORY_MODES
+from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.loading.memory import MEMORY_MODES
 from qwen_vision_bridge.loading.towers import load_tower, load_whole
-from qwen_vision_bridge.specs import resolve_family
 from qwen_vision_bridge.synthetic.cases import sample_image
 
 CUDA = torch.cuda.is_available()

@@ -1,7 +1,11 @@
-"""The tensors of a safetensors checkpoint by name, from a folder or, by byte ranges, from the hub.
+"""Tensors of a safetensors checkpoint by name, from a folder or, by byte ranges, from the hub.
 
 Format: 8 bytes little-endian header length, a JSON header of dtypes, shapes and offsets, then the data
 (huggingface/safetensors, README). A tensor can therefore be fetched without the rest of its shard.
+
+huggingface_hub's own range reads do this worse: `get_safetensors_metadata` fetches 100 kB of every shard,
+those without a tower tensor included; `HfFileSystem.cat_ranges` merges no neighbours, holds a whole range in
+one response without a resume or progress, and takes the whole file from a server that ignores ranges.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from safetensors.torch import save_file
 from ..io import write_whole
 from ..specs import ModelSpec, cache_home, read_json
 from ..synthetic.miniature import locate
+from .checks import refuse_pickles
 from .hub import hub_file, hub_range, hub_size
 
 logger = logging.getLogger(__name__)
@@ -35,7 +40,7 @@ FULL_HASH_LIMIT = 64 * 2**20  # folders up to this size are identified by all th
 
 
 class Checkpoint(ABC):
-    """Where one checkpoint's tensors lie and what was read of them.
+    """One checkpoint: where it lies, and what was read of it.
 
     Attributes:
         location: folder or hub id, as messages name it.
@@ -104,11 +109,12 @@ class LocalCheckpoint(Checkpoint):
     def _shards(self) -> dict[str, str]:
         if (self.folder / INDEX).is_file():
             return _weight_map(self.folder / INDEX)
-        return dict.fromkeys(_tensor_names(self.folder / SINGLE), SINGLE)
+        with _opened(self.folder / SINGLE) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
 
 
 class HubCheckpoint(Checkpoint):
-    """A checkpoint on the hub, read by HTTP ranges and kept on disk by the set of tensors asked for."""
+    """A checkpoint on the hub, read by HTTP ranges; each set of tensors is kept on disk."""
 
     def __init__(self, repo: str, subfolder: str, config: dict[str, Any], revision: str) -> None:
         super().__init__(repo, config, revision)
@@ -119,21 +125,19 @@ class HubCheckpoint(Checkpoint):
         from filelock import FileLock
 
         folder = cache_home() / "towers" / self.location.replace("/", "--") / self.revision
-        kept = (
-            folder
-            / f"{hashlib.sha256(f'{self.subfolder}:{pattern.pattern}'.encode()).hexdigest()[:12]}.safetensors"
-        )
+        key = hashlib.sha256(f"{self.subfolder}:{pattern.pattern}".encode()).hexdigest()[:12]
+        kept = folder / f"{key}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):  # a second process waits, and then finds the file
+        with FileLock(f"{kept}.lock"):  # a second process waits, then reads the file
             if kept.is_file():
                 try:
-                    return _read_tensors(kept, _tensor_names(kept))
+                    return _read_tensors(kept)
                 except OSError as error:
                     logger.warning("%s; fetching those tensors anew", error)
             tensors = self._fetch(pattern)
             try:
                 atomic_save(tensors, kept)
-            except OSError as error:  # a full disk, say: what was fetched is fine
+            except OSError as error:  # such as a full disk; the fetched tensors are fine
                 logger.warning("this tower is not kept for the next time: %s", error)
         return tensors
 
@@ -167,7 +171,7 @@ class HubCheckpoint(Checkpoint):
         return tensors
 
     def _decode(self, shard: str, start: int, body: bytearray, members: list[str]) -> dict[str, torch.Tensor]:
-        """Cut a fetched span into its tensors, through the library's own parser."""
+        """Cut a fetched span into its tensors with the library's own parser."""
         first, header = self._header(shard)
         tensors = {}
         for name in members:
@@ -225,82 +229,11 @@ def open_hub_checkpoint(spec: ModelSpec) -> Checkpoint:
     return HubCheckpoint(spec.repo, spec.subfolder, read_json(config_path), revision)
 
 
-def check_tensors(location: str | Path, found: Mapping[str, Any]) -> None:
-    """Refuse a model whose tensors are not exactly those of its checkpoint: what is missing is random.
-
-    Args:
-        location: of the checkpoint, or the part of an editor, for the message.
-        found: `missing_keys`, `unexpected_keys`, `mismatched_keys` (names, or tuples that begin with one) and
-            `error_msgs`, as transformers and diffusers give them with `output_loading_info=True`: without
-            tied weights and what a class allows to be absent.
-
-    Raises:
-        ValueError: how many are wrong, and the first of them.
-    """
-    faults = []
-    for kind, told in (
-        ("missing", "missing"),
-        ("unexpected", "unexpected"),
-        ("mismatched", "of another shape"),
-    ):
-        keys = found.get(f"{kind}_keys") or ()
-        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
-        if names:
-            faults.append(f"{len(names)} {told} (first: {names[0]})")
-    faults += [" ".join(str(message).split()) for message in found.get("error_msgs") or ()]
-    if faults:
-        raise ValueError(
-            f"{location}: its tensors do not fit its config: {', '.join(faults)}: copy or download it again"
-        )
-
-
-@contextmanager
-def without_loading_reports() -> Iterator[None]:
-    """Leave out the libraries' tables of missing tensors, which `check_tensors` tells in one line."""
-    loggers = [logging.getLogger(f"{name}.modeling_utils") for name in ("transformers", "diffusers.models")]
-    try:
-        for each in loggers:  # no level is set: transformers does more at a higher one
-            each.addFilter(_drop)
-        yield
-    finally:
-        for each in loggers:
-            each.removeFilter(_drop)
-
-
-def _drop(_record: logging.LogRecord) -> bool:
-    return False
-
-
-def broken_weight(models: Mapping[str, Any]) -> str | None:
-    """The first weight with NaN or infinity, as `model.weight`; None where all that lie here are finite.
-
-    It reads every weight, so it is asked only once an output is not finite.
-    """
-    for role, model in models.items():
-        for name, weight in model.named_parameters():
-            readable = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
-            if readable and not torch.isfinite(weight).all():
-                return f"{role}.{name}"
-    return None
-
-
-def not_finite(what: str, models: Mapping[str, Any]) -> ValueError:
-    """The error of an output with NaN or infinity, which names its cause.
-
-    Outputs are looked at and not all weights, since they are small, and nothing that matters escapes them.
-    """
-    if broken := broken_weight(models):
-        cause = f"so does the weight {broken}; copy or download that checkpoint again"
-    else:
-        cause = "the weights are finite, so the model overflows in its dtype; use bfloat16 or float32"
-    return ValueError(f"{what} hold NaN or infinity: {cause}")
-
-
 def atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file beside its place and rename it in, so that no reader meets half a file.
+    """Write a safetensors file whole or not at all.
 
     Raises:
-        OSError: it cannot be written, for want of room for example; nothing is left behind.
+        OSError: it cannot be written, such as on a full disk; nothing is left behind.
     """
     whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     try:
@@ -314,12 +247,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return sorted({folder / shard for shard in _weight_map(folder / INDEX).values()})
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise FileNotFoundError(
-            f"{folder} has only pickled weights ({pickled[0]}), which are never loaded: "
-            "convert them to safetensors"
-        )
+    refuse_pickles(folder)
     raise FileNotFoundError(
         f"{folder} has neither {SINGLE} nor {INDEX}: give the folder of a whole checkpoint"
     )
@@ -340,18 +268,17 @@ def _by_shard(shards: dict[str, str], pattern: re.Pattern[str]) -> dict[str, lis
     return grouped
 
 
-def _read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise OSError(f"{path} is damaged ({error}): copy or download that file again") from error
+def _read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Some tensors of a safetensors file, or all of them."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
-def _tensor_names(path: Path) -> list[str]:
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
-        with safe_open(path, framework="pt") as opened:
-            return list(opened.keys())
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise OSError(f"{path} is damaged ({error}): copy or download that file again") from error
 

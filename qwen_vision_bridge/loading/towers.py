@@ -1,5 +1,7 @@
 """Load only the vision tower of a checkpoint: pick its tensors, build the bare class, quantise and place it.
 
+Also its processor, and the whole model for features of its language model.
+
 `from_pretrained` of a bare tower class on a whole checkpoint leaves random weights without a word, and
 through a key mapping it opens (from the hub: downloads) every shard. Here the tensors under the tower's
 prefix are read and nothing else is touched: 1.08 GB of Qwen3-VL-8B's 17.5 GB.
@@ -17,7 +19,9 @@ import torch
 from torch import nn
 
 from ..specs import ModelSpec
-from .checkpoints import Checkpoint, check_tensors, open_checkpoint, without_loading_reports
+from .checkpoints import Checkpoint, locate, open_checkpoint
+from .checks import check_tensors, without_loading_reports
+from .hub import hub_file
 from .locks import exclusive
 from .memory import is_out_of_memory
 
@@ -159,6 +163,27 @@ def load_whole(
     if "device_map" not in options:
         model.to(device)
     return model.requires_grad_(False).eval()
+
+
+def load_processor(
+    repo: str, subfolder: str = "", revision: str | None = None, images_only: bool = True
+) -> Any:
+    """Load a checkpoint's image processor, or its whole processor with tokenizer and chat template.
+
+    Raises:
+        OSError: the folder has none, or the hub cannot be reached.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    loader = AutoImageProcessor if images_only else AutoProcessor
+    location = locate(repo)
+    if not Path(location).is_dir():  # fails at once where the hub is out of reach
+        hub_file(repo, "preprocessor_config.json", subfolder, revision)
+    try:
+        return loader.from_pretrained(location, subfolder=subfolder, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"no processor could be loaded from {repo}/{subfolder} ({reason})") from error
 
 
 def quantise_blocks(tower: nn.Module, threshold: float = INT8_THRESHOLD) -> int:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwen_vision_bridge.bridge import VisionBridge
 from qwen_vision_bridge.injection import mrope_positions
-from qwen_vision_bridge.loading.editors import (
+from qwen_vision_bridge.loading.memory import (
     MEMORY_MODES,
     GpuMemoryError,
     MemoryMode,

@@ -24,7 +24,8 @@ import hashlib, json, logging, os, resource, sys, time
 from dataclasses import replace
 from pathlib import Path
 from qwen_vision_bridge.loading.checkpoints import HubCheckpoint, open_checkpoint
-from qwen_vision_bridge.specs import MODELS, resolve_family
+from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.specs import MODELS
 from qwen_vision_bridge.loading.towers import load_tower
 
 home = Path(os.environ["QWEN_VISION_BRIDGE_HOME"])

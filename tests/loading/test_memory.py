@@ -14,9 +14,19 @@ from PIL import Image
 
 import check_environment
 from qwen_vision_bridge import pipeline as pipeline_module
-from qwen_vision_bridge.loading.editors import MEMORY_MODES, PREFERENCE, find_mode, free_gpu_gb
-from qwen_vision_bridge.loading.memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
-from qwen_vision_bridge.loading.placement import CARDS_GB, MemoryPlan, card_gb, plan_for
+from qwen_vision_bridge.loading.memory import (
+    CARDS_GB,
+    MEMORY_MODES,
+    GpuMemoryError,
+    MemoryPlan,
+    find_mode,
+    free_gpu_gb,
+    is_out_of_memory,
+    out_of_memory_as,
+    plan_for,
+    smaller_mode_suggested,
+    total_gpu_gb,
+)
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import FAMILIES
 
@@ -96,7 +106,7 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
-    with pytest.raises(RuntimeError, match="planted"), freed_after_out_of_memory(lambda: "never"):
+    with pytest.raises(RuntimeError, match="planted"), out_of_memory_as(lambda: "never"):
         raise RuntimeError("planted")
 
 
@@ -107,16 +117,14 @@ def test_a_cap_on_the_processs_memory_counts(monkeypatch: pytest.MonkeyPatch) ->
     for fraction, free, card in ((1.0, 60, 80), (0.3, 19, 24)):
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, f=fraction: f)
         device = torch.device("cuda")
-        assert (free_gpu_gb(device), card_gb(device)) == pytest.approx((free, card))
-    assert (free_gpu_gb(torch.device("cpu")), card_gb(torch.device("cpu"))) == (None, 0)
+        assert (free_gpu_gb(device), total_gpu_gb(device)) == pytest.approx((free, card))
+    assert (free_gpu_gb(torch.device("cpu")), total_gpu_gb(torch.device("cpu"))) == (None, 0)
 
 
 def test_the_smallest_mode_says_that_there_is_no_smaller_one() -> None:
-    from qwen_vision_bridge.loading.editors import out_of_memory_named
-
-    smallest = min(MEMORY_MODES, key=lambda mode: mode.gpu_gb(QWEN.editor))
+    smallest = min(MEMORY_MODES, key=lambda mode: mode.peak_gb(QWEN.editor))
     with pytest.raises(GpuMemoryError, match="the smallest there is"):  # noqa: SIM117
-        with out_of_memory_named(smallest, QWEN.editor):
+        with smaller_mode_suggested(smallest, QWEN.editor):
             raise torch.OutOfMemoryError("x")
 
 
@@ -135,7 +143,7 @@ def test_every_card_has_a_plan_whose_need_fits(card: int, mode: str) -> None:
     plan = plan_for(QWEN, card, ram_gb=64)
     assert plan is not None
     assert plan.mode.name == mode
-    assert plan.need_gb <= card
+    assert plan.peak_gb <= card
     assert plan.keeps_source == (card >= 48)
     text = "\n".join(plan.lines())
     for part in ("source tower", "text encoder", "transformer", "working space", f"for {card} GB", mode):
@@ -148,8 +156,8 @@ def test_without_memory_there_is_no_plan() -> None:
     assert plan_for(QWEN, 12, ram_gb=8) is None  # what is offloaded has to lie somewhere
 
 
-def test_every_mode_has_a_place_in_the_preference_and_is_found() -> None:
-    assert sorted(PREFERENCE) == sorted(mode.name for mode in MEMORY_MODES)
+def test_every_mode_has_a_name_of_its_own_and_is_found() -> None:
+    assert len({mode.name for mode in MEMORY_MODES}) == len(MEMORY_MODES)
     for mode in MEMORY_MODES:
         assert find_mode(mode.bits == 8, mode.bits == 4, mode.offload) is mode
 
@@ -158,7 +166,7 @@ def test_the_plan_keeps_the_source_only_where_nothing_is_offloaded() -> None:
     for mode in MEMORY_MODES:
         roomy = MemoryPlan(mode, QWEN, 200.0)
         assert roomy.keeps_source == (mode.offload is None)
-        assert not MemoryPlan(mode, QWEN, mode.gpu_gb(QWEN.editor) + 0.5).keeps_source
+        assert not MemoryPlan(mode, QWEN, mode.peak_gb(QWEN.editor) + 0.5).keeps_source
 
 
 def test_check_environment_plans_for_a_card_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:

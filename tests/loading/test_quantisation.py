@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwen_vision_bridge.loading.quantisation import ENCODER_KEPT, quantise_to_4_bit
+from qwen_vision_bridge.loading.editors import ENCODER_KEPT, quantise_to_4_bit
 
 
 def test_layers_are_replaced_but_for_those_to_skip_and_stay_close() -> None:

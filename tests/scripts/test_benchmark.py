@@ -27,9 +27,10 @@ from benchmarks.random_checkpoints import (
 )
 from benchmarks.runner import Bench, Settings, meets, table
 from benchmarks.timing import Measured, Stages, in_turn, peak_memory, summarise
+from qwen_vision_bridge.loading.families import resolve_family
 from qwen_vision_bridge.loading.towers import load_tower
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import MODELS, resolve_family
+from qwen_vision_bridge.specs import MODELS
 
 CPU = torch.device("cpu")
 COLUMNS = {"name", "value", "unit", "bar", "spread", "n", "device", "command", "date"}
