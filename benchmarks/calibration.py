@@ -1,16 +1,12 @@
-"""How long and in how much memory a bridge of the released shapes is calibrated.
+"""Benchmark of calibration: seconds and memory of fitting a bridge in closed form.
 
-    python recipes/calibration_speed.py --tokens 1000000
-
-The tokens are noise of low rank in bf16, in a pool that is streamed as often as it takes: speed and memory
+The tokens are noise of low rank in bf16, in a pool that is streamed as often as needed: speed and memory
 depend on shapes, not on values.
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
-import time
 from collections.abc import Iterator
 
 import torch
@@ -18,52 +14,44 @@ import torch
 from qwen_vision_bridge.bridge import BridgeConfig
 from qwen_vision_bridge.training.calibration import Tokens, calibrate
 
-CHUNK = 4096
+from .runner import Bench
+from .timing import timed
+
+CHUNK = 4096  # tokens
+POOL = 8  # distinct chunks
+NOISE_RANK = 256
+TOKENS = {True: 1_000_000, False: POOL * CHUNK}  # by whether the shapes are the released ones
 
 
-def main() -> None:
-    """Calibrate and print seconds and peak memory."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--pool", type=int, default=32_768, help="distinct tokens")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--teacher", action="store_true", help="with a teacher beside the target")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    config = BridgeConfig()
-    pool = _pool(config, arguments.pool, arguments.teacher)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def calibration(bench: Bench) -> None:
+    """Calibrate on the CPU; the process's peak memory includes the pool."""
+    config, tokens = BridgeConfig.for_family(bench.load_family()), TOKENS[bench.released]
+    pool = _pool(config)
+    before = _peak_bytes()
 
     def stream() -> Iterator[Tokens]:
-        for number in range(-(-arguments.tokens // CHUNK)):
-            yield pool[number % len(pool)]
+        for number in range(-(-tokens // CHUNK)):
+            yield pool[number % POOL]
 
-    started = time.perf_counter()
-    found = calibrate(config, stream)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{found.tokens} tokens in {seconds:.0f} s, {arguments.threads} threads")
-    print(f"peak memory {peak / 1e6:.1f} GB, {before / 1e6:.1f} GB of it before, the pool included")
-    print(f"explained {found.explained:.3f}, rank {found.rank}, ridge {found.ridge}, kept {found.kept}")
+    _, seconds = timed(lambda: calibrate(config, stream), torch.device("cpu"))
+    name = f"calibration on {tokens} tokens, {torch.get_num_threads()} CPU threads"
+    bench.add(name, seconds, "s")
+    bench.add(f"{name}: peak memory of the process", _peak_bytes(), "GB", scale=1e-9)
+    bench.add(f"{name}: peak memory before, with the pool", before, "GB", scale=1e-9)
 
 
-def _pool(config: BridgeConfig, count: int, teacher: bool) -> list[Tokens]:
+def _pool(config: BridgeConfig) -> list[Tokens]:
     generator = torch.Generator().manual_seed(0)
-    chunks = []
-    maps = [torch.randn(256, config.source_dim, generator=generator) for _ in config.levels]
-    wide = torch.randn(256, config.target_dim, generator=generator)
-    for _ in range(count // CHUNK):
-        hidden = torch.randn(CHUNK, 256, generator=generator)
-        levels = [
-            (hidden @ one + 4 * torch.randn(CHUNK, config.source_dim, generator=generator)).bfloat16()
-            for one in maps
-        ]
-        baseline = (hidden @ wide + 4 * torch.randn(CHUNK, config.target_dim, generator=generator)).bfloat16()
-        chunks.append(Tokens(levels, baseline, 1.1 * baseline if teacher else None))
-    return chunks
+    widths = [config.source_dim] * len(config.levels) + [config.target_dim]
+    maps = [torch.randn(NOISE_RANK, width, generator=generator) for width in widths]
+    pool = []
+    for _ in range(POOL):
+        hidden = torch.randn(CHUNK, NOISE_RANK, generator=generator)
+        noise = [torch.randn(CHUNK, width, generator=generator) for width in widths]
+        *levels, baseline = ((hidden @ a + 4 * b).bfloat16() for a, b in zip(maps, noise, strict=True))
+        pool.append(Tokens(levels, baseline))
+    return pool
 
 
-if __name__ == "__main__":
-    main()
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts kB

@@ -1,7 +1,7 @@
-"""Time and peak memory: whole calls, several ways of doing a thing in turn, and the stages inside an edit.
+"""Time and peak memory of whole calls, of alternatives in turn, and of the stages inside an edit.
 
 On CUDA the times of stages come from events on the device, on a CPU from the process's clock; peak memory is
-that of torch's allocator on CUDA, and not known (nan) on a CPU.
+that of torch's allocator on CUDA, and unknown (nan) on a CPU.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ def in_turn(
     warmup: int = 1,
     enough: Callable[[float], bool] = lambda _: False,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turn (a b a b …), so that a drift of the machine meets all alike.
+    """Measure calls in turn (a b a b …), so that a drift of the machine affects all alike.
 
     Args:
         warmup: unmeasured rounds before.
-        enough: asked after every round with its seconds; True ends it, so that a time budget can.
+        enough: called after every round with its seconds; True ends the measurement.
+
+    Returns:
+        Seconds of each call, by round.
     """
     for _ in range(warmup):
         for call in calls.values():
@@ -83,13 +86,13 @@ def in_turn(
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """The allocator's peak inside the `with`, in bytes, put into the list at its end."""
-    found: list[float] = []
+    """Measure the allocator's peak inside the `with`: at its end the list holds it, in bytes."""
+    peak: list[float] = []
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
-    yield found
-    found.append(float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else math.nan)
+    yield peak
+    peak.append(float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else math.nan)
 
 
 class Stages:
@@ -136,11 +139,11 @@ class Stages:
     def seconds(self) -> dict[str, list[float]]:
         """Every measured span by stage."""
         synchronise(self.device)
-        found: dict[str, list[float]] = defaultdict(list)
+        seconds: dict[str, list[float]] = defaultdict(list)
         for name, begin, end in self._spans:
             cuda = self.device.type == "cuda"
-            found[name].append(begin.elapsed_time(end) / 1e3 if cuda else end - begin)
-        return dict(found)
+            seconds[name].append(begin.elapsed_time(end) / 1e3 if cuda else end - begin)
+        return dict(seconds)
 
     def _wrapped(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import benchmark
+from benchmarks import calibration as bench_calibration
 from benchmarks import devices as bench_devices
 from benchmarks import edits as bench_edits
 from benchmarks import parts as bench_parts
@@ -110,6 +111,7 @@ def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
     made = bench(tmp_path, side=64, steps=2, repeats=2)
     bench_edits.edits(made)
     bench_edits.memory_mode(made, 24)
+    bench_edits.miniature_modes(made)
     found = {row["name"]: row for row in made.rows}
     where = "whole edit at 64², 2 steps with guidance"
     assert found[f"{where}, enhanced ÷ baseline"]["n"] == 2
@@ -118,6 +120,7 @@ def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
         assert sum(name.startswith("stage, ") and name.endswith(arm) for name in found) == stages
     assert found["plain: strength 0 has the stock image's bits"]["value"] == 1
     assert found["plain: a random bridge changes the image"]["value"] == 1
+    assert found["miniature, plain: strength 0 has the stock image's bits"]["value"] == 1
     assert found["24 GB mode (plain): an enhanced edit completes inside the cap"]["value"] == 1
     assert not any("GPU memory" in name for name in found)  # which a CPU has none of
 
@@ -175,7 +178,7 @@ def test_no_part_is_begun_that_the_time_does_not_do_for(
 ) -> None:
     benchmark.main(["--output", str(tmp_path), "--device", "cpu", "--family", "qwen", "--minutes", "1"])
     assert not parts
-    assert "not begun for lack of time, run again: first, second, third" in capsys.readouterr().out
+    assert "skipped for lack of time, run again: first, second, third" in capsys.readouterr().out
 
 
 def test_a_part_in_a_process_of_its_own_gets_the_same_settings() -> None:
@@ -212,13 +215,14 @@ def test_files_below_the_folder_that_are_not_its_own_stay(
 
 
 def test_every_number_that_has_to_be_shown_has_a_part() -> None:
-    needed = ("extraction", "source-tower", "target-tower", "bridge", "seed-numbers", "edits", "devices")
+    needed = ("extraction", "source-tower", "target-tower", "bridge", "expected-output", "edits", "devices")
     assert set(needed) <= set(bench_parts.PARTS)
     assert [name for name, part in bench_parts.PARTS.items() if part.alone] == [
         "mode-16",
         "mode-24",
         "mode-12",
         "mode-48",
+        "calibration",
     ]
 
 
@@ -259,6 +263,14 @@ def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
     assert is_complete(tmp_path, towers_only=True)
     assert not is_complete(tmp_path)
     assert load_tower(resolve_family("qwen", source=tmp_path).source).total_bytes < tower.total_bytes
+
+
+def test_calibration_is_timed_with_its_memory(tmp_path: Path) -> None:
+    made = bench(tmp_path)
+    bench_calibration.calibration(made)
+    seconds, peak, before = (row["value"] for row in made.rows)
+    assert seconds > 0
+    assert peak >= before > 0.01
 
 
 def test_the_figure_shows_both_arms(tmp_path: Path) -> None:
