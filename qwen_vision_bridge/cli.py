@@ -89,7 +89,7 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     }
     family = resolve_family(name, **replaced)
     print(line)
-    if name == "miniature":
+    if family.synthetic_only:
         if not is_shipped():
             print(RANDOM_NOTE)
         if arguments.image is not None:

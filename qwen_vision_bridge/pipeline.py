@@ -27,6 +27,7 @@ from .loading.locks import exclusive, model_lock
 from .loading.memory import (
     MemoryPlan,
     check_device,
+    device_name,
     find_mode,
     free_gpu_gb,
     log_plan,
@@ -347,7 +348,7 @@ class EnhancedQwenImageEdit:
             "vision_attention": self.vision_attention,
             "memory_mode": self.mode.name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self._device_name(),
+            "device": device_name(self.device, threads=False),
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
         }
         if enhanced:
@@ -359,13 +360,9 @@ class EnhancedQwenImageEdit:
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What a results file says about how it was made."""
-        made, cpu = self.fingerprint(True), self.device.type == "cpu"
-        device = f"CPU, {torch.get_num_threads()} threads" if cpu else made["device"]
+        made = self.fingerprint(True)
         del made["device"], made["versions"]  # said in more words
-        return provenance(seeds, device, **made)
-
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return provenance(seeds, device_name(self.device), **made)
 
     def _own(
         self,

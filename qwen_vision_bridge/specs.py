@@ -1,4 +1,4 @@
-"""What each model is, which belong together, and which seeds there are: data and checks, no weights."""
+"""Specs of models and editors, families of models that belong together, and valid seeds: data, no weights."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ModelSpec:
         return "source" if self.model_type in SOURCE_TYPES else "target"
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], **where: Any) -> ModelSpec:
+    def from_config(cls, config: dict[str, Any], **where: str) -> ModelSpec:
         """Read the shapes from a checkpoint's `config.json`; `where` gives name, repo and the folders.
 
         Raises:
@@ -113,7 +113,7 @@ class ModelSpec:
             **where,
         )
 
-    def check(self, found: ModelSpec) -> None:
+    def check(self, other: ModelSpec) -> None:
         """Compare with the spec read from a checkpoint.
 
         Raises:
@@ -121,14 +121,14 @@ class ModelSpec:
         """
         wrong = [
             f"{key} {size} instead of {self.shapes[key]}"
-            for key, size in found.shapes.items()
+            for key, size in other.shapes.items()
             if size != self.shapes[key]
         ]
         if wrong:
-            raise ValueError(f"{found.repo} is not {self.name}: its config says {', '.join(wrong)}")
+            raise ValueError(f"{other.repo} is not {self.name}: its config says {', '.join(wrong)}")
 
 
-def _size(section: Any, field: str, where: str) -> int:
+def _size(section: object, field: str, where: str) -> int:
     """A size that a section of a config states."""
     value = section.get(field) if isinstance(section, dict) else None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -139,12 +139,12 @@ def _size(section: Any, field: str, where: str) -> int:
 
 def _levels(vision: dict[str, Any], depth: int, file: str) -> tuple[int, ...]:
     """The blocks after which DeepStack taps a tower, each one of its blocks."""
-    field, given = "deepstack_visual_indexes", vision.get("deepstack_visual_indexes")
-    blocks = given if isinstance(given, list | tuple) else ()
+    field, value = "deepstack_visual_indexes", vision.get("deepstack_visual_indexes")
+    blocks = value if isinstance(value, list | tuple) else ()
     whole = [block for block in blocks if isinstance(block, int) and not isinstance(block, bool)]
     levels = tuple(block for block in whole if 0 <= block < depth)
     if levels != tuple(blocks) or len(levels) != len(LEVEL_NAMES) or list(levels) != sorted(set(levels)):
-        stated = repr(given) if field in vision else "missing"
+        stated = repr(value) if field in vision else "missing"
         raise ValueError(
             f"{file}: vision_config.{field} is {stated}; needed: {len(LEVEL_NAMES)} rising block numbers "
             f"from 0 to {depth - 1}"
@@ -193,6 +193,12 @@ class Family:
     negative_prompt: str = " "
     image_size: int = 448
     """px of the synthetic test image's side."""
+    synthetic_only: bool = False
+    """Whether its models know the synthetic world alone: Latin capitals, no photographs."""
+    chat_template: bool = True
+    """Whether its language model follows a chat template; else it reads the editor's template alone."""
+    reply_tokens: int = 1
+    """How many of a prompt's last tokens were trained to predict the reply's first tokens, one each."""
 
 
 def _qwen3(
@@ -264,6 +270,9 @@ FAMILIES: dict[str, Family] = {
         bridge_rank=48,
         steps=20,
         image_size=128,
+        synthetic_only=True,
+        chat_template=False,
+        reply_tokens=5,
     ),
     "qwen": Family(
         "qwen",
@@ -276,7 +285,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def check_seed(seed: Any) -> int:
+def check_seed(seed: object) -> int:
     """A seed that every random generator of the toolkit takes.
 
     Raises:
@@ -307,6 +316,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def cache_home() -> Path:
     """Folder for everything the toolkit keeps between runs; `QWEN_VISION_BRIDGE_HOME` moves it."""
-    if given := os.environ.get("QWEN_VISION_BRIDGE_HOME"):
-        return Path(given).expanduser()
+    if home := os.environ.get("QWEN_VISION_BRIDGE_HOME"):
+        return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qwen-vision-bridge"
