@@ -17,8 +17,8 @@ from qwen_vision_bridge.loading.memory import (
     MEMORY_MODES,
     GpuMemoryError,
     MemoryMode,
-    best_mode,
     free_cuda,
+    plan_for,
 )
 from qwen_vision_bridge.patches import image_sizes
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
@@ -156,9 +156,10 @@ def memory_mode(bench: Bench, card_gb: int) -> None:
     On a CPU the plain mode runs without a cap, as a rehearsal.
     """
     family = bench.load_family(editor=True)
-    mode = best_mode(family, card_gb, math.inf) if bench.cuda else MEMORY_MODES[0]
-    if mode is None:
-        raise ValueError(f"no memory mode is for {card_gb} GB")
+    plan = plan_for(family, card_gb if bench.cuda else math.inf, math.inf)
+    if plan is None:
+        raise ValueError(f"no memory mode fits {card_gb} GB")
+    mode = plan.mode
     name = f"{card_gb} GB mode ({mode.name})"
     if bench.cuda:
         total = torch.cuda.mem_get_info(bench.device)[1]

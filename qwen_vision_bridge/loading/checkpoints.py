@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ from ..io import write_whole
 from ..specs import ModelSpec, cache_home, read_json
 from ..synthetic.miniature import locate
 from .checks import refuse_pickles
-from .hub import hub_file, hub_range, hub_size
+from .hub import hub_file, hub_range
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +113,30 @@ class LocalCheckpoint(Checkpoint):
             return dict.fromkeys(file.keys(), SINGLE)
 
 
+class _Entry(NamedTuple):
+    """One tensor of a shard on the hub."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int
+    """Its first byte in the file."""
+    end: int
+
+    def decode(self, data: bytes | bytearray) -> torch.Tensor:
+        """The tensor of its bytes, through the library's own parser."""
+        entry = {"dtype": self.dtype, "shape": self.shape, "data_offsets": [0, len(data)]}
+        header = json.dumps({self.name: entry}).encode()
+        return load_bytes(len(header).to_bytes(8, "little") + header + data)[self.name]
+
+
 class HubCheckpoint(Checkpoint):
     """A checkpoint on the hub, read by HTTP ranges; each set of tensors is kept on disk."""
 
     def __init__(self, repo: str, subfolder: str, config: dict[str, Any], revision: str) -> None:
         super().__init__(repo, config, revision)
         self.subfolder = subfolder
-        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._headers: dict[str, dict[str, _Entry]] = {}
 
     def read(self, pattern: re.Pattern[str]) -> dict[str, torch.Tensor]:
         from filelock import FileLock
@@ -145,8 +162,9 @@ class HubCheckpoint(Checkpoint):
         try:
             index = hub_file(self.location, INDEX, self.subfolder, self.revision)
         except FileNotFoundError:  # a checkpoint of one shard has no index
-            self.total_bytes = hub_size(self.location, SINGLE, self.subfolder, self.revision)
-            return {name: SINGLE for name in self._header(SINGLE)[1] if name != "__metadata__"}
+            entries = self._entries(SINGLE)
+            self.total_bytes = sum(entry.end - entry.start for entry in entries.values())
+            return dict.fromkeys(entries, SINGLE)
         self.total_bytes = int(read_json(index).get("metadata", {}).get("total_size", 0))
         return _weight_map(index)
 
@@ -154,53 +172,46 @@ class HubCheckpoint(Checkpoint):
         from tqdm import tqdm
 
         wanted = _by_shard(self._shards(), pattern)
-        plan = [(shard, *span) for shard, members in wanted.items() for span in self._spans(shard, members)]
+        spans = [(shard, span) for shard, names in wanted.items() for span in self._spans(shard, names)]
+        total = sum(span[-1].end - span[0].start for _, span in spans)
         tensors: dict[str, torch.Tensor] = {}
-        with tqdm(
-            total=sum(end - start for _, start, end, _ in plan),
-            unit="B",
-            unit_scale=True,
-            desc=f"{self.location}: tower only",
-        ) as progress:
-            for shard, start, end, members in plan:
-                body = bytearray()
-                for chunk in self._range(shard, start, end):
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"{self.location}: tower only") as progress:
+            for shard, span in spans:
+                start, body = span[0].start, bytearray()
+                for chunk in self._range(shard, start, span[-1].end):
                     body += chunk
                     progress.update(len(chunk))
-                tensors |= self._decode(shard, start, body, members)
+                for entry in span:
+                    tensors[entry.name] = entry.decode(body[entry.start - start : entry.end - start])
         return tensors
 
-    def _decode(self, shard: str, start: int, body: bytearray, members: list[str]) -> dict[str, torch.Tensor]:
-        """Cut a fetched span into its tensors with the library's own parser."""
-        first, header = self._header(shard)
-        tensors = {}
-        for name in members:
-            begin, end = (offset + first - start for offset in header[name]["data_offsets"])
-            entry = json.dumps({name: {**header[name], "data_offsets": [0, end - begin]}}).encode()
-            tensors |= load_bytes(len(entry).to_bytes(8, "little") + entry + bytes(body[begin:end]))
-        return tensors
-
-    def _spans(self, shard: str, members: list[str]) -> list[tuple[int, int, list[str]]]:
-        """Byte spans (start, end, tensor names) of a shard, neighbours merged."""
-        first, header = self._header(shard)
-        spans: list[tuple[int, int, list[str]]] = []
-        for name in sorted(members, key=lambda member: header[member]["data_offsets"][0]):
-            start, end = (offset + first for offset in header[name]["data_offsets"])
-            if spans and start - spans[-1][1] <= MERGE_GAP:
-                spans[-1] = (spans[-1][0], end, [*spans[-1][2], name])
+    def _spans(self, shard: str, names: list[str]) -> list[list[_Entry]]:
+        """Tensors of a shard in groups that one range fetches."""
+        entries = self._entries(shard)
+        spans: list[list[_Entry]] = []
+        for entry in sorted((entries[name] for name in names), key=lambda entry: entry.start):
+            if spans and entry.start - spans[-1][-1].end <= MERGE_GAP:
+                spans[-1].append(entry)
             else:
-                spans.append((start, end, [name]))
+                spans.append([entry])
         return spans
 
-    def _header(self, shard: str) -> tuple[int, dict[str, Any]]:
-        """Offset of a shard's first data byte, and its header."""
+    def _entries(self, shard: str) -> dict[str, _Entry]:
+        """The tensors of a shard by name, from its header."""
         if shard not in self._headers:
             length = int.from_bytes(b"".join(self._range(shard, 0, 8)), "little")
             body = b"".join(self._range(shard, 8, 8 + length))
             try:
-                self._headers[shard] = (8 + length, json.loads(body))
+                header = json.loads(body)
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise OSError(f"{self.location}: {shard} has no safetensors header: {error}") from error
+            header.pop("__metadata__", None)
+            self._headers[shard] = {
+                name: _Entry(
+                    name, entry["dtype"], entry["shape"], *(8 + length + o for o in entry["data_offsets"])
+                )
+                for name, entry in header.items()
+            }
         return self._headers[shard]
 
     def _range(self, shard: str, start: int, end: int) -> Iterator[bytes]:

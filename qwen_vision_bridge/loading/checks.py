@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .memory import is_out_of_memory
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -58,6 +60,18 @@ def without_loading_reports() -> Iterator[None]:
 
 def _drop(_record: logging.LogRecord) -> bool:
     return False
+
+
+@contextmanager
+def one_line_errors(name: str, location: str) -> Iterator[None]:
+    """Turn what the libraries raise of broken files into an OSError of one line; lack of memory passes."""
+    try:
+        yield
+    except Exception as error:  # they raise nearly anything
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{name} could not be loaded from {location}: {reason}") from error
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -17,19 +17,16 @@ from torch import nn
 
 from ..specs import EditorSpec, read_json
 from .checkpoints import folder_digest, locate
-from .checks import check_tensors, without_loading_reports
+from .checks import check_tensors, one_line_errors, without_loading_reports
 from .hub import hub_file
 from .locks import exclusive
-from .memory import MemoryMode, is_out_of_memory
+from .memory import MemoryMode
+from .towers import KEPT_IN_16_BITS, replace_linears
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-
-# Parts of the text encoder that stay in 16 bits: the bridge adds to the tower's output. "visual" alone would
-# not match.
-ENCODER_KEPT = ("model.visual", "lm_head")
 
 
 @exclusive
@@ -49,21 +46,15 @@ def load_pipeline(
     logger.info("loading %s (%s) from %s", editor.name, mode.name, location)
     if not Path(location).is_dir():  # fails at once where the hub is out of reach
         hub_file(editor.repo, "model_index.json", revision=editor.revision)
-    try:
+    with one_line_errors(editor.name, location):
         pipeline_class = getattr(diffusers, editor.pipeline_class)
         folder = Path(location)
         if not folder.is_dir():
             folder = Path(pipeline_class.download(location, revision=editor.revision, use_safetensors=True))
         pipe = pipeline_class.from_pretrained(folder, **load_models(folder, dtype, quantised))
-    except Exception as error:  # of broken files the libraries raise nearly anything
-        if is_out_of_memory(error):
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise OSError(f"{editor.name} could not be loaded from {location}: {reason}") from error
     if layerwise:
         quantise_to_4_bit(pipe.transformer, device, dtype)
-        quantise_to_4_bit(pipe.text_encoder, device, dtype, ENCODER_KEPT)
+        quantise_to_4_bit(pipe.text_encoder, device, dtype, KEPT_IN_16_BITS)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     _place(pipe, mode, device)
     return pipe
@@ -138,7 +129,7 @@ def quantisation_config(bits: int, dtype: torch.dtype) -> dict[str, object]:
     settings: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    encoder = TransformersConfig(**settings, llm_int8_skip_modules=list(ENCODER_KEPT))
+    encoder = TransformersConfig(**settings, llm_int8_skip_modules=list(KEPT_IN_16_BITS))
     return {"transformer": DiffusersConfig(**settings), "text_encoder": encoder}
 
 
@@ -158,30 +149,15 @@ def quantise_to_4_bit(
     Returns:
         How many layers were replaced.
     """
-    count = 0
-    for path, parent in list(model.named_modules()):
-        for name, layer in list(parent.named_children()):
-            full_name = f"{path}.{name}".lstrip(".")
-            is_kept = any(f"{full_name}.".startswith(f"{kept}.") for kept in skip)
-            if type(layer) is nn.Linear and not is_kept:
-                setattr(parent, name, _in_4_bit(layer, device, dtype))
-                count += 1
-    return count
-
-
-def _in_4_bit(layer: nn.Linear, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    quantised = Linear4bit(
-        layer.in_features,
-        layer.out_features,
-        layer.bias is not None,
-        compute_dtype=dtype,
-        quant_type="nf4",
-        device="meta",
-    )
-    weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
-    quantised.weight = weight.to(device)  # quantises
-    quantised.weight.data = quantised.weight.data.cpu()
-    quantised.bias = layer.bias
-    return quantised
+    def in_4_bit(layer: nn.Linear) -> nn.Module:
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        quantised = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
+        weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
+        quantised.weight = weight.to(device)  # quantises
+        quantised.weight.data = quantised.weight.data.cpu()
+        quantised.bias = layer.bias
+        return quantised
+
+    return replace_linears(model, in_4_bit, skip)

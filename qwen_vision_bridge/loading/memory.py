@@ -126,17 +126,11 @@ class MemoryPlan:
 
 
 def plan_for(family: Family, gpu_gb: float, ram_gb: float) -> MemoryPlan | None:
-    """The plan of the preferred mode that fits a GPU and the CPU's memory, or None."""
-    mode = best_mode(family, gpu_gb, ram_gb)
-    return None if mode is None else MemoryPlan(mode, family, gpu_gb)
-
-
-def best_mode(family: Family, gpu_gb: float, ram_gb: float) -> MemoryMode | None:
-    """The preferred mode that fits, or None; what is offloaded has to fit into CPU memory."""
+    """The plan of the preferred mode that fits, or None; what is offloaded has to fit into CPU memory."""
     for mode in MEMORY_MODES:
         fits_ram = not mode.offload or mode.weights_gb(family.editor) <= ram_gb
         if fits_ram and mode.peak_gb(family.editor) <= gpu_gb:
-            return mode
+            return MemoryPlan(mode, family, gpu_gb)
     return None
 
 

@@ -158,7 +158,7 @@ def test_a_full_disk_costs_the_kept_copy_and_not_the_tower(visit: Visit) -> None
     assert "this tower is not kept for the next time" in visit.errors
 
 
-def test_a_second_load_reads_the_tower_cache_and_asks_for_no_weights(visit: Visit) -> None:
+def test_a_second_load_reads_the_tower_cache_alone(visit: Visit) -> None:
     assert visit.seen["again"]["read"] == 0
     assert visit.seen["sharded"]["revision"] == visit.hub.commit("Org/Sharded")
 
@@ -195,7 +195,7 @@ def test_a_server_without_ranges_is_asked_once_and_not_again(visit: Visit) -> No
     assert len(asked) == 1
 
 
-def test_without_network_and_cache_the_error_is_quick_and_says_what_to_do(visit: Visit) -> None:
+def test_without_network_and_cache_the_error_is_quick(visit: Visit) -> None:
     lost = visit.gone["lost"]
     assert "not in the local cache" in lost["says"]
     assert lost["seconds"] < 10  # huggingface_hub's own retries would take 23 s

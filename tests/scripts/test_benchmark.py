@@ -48,7 +48,7 @@ def test_median_and_spread() -> None:
         summarise([])
 
 
-def test_calls_are_measured_in_turn_after_a_warm_up_and_stop_when_time_is_short() -> None:
+def test_calls_are_measured_in_turn_and_stop_when_time_is_short() -> None:
     order: list[str] = []
     calls = {name: (lambda n=name: order.append(n)) for name in "ab"}
     found = in_turn(calls, CPU, repeats=3, warmup=1)
@@ -57,7 +57,7 @@ def test_calls_are_measured_in_turn_after_a_warm_up_and_stop_when_time_is_short(
     assert all(len(values) == 1 for values in in_turn(calls, CPU, 5, 0, lambda took: took >= 0).values())
 
 
-def test_every_stage_of_both_arms_is_seen_and_nothing_is_left_behind(pipe: Any, photo: Image.Image) -> None:
+def test_every_stage_of_both_arms_is_measured_without_traces(pipe: Any, photo: Image.Image) -> None:
     editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, feature_cache=False)
     counts = {}
     for arm, options in bench_edits.ARMS.items():
@@ -103,7 +103,7 @@ def test_without_cuda_there_is_no_peak() -> None:
     assert math.isnan(peak[0])
 
 
-def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
+def test_edits_are_measured_and_strength_zero_has_stock_bits(
     tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwen_vision_bridge.pipeline.load_pipeline", lambda *_: pipe)
@@ -158,7 +158,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def test_a_part_that_fails_is_told_and_the_next_run_goes_on_with_it(
+def test_a_failed_part_is_listed_and_repeated_by_the_next_run(
     tmp_path: Path, parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--output", str(tmp_path), "--device", "cpu"]
@@ -241,7 +241,7 @@ def test_random_checkpoints_have_the_released_sizes() -> None:
     assert set(CONFIGS) <= set(MODELS)
 
 
-def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
+def test_a_random_checkpoint_is_sharded_and_its_tower_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.random_checkpoints.SHARD_BYTES", 8_000_000)
@@ -285,4 +285,5 @@ def test_the_figure_shows_both_arms(tmp_path: Path) -> None:
     ]
     with_memory, without = stage_figure(rows, "a device"), stage_figure(rows[::2], "a device")
     assert with_memory.width > without.width
-    assert len(with_memory.getcolors(100_000)) > 10
+    slower = [{**row, "value": 6.0} if "enhanced" in row["name"] else row for row in rows]
+    assert stage_figure(slower, "a device").tobytes() != with_memory.tobytes()
