@@ -112,10 +112,8 @@ class Bench:
         Returns:
             The recorded value.
         """
-        if isinstance(value, int | float):
-            value = Measured(float(value), 0.0, 1)
-        elif not isinstance(value, Measured):
-            value = summarise(value)
+        if not isinstance(value, Measured):
+            value = summarise([value] if isinstance(value, int | float) else value)
         median, spread = value.median * scale, value.spread * scale
         if not math.isfinite(median):
             return median  # nothing to record: memory on a CPU

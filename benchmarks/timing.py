@@ -12,10 +12,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from qwen_vision_bridge.extractor import VisionCacheExtractor
+
+T = TypeVar("T")
+Moment = float | torch.cuda.Event
 
 
 class Measured(NamedTuple):
@@ -47,7 +55,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """Result of a call and its seconds, from an idle device to an idle device."""
     synchronise(device)
     started = time.perf_counter()
@@ -57,7 +65,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], object]],
     device: torch.device,
     repeats: int,
     warmup: int = 1,
@@ -101,7 +109,9 @@ class Stages:
     Enter it before the bridge's hooks: the target tower's time then ends where the bridge's begins.
     """
 
-    def __init__(self, pipe: Any, bridge: nn.Module | None, source: Any = None) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, bridge: nn.Module | None, extractor: VisionCacheExtractor | None = None
+    ) -> None:
         self.device = torch.device(pipe._execution_device)
         encoder = pipe.text_encoder.model
         self.modules = {
@@ -109,17 +119,17 @@ class Stages:
             "language model": encoder.language_model,
             "DiT step": pipe.transformer,
         }
-        self.methods: dict[str, tuple[Any, str]] = {
+        self.methods: dict[str, tuple[object, str]] = {
             "VAE encode": (pipe.vae, "encode"),
             "VAE decode": (pipe.vae, "decode"),
         }
         if bridge is not None:
             self.methods["bridge"] = (bridge, "contributions")
-        if source is not None:
-            self.methods["source tower"] = (source, "_run_source")
+        if extractor is not None:
+            self.methods["source tower"] = (extractor, "_run_source")
         self.peaks: dict[str, float] = defaultdict(float)
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._open: dict[str, Any] = {}
+        self._spans: list[tuple[str, Moment, Moment]] = []
+        self._open: dict[str, Moment] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Stages:
@@ -141,12 +151,12 @@ class Stages:
         synchronise(self.device)
         seconds: dict[str, list[float]] = defaultdict(list)
         for name, begin, end in self._spans:
-            cuda = self.device.type == "cuda"
-            seconds[name].append(begin.elapsed_time(end) / 1e3 if cuda else end - begin)
+            is_event = isinstance(begin, torch.cuda.Event)
+            seconds[name].append(begin.elapsed_time(end) / 1e3 if is_event else end - begin)
         return dict(seconds)
 
-    def _wrapped(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(*args: Any, **kwargs: Any) -> Any:
+    def _wrapped(self, name: str, method: Callable[..., T]) -> Callable[..., T]:
+        def measured(*args: Any, **kwargs: Any) -> T:
             self._begin(name)
             result = method(*args, **kwargs)
             self._end(name)
@@ -164,7 +174,7 @@ class Stages:
         if self.device.type == "cuda":
             self.peaks[name] = max(self.peaks[name], torch.cuda.max_memory_allocated(self.device))
 
-    def _now(self) -> Any:
+    def _now(self) -> Moment:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

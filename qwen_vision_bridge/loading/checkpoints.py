@@ -68,7 +68,8 @@ def open_checkpoint(spec: ModelSpec) -> Checkpoint:
     """Open a spec's checkpoint without reading a weight.
 
     Raises:
-        FileNotFoundError: a folder without config or safetensors weights.
+        FileNotFoundError: a folder without config or weights.
+        ValueError: only pickled weights.
         OSError: the hub cannot be reached and nothing is cached.
     """
     location = Path(locate(spec.repo)).expanduser()

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,8 +114,12 @@ def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visi
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        watchdog = threading.Timer(300, client.kill)
+        watchdog.daemon = True
+        watchdog.start()
         first = client.stdout.readline()
     last, errors = client.communicate("\n", timeout=120)
+    watchdog.cancel()
     assert client.returncode == 0, errors
     return Visit(json.loads(first), json.loads(last.strip()), hub, folders, weight_map, errors)
 

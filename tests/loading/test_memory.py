@@ -19,6 +19,7 @@ from qwen_vision_bridge.loading.memory import (
     MEMORY_MODES,
     GpuMemoryError,
     MemoryPlan,
+    device_name,
     find_mode,
     free_gpu_gb,
     is_out_of_memory,
@@ -31,7 +32,7 @@ from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
-SHORT = {"prompt": "make it blue", "num_inference_steps": 2}
+SHORT = {"prompt": "make it blue", "num_inference_steps": 2, "true_cfg_scale": 1.0}
 STAGES: dict[str, Callable[[Any], tuple[Any, str]]] = {
     "source tower": lambda editor: (editor.extractor, "_run_source"),
     "target tower": lambda editor: (editor.pipe.text_encoder.model.visual, "forward"),
@@ -43,12 +44,18 @@ STAGES: dict[str, Callable[[Any], tuple[Any, str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected(shared_pipe: Any, photo: Image.Image) -> np.ndarray:
+    """The edit of an editor that never ran out of memory."""
+    editor = EnhancedQwenImageEdit("miniature", "random", pipe=shared_pipe, feature_cache=False)
+    return np.asarray(editor.generate(photo, **SHORT))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_out_of_memory_is_one_line_and_the_next_edit_works(
-    stage: str, pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+    stage: str, pipe: Any, photo: Image.Image, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, feature_cache=False)
-    before = np.asarray(editor.generate(photo, **SHORT))
     held: list[Any] = []
 
     def exhausted(*_: Any, **__: Any) -> None:
@@ -61,13 +68,13 @@ def test_out_of_memory_is_one_line_and_the_next_edit_works(
         patch.setattr(owner, name, exhausted)
         with pytest.raises(GpuMemoryError) as caught:
             editor.generate(photo, **SHORT)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert "this needs less: 8-bit (load_in_8bit=True)" in said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "8-bit (load_in_8bit=True)" in message
     assert held
     gc.collect()
     assert held[0]() is None  # although the error is still here
-    assert np.array_equal(np.asarray(editor.generate(photo, **SHORT)), before)
+    assert np.array_equal(np.asarray(editor.generate(photo, **SHORT)), expected)
 
 
 def test_out_of_memory_while_loading_leaves_loading_possible(
@@ -119,6 +126,15 @@ def test_a_cap_on_the_processs_memory_counts(monkeypatch: pytest.MonkeyPatch) ->
         device = torch.device("cuda")
         assert (free_gpu_gb(device), total_gpu_gb(device)) == pytest.approx((free, card))
     assert (free_gpu_gb(torch.device("cpu")), total_gpu_gb(torch.device("cpu"))) == (None, 0)
+
+
+def test_a_device_is_named_by_its_card_or_by_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H100 on {device}")
+    assert device_name("cuda:1") == "NVIDIA H100 on cuda:1"
+    for count, name in ((1, "CPU, 1 thread"), (2, "CPU, 2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert device_name(torch.device("cpu")) == name
+        assert device_name("cpu", threads=False) == "CPU"
 
 
 def test_the_smallest_mode_says_that_there_is_no_smaller_one() -> None:
