@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
+
+if TYPE_CHECKING:
+    from qwen_vision_bridge.specs import Family
 
 PROMPT = "Describe the picture."
 ROLES = {"source": "qwen3", "target": "qwen25"}
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  Dimension ratio: {comparison.dimension_ratio:.2f}\n")
 
     count = count_parameters(VisionBridge(BridgeConfig.for_family(family)))
-    print(f"Total bridge parameters: {in_millions(count)}" + released_size(family.name))
+    print(f"Total bridge parameters: {in_millions(count)}" + released_size(family))
     print("\nLevel        mean   spread  CKA with baseline (shuffled)  outlier channels")
     for name, level in comparison.levels.items():
         cka = f"{level.cka:.3f} ({level.cka_shuffled:.3f})"
@@ -110,9 +114,9 @@ def in_millions(count: int) -> str:
     return f"~{count / 1e6:.1f}M" if count >= 100_000 else f"~{count / 1e6:.2f}M"
 
 
-def released_size(family: str) -> str:
-    """For the miniature, the bridge's size at the released shapes too."""
-    if family != "miniature":
+def released_size(family: Family) -> str:
+    """For models smaller than the released ones, the bridge's size at the released shapes too."""
+    if family.editor.transformer_params:
         return ""
     from qwen_vision_bridge.bridge import VisionBridge, count_parameters
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from .injection import LevelAttention
-from .loading.checkpoints import not_finite
+from .loading.checks import not_finite
 from .loading.locks import exclusive, replaced
 
 LARGE = 512 * 512  # px²: images above it are decoded one by one, since a batch would not fit beside the DiT

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from .loading.checkpoints import broken_weight
+from .loading.checks import broken_weight, refuse_pickles
 from .loading.hub import hub_errors
 from .loading.locks import exclusive
 from .specs import LEVEL_NAMES, Family, check_seed
@@ -337,13 +337,7 @@ def _bridge_file(location: str, name: str, where: dict[str, Any]) -> Path:
     if folder.is_dir():
         if (folder / name).is_file():
             return folder / name
-        pickled = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-        )
-        if pickled:
-            raise ValueError(
-                f"{folder} offers pickled weights ({pickled[0]}), which are never loaded: save as safetensors"
-            )
+        refuse_pickles(folder)
         raise FileNotFoundError(f"{folder} has no {name}: give a folder that `save_pretrained` wrote")
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")

@@ -20,23 +20,26 @@ from .extractor import VisionCacheExtractor
 from .images import ImageLike
 from .injection import SITES, Grids, LevelAttention, Site, inject
 from .io import provenance, write_image
-from .loading.editors import (
-    check_device,
-    editor_revision,
-    find_mode,
-    free_gpu_gb,
-    load_pipeline,
-    out_of_memory_named,
-)
+from .loading.editors import editor_revision, load_pipeline
+from .loading.families import resolve_family
 from .loading.fingerprint import changed_parts, loaded_state
 from .loading.locks import exclusive, model_lock
-from .loading.placement import MemoryPlan, card_gb, say
-from .loading.processors import load_processor
+from .loading.memory import (
+    MemoryPlan,
+    check_device,
+    device_name,
+    find_mode,
+    free_gpu_gb,
+    log_plan,
+    smaller_mode_suggested,
+    total_gpu_gb,
+)
 from .loading.tower_attention import VisionAttention, check_vision_attention
+from .loading.towers import load_processor
 from .pairs import compare_pairs
 from .patches import Mrope, condition_grids, effective_sizes, patched, takes_several
 from .shipped import resolve_bridge
-from .specs import Family, resolve_family
+from .specs import Family
 
 if TYPE_CHECKING:
     from .patches import EditPipeline
@@ -119,7 +122,7 @@ class EnhancedQwenImageEdit:
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if pipe is None:
             check_device(self.mode, self.device, self.family, free_gpu_gb(self.device))
-        self.plan = MemoryPlan(self.mode, self.family, card_gb(self.device))
+        self.plan = MemoryPlan(self.mode, self.family, total_gpu_gb(self.device))
         self.keep_source = self.plan.keeps_source if options.keep_source is None else options.keep_source
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
         if options.compiled:
@@ -147,8 +150,8 @@ class EnhancedQwenImageEdit:
         """The stock diffusers pipeline, loaded on first use; change it only while no call is running."""
         if self._pipe is None:
             if self.device.type == "cuda":
-                say(self.plan)
-            with out_of_memory_named(self.mode, self.family.editor):
+                log_plan(self.plan)
+            with smaller_mode_suggested(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             self._stock_state = loaded_state(self._pipe)
             width = self._pipe.text_encoder.config.vision_config.out_hidden_size
@@ -304,7 +307,7 @@ class EnhancedQwenImageEdit:
         """The stock pipeline with every correction that edits need; a lack of GPU memory becomes one line."""
         pipe, editor, options = self.pipe, self.family.editor, self.options
         # After an error diffusers leaves on the GPU what offloading had moved there.
-        named = out_of_memory_named(self.mode, editor, pipe.maybe_free_model_hooks)
+        named = smaller_mode_suggested(self.mode, editor, pipe.maybe_free_model_hooks)
         with model_lock, named, patched(pipe, editor, options.mrope, options.vision_attention):
             yield
 
@@ -312,7 +315,7 @@ class EnhancedQwenImageEdit:
     def extract_source(self, images: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
         grids = self.condition_grids(images)
-        with out_of_memory_named(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
+        with smaller_mode_suggested(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
             cache = self.extractor.extract_qwen3_vision(list(images), grids=grids)
         self._free_source()
         return cache
@@ -354,7 +357,7 @@ class EnhancedQwenImageEdit:
             "vision_attention": options.vision_attention,
             "memory_mode": self.mode.name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+            "device": device_name(self.device, threads=False),
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
         }
         if enhanced:
@@ -366,10 +369,9 @@ class EnhancedQwenImageEdit:
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """How a results file was made: command, seeds, models, versions, device, date."""
-        parts, cpu = self.fingerprint(True), self.device.type == "cpu"
-        device = f"CPU, {torch.get_num_threads()} threads" if cpu else parts["device"]
+        parts = self.fingerprint(True)
         del parts["device"], parts["versions"]  # stated in more detail
-        return provenance(seeds, device, **parts)
+        return provenance(seeds, device_name(self.device), **parts)
 
     def __repr__(self) -> str:
         loaded = "loaded" if self._pipe is not None else "not loaded"

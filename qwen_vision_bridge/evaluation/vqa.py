@@ -131,7 +131,7 @@ def _distance(reply: str, answer: str) -> float:
 
 def _prompt(pipeline: EnhancedQwenImageEdit, question: Question) -> str:
     pipe = pipeline.pipe
-    if pipeline.family.name == "miniature":
+    if not pipeline.family.chat_template:
         image = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
         return pipe.prompt_template_encode.format(image + question.text)
     text = f"{question.text} {EXPLAINED[question.kind]}"

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..specs import FAMILIES, LEVEL_NAMES, resolve_family
+from ..loading.families import resolve_family
+from ..specs import FAMILIES, LEVEL_NAMES
 
 METADATA = "metadata.jsonl"  # as in `samples`, which imports torch
 

@@ -21,7 +21,6 @@ from ..synthetic.tokenizer import TEMPLATE_PREFIX
 ROOM = 512  # tokens after the image that positions are worked out for
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CLOSING = "<|im_end|>\n<|im_start|>assistant\n"
-AHEAD = 5  # tokens of the template's end that the miniature was taught the answer's first tokens in
 
 
 class Rows(NamedTuple):
@@ -101,11 +100,11 @@ class Reader:
     @property
     def ahead(self) -> int:
         """How many of the prompt's last tokens learn the reply."""
-        return AHEAD if self.family.name == "miniature" else 1
+        return self.family.reply_tokens
 
     def template(self, prompt: str, edit: bool = False) -> tuple[str, str]:
         """A prompt in its template: up to the end of the image, and from there to the reply."""
-        if edit or self.family.name == "miniature":
+        if edit or not self.family.chat_template:
             named = "" if self.family.editor.pipeline_class == "QwenImageEditPipeline" else "Picture 1: "
             return f"{TEMPLATE_PREFIX}{named}{IMAGE}", prompt + CLOSING
         content = [{"type": "image"}, {"type": "text", "text": prompt}]

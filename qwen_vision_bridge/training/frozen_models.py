@@ -63,7 +63,7 @@ class FrozenModels:
 
     def reader(self) -> Reader:
         """What reads features: the target's language model."""
-        from ..loading.processors import load_processor
+        from ..loading.towers import load_processor
         from .frozen_lm import Reader
 
         spec, run = self.run.family.target, self.run

@@ -18,6 +18,7 @@ from ..bridge import BridgeConfig, VisionBridge
 from ..distributed import LONGEST_WAIT
 from ..evaluation.arms import Features
 from ..io import digest_of, provenance, write_json
+from ..loading.memory import device_name
 from ..runs import ABOUT, TrainingRun, check_output_dir, open_run
 from ..specs import Family, cache_home
 from .calibration import FOLDS, Calibration, Tokens, calibrate
@@ -130,7 +131,7 @@ class RunConfig:
             FileNotFoundError, ValueError: what is wrong with the data.
         """
         if self.is_world:
-            taught, size = self.family.name == "miniature", self.family.image_size
+            taught, size = self.family.synthetic_only, self.family.image_size
             counts = {"train": self.max_train_samples or WORLD_SAMPLES, "validation": self.validation_samples}
             train, validation = (WorldSamples(kind, s, n, taught, size) for s, n in counts.items())
             return train, validation
@@ -349,10 +350,9 @@ def _write_about(
     calibration: Calibration | None = None,
 ) -> None:
     """`training.json`: what made the bridge beside it, and its figures on held-out samples."""
-    device = "cuda" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     about = provenance(
         [settings.seed],
-        device,
+        device_name("cuda" if torch.cuda.is_available() else "cpu"),
         family=run.family.name,
         source=run.family.source.name,
         target=run.family.target.name,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vision_bridge.io import write_json
+from qwen_vision_bridge.loading.memory import device_name
 
 from .feed import Feed, Pool
 from .loop import Loop, Settings, plot_log
@@ -184,8 +185,7 @@ def write_result(rows: list[dict[str, Any]], loop: Loop, arguments: argparse.Nam
         {"name": "training steps", "value": loop.step, "n": 1},
         {"name": "training time, s", "value": round(loop.seconds, 1), "n": 1},
     ]
-    device = torch.cuda.get_device_name() if loop.device.type == "cuda" else "CPU"
-    made = {"seed": arguments.seed, "command": shlex.join(sys.argv), "device": device}
+    made = {"seed": arguments.seed, "command": shlex.join(sys.argv), "device": device_name(loop.device)}
     made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(
         arguments.folder / "result.json", [{"ci_low": None, "ci_high": None, **r, **made} for r in rows]

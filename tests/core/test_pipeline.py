@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from qwen_vision_bridge.bridge import VisionBridge
-from qwen_vision_bridge.loading.editors import (
+from qwen_vision_bridge.loading.memory import (
     MEMORY_MODES,
     GpuMemoryError,
     MemoryMode,

@@ -18,8 +18,8 @@ from torch import nn
 
 from qwen_vision_bridge import EnhancedQwenImageEdit
 from qwen_vision_bridge.io import digest_of
-from qwen_vision_bridge.loading.editors import MEMORY_MODES, MemoryMode
 from qwen_vision_bridge.loading.fingerprint import changed_parts, loaded_state, weights_digest
+from qwen_vision_bridge.loading.memory import MEMORY_MODES, MemoryMode
 
 LORA = {"r": 2, "lora_alpha": 2, "init_lora_weights": False}
 PROMPT, SHORT = (
