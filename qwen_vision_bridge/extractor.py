@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 
-from .cache import CacheComparison, FeatureCache, VisionCache, compare
+from .cache import CacheComparison, VisionCache, compare
+from .features import FeatureCache
 from .images import ImageLike, image_digest, load_images, on_grids
 from .loading.checkpoints import not_finite, open_checkpoint
 from .loading.locks import exclusive, model_lock
@@ -24,6 +26,7 @@ from .states import source_states
 logger = logging.getLogger(__name__)
 
 Grid = tuple[int, int]
+Role = Literal["qwen3", "qwen25"]
 Scope = Literal["vision", "language"]
 FEATURES_VERSION = "2"
 """Raised when equal models give other features than before, so that kept ones are not taken for them. Since 2
@@ -153,7 +156,7 @@ class VisionCacheExtractor:
 
     @exclusive
     def extract_batch(
-        self, role: Literal["qwen3", "qwen25"], images: Sequence[Image.Image], grids: Sequence[Grid]
+        self, role: Role, images: Sequence[Image.Image], grids: Sequence[Grid]
     ) -> list[VisionCache]:
         """Many images through one tower in one go, past the feature cache: a cache an image.
 
@@ -174,12 +177,12 @@ class VisionCacheExtractor:
         packed = {name: value[None] for name, value in features.items()}
         return VisionCache(packed, tuple(grids), self.provenance(role)).split()
 
-    def provenance(self, role: Literal["qwen3", "qwen25"]) -> dict[str, str]:
+    def provenance(self, role: Role) -> dict[str, str]:
         """Everything about the models that decides the features of an image."""
         made = self._provenance(role, [], "")
         return {key: value for key, value in made.items() if key != "images"}
 
-    def warm(self, role: Literal["qwen3", "qwen25"]) -> None:
+    def warm(self, role: Role) -> None:
         """Load a model now and not at the first image."""
         self._model(role)
 
@@ -199,7 +202,7 @@ class VisionCacheExtractor:
         return height // spec.token_px, width // spec.token_px
 
     @exclusive
-    def unload(self, model: Literal["qwen3", "qwen25"] | None = None) -> None:
+    def unload(self, model: Role | None = None) -> None:
         """Free a model's memory, or both; the next extraction loads it again."""
         freed = [self._models.pop(name, None) for name in ((model,) if model else tuple(self._models))]
         if self.device.type == "cuda" and any(freed_model is not None for freed_model in freed):
@@ -207,7 +210,7 @@ class VisionCacheExtractor:
             gc.collect()  # models that accelerate placed hold cycles; on a CPU counting references is enough
             torch.cuda.empty_cache()
 
-    def revision(self, role: Literal["qwen3", "qwen25"]) -> str:
+    def revision(self, role: Role) -> str:
         """The commit of a hub model, or a digest of a local folder."""
         if role not in self._revisions:
             self._revisions[role] = open_checkpoint(self._spec(role)).revision
@@ -234,18 +237,18 @@ class VisionCacheExtractor:
         self, role: str, images: list[Image.Image], prompt: str, grids: tuple[Grid, ...], run: Any
     ) -> VisionCache:
         """Features from the feature cache, or from the model and into it."""
-        provenance = self._provenance(role, images, prompt)
-        if self.feature_cache and (found := self.feature_cache.get(provenance, grids)):
-            return found.to(self.device)
+        empty = VisionCache({}, grids, self._provenance(role, images, prompt))
+        if self.feature_cache and (shard := self.feature_cache.get(empty.header)):
+            return VisionCache.from_shard(shard).to(self.device)
         tower = self._model(role)
         tower = tower.model.visual if self.scope == "language" else tower
         with tower_attention(tower, self.vision_attention):
             features = run(images, prompt, grids)
         self._check_finite(role, features)
-        cache = VisionCache({name: value[None] for name, value in features.items()}, grids, provenance)
+        cache = replace(empty, features={name: value[None] for name, value in features.items()})
         if self.feature_cache:
             try:
-                self.feature_cache.put(cache)
+                self.feature_cache.put(cache.header, cache.features)
             except OSError as error:  # a full disk, say: the features themselves are fine
                 logger.warning("these features are not kept for the next time: %s", error)
         return cache

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
 
-from ..io import write_whole
+from ..io import atomic_save, folder_digest
 from ..specs import ModelSpec, cache_home, read_json
 from ..synthetic.miniature import locate
 from .hub import hub_file, hub_range, hub_size
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MERGE_GAP = 64 * 1024  # bytes worth fetching to save a request
-FULL_HASH_LIMIT = 64 * 2**20  # folders up to this size are identified by all their bytes
 
 
 class Checkpoint(ABC):
@@ -296,19 +294,6 @@ def not_finite(what: str, models: Mapping[str, Any]) -> ValueError:
     return ValueError(f"{what} hold NaN or infinity: {cause}")
 
 
-def atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file beside its place and rename it in, so that no reader meets half a file.
-
-    Raises:
-        OSError: it cannot be written, for want of room for example; nothing is left behind.
-    """
-    whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-    try:
-        write_whole(path, lambda file: save_file(whole, file, metadata))
-    except SafetensorError as error:  # how the library reports a failed write
-        raise OSError(f"{path} could not be written ({error})") from error
-
-
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         return sorted({folder / shard for shard in _weight_map(folder / INDEX).values()})
@@ -354,15 +339,3 @@ def _tensor_names(path: Path) -> list[str]:
             return list(opened.keys())
     except SafetensorError as error:
         raise OSError(f"{path} is damaged ({error}): copy or download that file again") from error
-
-
-def folder_digest(folder: Path, files: list[Path]) -> str:
-    """Identify a folder's files: by all bytes where they are few, else by sizes and times of change."""
-    digest = hashlib.sha256()
-    present = sorted(path for path in files if path.is_file())
-    small = sum(path.stat().st_size for path in present) <= FULL_HASH_LIMIT
-    for path in present:
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}:{stat.st_size}".encode())
-        digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
-    return f"local:{digest.hexdigest()[:16]}"

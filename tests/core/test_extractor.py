@@ -246,7 +246,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(photo: Image.Image)
 def test_a_cache_that_cannot_be_written_is_said_and_the_features_come_all_the_same(
     tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwen_vision_bridge.cache import FeatureCache
+    from qwen_vision_bridge.features import FeatureCache
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
