@@ -27,9 +27,9 @@ class VisionCache:
     grids: tuple[tuple[int, int], ...]
     """(gh, gw) of each image."""
     provenance: Mapping[str, str] = field(default_factory=dict)
-    """Model, revision, scope, dtype, images: what the features were made from."""
+    """Model, revision, scope, dtype, images: everything that decides the features."""
     loaded_from: Path | None = None
-    """The cache file they were read from; None where a model made them just now."""
+    """The file they were read from; None for a fresh extraction."""
 
     def __post_init__(self) -> None:
         tokens = sum(rows * columns for rows, columns in self.grids)
@@ -77,7 +77,7 @@ class VisionCache:
         return [self._named(name) for name in LEVEL_NAMES]
 
     def split(self) -> list[VisionCache]:
-        """One cache an image."""
+        """Split into one cache an image."""
         sizes = [rows * columns for rows, columns in self.grids]
         parts = {name: tensor.split(sizes, dim=1) for name, tensor in self.features.items()}
         return [
@@ -86,7 +86,7 @@ class VisionCache:
         ]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VisionCache:
-        """The same cache on another device or in another dtype."""
+        """Copy the features to another device or dtype."""
         return replace(self, features={k: v.to(device=device, dtype=dtype) for k, v in self.features.items()})
 
     @property
@@ -119,6 +119,11 @@ class VisionCache:
         grids = tuple((rows, columns) for rows, columns in shard.header["grids"])
         return cls(shard.tensors, grids, shard.header["provenance"], shard.path)
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.features.items())
+        grids = ", ".join(f"{rows}×{columns}" for rows, columns in self.grids)
+        return f"VisionCache({shapes}; grids {grids}; of {self.provenance.get('model', 'an unnamed model')})"
+
     def _named(self, name: str) -> torch.Tensor:
         if name not in self.features:
             held = ", ".join(f"{key}_features" for key in self.features)
@@ -137,7 +142,7 @@ class LevelStatistics(NamedTuple):
     cka: float
     """Linear CKA with the baseline, 0 to 1."""
     cka_shuffled: float
-    """The same with the tokens of one side shuffled: what chance gives with this few tokens."""
+    """The same with the tokens of one side shuffled: the level of chance."""
     outlier_share: float
     """Share of channels whose RMS is more than `OUTLIER_FACTOR` times the median channel's."""
 
@@ -150,6 +155,16 @@ class CacheComparison(NamedTuple):
     dimension_ratio: float
     levels: dict[str, LevelStatistics]
     """By level name, and `baseline` for the target itself."""
+
+    def __repr__(self) -> str:
+        tokens = "match" if self.token_match else "differ"
+        lines = [f"CacheComparison: tokens {tokens}, dimension ratio {self.dimension_ratio:.2f}"]
+        lines += [
+            f"  {name:9} mean {level.mean:7.3f}  spread {level.spread:7.3f}  "
+            f"CKA {level.cka:.3f} (shuffled {level.cka_shuffled:.3f})  outliers {level.outlier_share:.2%}"
+            for name, level in self.levels.items()
+        ]
+        return "\n".join(lines)
 
 
 def compare(source: VisionCache, target: VisionCache) -> CacheComparison:

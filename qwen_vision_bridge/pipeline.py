@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .batching import Prepared, denoise, finished, prepare
-from .bridge import VisionBridge, bridge_digest
+from .bridge import VisionBridge, bridge_digest, resolve_bridge
 from .cache import VisionCache
 from .calls import Comparison, LevelAttention, check_call
 from .extractor import VisionCacheExtractor
@@ -35,7 +35,6 @@ from .loading.processors import load_processor
 from .loading.tower_attention import VisionAttention, check_vision_attention
 from .pairs import run_pairs
 from .patches import condition_grids, effective_sizes, image_sizes, takes_several
-from .shipped import resolve_bridge
 from .specs import Family, resolve_family
 
 Made = TypeVar("Made")

@@ -82,3 +82,10 @@ def test_outlier_channels_are_counted() -> None:
     levels = compare(cache, target()).levels
     assert levels["early"].outlier_share == pytest.approx(8 / 256)
     assert levels["mid"].outlier_share == 0
+
+
+def test_caches_and_comparisons_print_shapes_and_grids() -> None:
+    assert "early (1, 18, 256)" in repr(vision_cache())
+    assert "grids 2×3, 3×4; of small" in repr(vision_cache())
+    lines = repr(compare(vision_cache(), target())).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["early", "mid", "late", "merged", "baseline"]
