@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .batching import Prepared, denoise, prepare, run_stock
-from .bridge import VisionBridge, bridge_digest
+from .bridge import VisionBridge, bridge_digest, resolve_bridge
 from .cache import VisionCache
 from .edit import Comparison, Edit, EditResult, check_edit
 from .extractor import VisionCacheExtractor
@@ -38,7 +38,6 @@ from .loading.tower_attention import VisionAttention, check_vision_attention
 from .loading.towers import load_processor
 from .pairs import compare_pairs
 from .patches import Mrope, condition_grids, effective_sizes, patched, takes_several
-from .shipped import resolve_bridge
 from .specs import Family
 
 if TYPE_CHECKING:

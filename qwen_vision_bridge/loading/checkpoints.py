@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
 
-from ..io import write_whole
+from ..io import atomic_save, folder_digest
 from ..specs import ModelSpec, cache_home, read_json
 from ..synthetic.miniature import locate
 from .checks import refuse_pickles
@@ -36,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MERGE_GAP = 64 * 1024  # bytes worth fetching to save a request
-FULL_HASH_LIMIT = 64 * 2**20  # folders up to this size are identified by all their bytes
 
 
 class Checkpoint(ABC):
@@ -241,19 +239,6 @@ def open_hub_checkpoint(spec: ModelSpec) -> Checkpoint:
     return HubCheckpoint(spec.repo, spec.subfolder, read_json(config_path), revision)
 
 
-def atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all.
-
-    Raises:
-        OSError: it cannot be written, such as on a full disk; nothing is left behind.
-    """
-    whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-    try:
-        write_whole(path, lambda file: save_file(whole, file, metadata))
-    except SafetensorError as error:  # how the library reports a failed write
-        raise OSError(f"{path} could not be written ({error})") from error
-
-
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         return sorted({folder / shard for shard in _weight_map(folder / INDEX).values()})
@@ -293,15 +278,3 @@ def _opened(path: Path) -> Iterator[safe_open]:
             yield file
     except SafetensorError as error:
         raise OSError(f"{path} is damaged ({error}): copy or download that file again") from error
-
-
-def folder_digest(folder: Path, files: list[Path]) -> str:
-    """Identify a folder's files: by all bytes where they are few, else by sizes and times of change."""
-    digest = hashlib.sha256()
-    present = sorted(path for path in files if path.is_file())
-    small = sum(path.stat().st_size for path in present) <= FULL_HASH_LIMIT
-    for path in present:
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}:{stat.st_size}".encode())
-        digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
-    return f"local:{digest.hexdigest()[:16]}"

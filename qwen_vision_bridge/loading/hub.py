@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,6 +70,29 @@ def hub_url(repo: str, name: str, subfolder: str = "", revision: str | None = No
     from huggingface_hub import hf_hub_url
 
     return hf_hub_url(repo, name, subfolder=subfolder or None, revision=revision)
+
+
+def folder_or_hub_file(location: str, name: str, options: Mapping[str, str | bool | None]) -> Path:
+    """A safetensors model's file, from the folder or hub repository that holds it.
+
+    Raises:
+        FileNotFoundError, OSError: no such file, no connection.
+        ValueError: a file instead of a folder, or pickled weights.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from .checks import refuse_pickles  # imports torch, which the rest of this module must not
+
+    folder = Path(location).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds {name}")
+    if not folder.is_dir():
+        with hub_errors(f"{location}: {name}"):
+            return Path(hf_hub_download(location, name, **options))
+    if (folder / name).is_file():
+        return folder / name
+    refuse_pickles(folder)
+    raise FileNotFoundError(f"{folder} has no {name}: give a folder that `save_pretrained` wrote")
 
 
 @contextmanager

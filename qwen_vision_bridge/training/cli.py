@@ -50,8 +50,7 @@ def run_config_of(arguments: argparse.Namespace) -> RunConfig:
         check_output_dir(
             arguments.output_dir, arguments.resume_from_checkpoint, arguments.overwrite_output_dir
         )
-    from ..bridge import BridgeConfig, check_strength
-    from ..shipped import resolve_bridge
+    from ..bridge import BridgeConfig, check_strength, resolve_bridge
     from .run import RunConfig
 
     if arguments.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):

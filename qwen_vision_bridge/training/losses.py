@@ -64,7 +64,7 @@ class Batch:
             shape = self.pack.lines[int(self.samples[0])]["latents"]
             self.shape = (shape[0], shape[1])
             count = shape[0] * shape[1]
-            width = self.pack.fields["after"].shape[-1]
+            width = self.pack.fields["after"][0].shape[-1]
             self.noise = torch.randn(whole, count, width, generator=self.generator)
             self.spread = torch.randn(whole, generator=self.generator)
             self.dropped = torch.rand(whole, generator=self.generator) < settings.condition_dropout

@@ -17,6 +17,7 @@ import torch
 from ..bridge import BridgeConfig, VisionBridge
 from ..distributed import LONGEST_WAIT
 from ..evaluation.arms import Features
+from ..features import FORMAT
 from ..io import digest_of, provenance, write_json
 from ..loading.memory import device_name
 from ..runs import ABOUT, TrainingRun, check_output_dir, open_run
@@ -257,7 +258,7 @@ def _packs(
 def pack_name(encoder_key: str, kind: str, family: Family, samples: Samples) -> tuple[str, str]:
     """The key of what is seen of samples of a kind, and the name of the folder that their pack is kept in."""
     key = digest_of([encoder_key, kind, family.editor.name if kind == "edit" else ""])
-    return key, digest_of([key, samples.digest, len(samples)])
+    return key, digest_of([FORMAT, key, samples.digest, len(samples)])
 
 
 def _learner(

@@ -42,7 +42,7 @@ def test_a_batch_of_one_is_the_stock_call_bit_for_bit(editor: Any) -> None:
         assert (prepared.attention is None) == (attention is None)
 
 
-def test_arms_and_cases_of_a_batch_are_close_to_those_made_alone_and_keep_their_order(editor: Any) -> None:
+def test_edits_of_a_batch_are_close_to_those_alone_in_order(editor: Any) -> None:
     cases = make_cases("ocr", 2) + make_cases("space", 1)
     edits = edits_of(editor, cases)
     prepared = [editor.prepare(edit) for edit in edits]
@@ -69,7 +69,7 @@ def test_the_padding_of_a_batch_is_never_seen(editor: Any) -> None:
     assert farthest(editor.denoise([masked, long])[0], alone) <= CLOSE
 
 
-def test_edits_that_cannot_share_a_batch_are_refused_and_the_pipeline_stays_stock(editor: Any) -> None:
+def test_edits_that_cannot_share_a_batch_are_refused(editor: Any) -> None:
     case = make_cases("detail", 1)[0]
     inputs = [(case.image, 3), (case.image.resize((128, 96)), 3), (case.image, 4)]
     one, other, longer = (
@@ -101,7 +101,7 @@ def test_the_first_edit_pipeline_denoises_together_too(pipe: Any, photo: Image.I
     assert max(map(farthest, together, [editor.edit(edit).image for edit in edits])) <= CLOSE
 
 
-def test_a_run_in_batches_finds_what_one_by_one_finds_under_keys_of_its_own(
+def test_a_batched_run_has_equal_records_under_other_keys(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = make_cases("space", 2) + make_cases("consistency", 1)
@@ -138,7 +138,7 @@ def test_a_run_in_batches_finds_what_one_by_one_finds_under_keys_of_its_own(
         evaluate(editor, cases, tmp_path, arms, batch_arms=0, **SHORT)
 
 
-def test_one_bad_edit_of_a_batch_is_an_error_and_can_be_tried_again(
+def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = make_cases("detail", 2)
@@ -164,7 +164,7 @@ def test_one_bad_edit_of_a_batch_is_an_error_and_can_be_tried_again(
     assert evaluate(editor, [good, bad], tmp_path, **same).records == tried.records
 
 
-def test_images_measured_in_other_processes_have_the_same_records(editor: Any, tmp_path: Path) -> None:
+def test_scoring_in_other_processes_gives_the_same_records(editor: Any, tmp_path: Path) -> None:
     cases, arms = make_cases("detail", 2), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
     found = [
         evaluate(editor, cases, tmp_path / str(workers), arms, perception=False, workers=workers, **SHORT)

@@ -1,4 +1,4 @@
-"""Two processes find what one finds, record by record, and a kill loses nothing."""
+"""Two processes write the records that one writes, and a kill loses none."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_merge_leaves_other_peoples_files(tmp_path: Path) -> None:
     assert mine.exists()
 
 
-def test_a_job_that_was_done_again_replaces_its_error_and_no_error_replaces_a_result(tmp_path: Path) -> None:
+def test_a_result_replaces_an_error_and_never_the_reverse(tmp_path: Path) -> None:
     first, second = RecordLog(tmp_path), RecordLog(tmp_path, process=1)
     first.append({"key": "a", "error": "lost"})
     first.append({"key": "b", "error": None})
@@ -139,23 +139,3 @@ def test_a_job_that_was_done_again_replaces_its_error_and_no_error_replaces_a_re
         "a": None,
         "b": None,
     }
-
-
-def test_one_process_where_more_were_asked_for_is_said(tmp_path: Path) -> None:
-    """A plain launch on a CPU starts one process, however many it is asked for."""
-    script = tmp_path / "alone.py"
-    script.write_text(
-        "from qwen_vision_bridge.distributed import Processes; print('there are', Processes().count)"
-    )
-    for asked in (1, 3):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(asked)]
-        done = subprocess.run(
-            [*launch, str(script)],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert "there are 1" in done.stdout
-        assert (f"asked for {asked} processes and started one" in done.stderr) == (asked > 1)
