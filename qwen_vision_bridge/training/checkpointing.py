@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..io import write_json
-from ..runs import STATE, TrainingRun, checkpoints, run_of
 from ..specs import read_json
+from .run_folder import STATE, TrainingRun, checkpoints, run_of
 
 TENSORS = "state.safetensors"
 

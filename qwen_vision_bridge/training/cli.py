@@ -44,7 +44,7 @@ def run_config_of(arguments: argparse.Namespace) -> RunConfig:
     """
     _check_folder(arguments.train_data_dir)  # before torch is imported
     if not arguments.dry_run:
-        from ..runs import check_output_dir
+        from .run_folder import check_output_dir
 
         check_output_dir(
             arguments.output_dir, arguments.resume_from_checkpoint, arguments.overwrite_output_dir

@@ -28,12 +28,6 @@ class TrainingSettings:
     """How often an edit's instruction is left out, as guidance does at inference."""
     edit_weight: float = 10.0
     """Of the edit's loss beside that of the answers: the miniature's gradients are 20 to 35 times smaller."""
-    anchor: float = 0.0
-    """Weight of the squared update, in squared RMS of the baseline: what is not needed is not changed."""
-    match_statistics: float = 0.0
-    """Weight of the distance of each channel's mean and spread over an image from the baseline's."""
-    hard_share: float = 0.0
-    """Of a step's questions, how many are drawn among those that the baseline gets wrong."""
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = 2
     validation_steps: int = 0
@@ -55,7 +49,7 @@ class TrainingSettings:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, not {getattr(self, name)!r}")
-        for name in ("condition_dropout", "ema_decay", "hard_share"):
+        for name in ("condition_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a share from 0 to below 1, not {getattr(self, name)!r}")
         check_seed(self.seed)

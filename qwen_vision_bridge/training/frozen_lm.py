@@ -171,12 +171,6 @@ class Reader:
         return (errors * rows.weights).sum(), right.sum(), rows.weights.sum()
 
     @torch.no_grad()
-    def misses(self, features: Tensor, rows: Rows, grid: tuple[int, int]) -> Tensor:
-        """Whether any token of a reply is predicted wrong, (B,)."""
-        predicted = self.model.lm_head(self.states(features, rows.ids, grid)).argmax(-1)
-        return ((predicted != rows.labels) & (rows.labels >= 0)).any(1)
-
-    @torch.no_grad()
     def reply(
         self, features: Tensor, prompts: Sequence[str], grid: tuple[int, int], most: int = 24
     ) -> list[str]:

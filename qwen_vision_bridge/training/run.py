@@ -18,7 +18,6 @@ from ..bridge import BridgeConfig, VisionBridge
 from ..distributed import LONGEST_WAIT
 from ..evaluation.arms import Features
 from ..io import digest_of, provenance, write_json
-from ..runs import ABOUT, TrainingRun, check_output_dir, open_run
 from ..specs import Family, cache_home
 from .calibration import FOLDS, Calibration, Tokens, calibrate
 from .checkpointing import save_result
@@ -27,6 +26,7 @@ from .data import DatasetSamples, FolderSamples, Kind, Samples, WorldSamples, he
 from .frozen_models import FrozenModels
 from .losses import TrainData
 from .packs import Pack, build_pack
+from .run_folder import ABOUT, TrainingRun, check_output_dir, open_run
 from .trainable import BridgeLearner, Learner, rival_of
 from .validation import choose_gate, edit_error, examine, predict, summary
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runs import LOG, TrainingRun, open_run
 from .checkpointing import load_checkpoint, save_checkpoint
 from .config import TrainingSettings
 from .losses import Batch, TrainData
+from .run_folder import LOG, TrainingRun, open_run
 from .stopping import stop_requests
 from .trainable import Learner
 

@@ -164,7 +164,7 @@ def test_another_folders_run_is_not_resumed_over_this_one(
 
 
 def test_a_run_goes_on_in_an_empty_folder_under_its_id(used: Path, tmp_path: Path) -> None:
-    from qwen_vision_bridge.runs import open_run
+    from qwen_vision_bridge.training.run_folder import open_run
 
     alone: Any = SimpleNamespace(is_main_process=True, num_processes=1)
     fingerprint = json.loads((used / "run.json").read_text())["fingerprint"]

@@ -120,12 +120,12 @@ def test_bad_flags_and_data_end_in_one_line(
 def test_every_flag_reaches_what_it_is_for(tmp_path: Path) -> None:
     given = (
         f"--output-dir {tmp_path} --use-ema --levels late --rank 8 --blend=replace --train-batch-size 7 "
-        "--lr-scheduler linear --anchor 0.5 --seed 3"
+        "--lr-scheduler linear --edit-weight 0.5 --seed 3"
     ).split()
     arguments = parse(given, None)
     settings, run = settings_of(arguments), run_config_of(arguments)
     assert (settings.train_batch_size, settings.lr_scheduler, settings.use_ema) == (7, "linear", True)
-    assert (settings.anchor, settings.seed) == (0.5, 3)
+    assert (settings.edit_weight, settings.seed) == (0.5, 3)
     assert (run.config.levels, run.config.rank, run.config.blend) == (("late",), 8, "replace")
     assert settings_of(parse(["--output_dir", "x"], None)).use_ema is False
 
@@ -192,7 +192,7 @@ accelerator = Accelerator(cpu=True)
 with accelerator.main_process_first():
     pack = build_pack(folder + "-pack", WorldSamples("perceive", "train", 20), lambda: see, "k")
 config = BridgeConfig(source_dim=16, target_dim=12, rank=8, query_dim=8, init="random")
-settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2, anchor=0.1)
+settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2)
 learner = BridgeLearner(VisionBridge(config))
 trainer = Trainer(folder, learner, TrainData(StandIn(), pack), settings, accelerator)
 trainer.run()

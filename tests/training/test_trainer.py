@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import math
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
 from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.runs import checkpoints, find_checkpoint
 from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
 from qwen_vision_bridge.training import checkpointing as milestones
 from qwen_vision_bridge.training.config import TrainingSettings
@@ -26,8 +24,9 @@ from qwen_vision_bridge.training.data import WorldSamples
 from qwen_vision_bridge.training.features import FeatureEncoder
 from qwen_vision_bridge.training.flow_matching import Flow
 from qwen_vision_bridge.training.frozen_lm import Reader
-from qwen_vision_bridge.training.losses import Batch, TrainData, find_hard
+from qwen_vision_bridge.training.losses import Batch, TrainData
 from qwen_vision_bridge.training.packs import Pack, build_pack
+from qwen_vision_bridge.training.run_folder import checkpoints, find_checkpoint
 from qwen_vision_bridge.training.trainable import BridgeLearner, rival_of
 from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
 from qwen_vision_bridge.training.validation import GATES, choose_gate, examine, predict, summary
@@ -175,7 +174,7 @@ def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, train_d
 
 def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, train_data: TrainData) -> None:
     """The second process's share is worked out here too; `test_two_processes…` starts real ones."""
-    settings = vars(SETTINGS) | {"max_train_steps": 1, "anchor": 0.1, "match_statistics": 0.01}
+    settings = vars(SETTINGS) | {"max_train_steps": 1}
     large = Trainer(
         tmp_path,
         learner(init="random"),
@@ -292,26 +291,6 @@ def test_only_so_many_checkpoints_are_kept_and_others_are_refused(
     (tmp_path / "checkpoint-5" / "state.safetensors").write_bytes(b"cut short")
     with pytest.raises(OSError, match="damaged"):
         Trainer(tmp_path, learner(), questions, settings, alone()).resume("latest")
-
-
-def test_hard_samples_are_those_that_the_baseline_gets_wrong(questions: TrainData) -> None:
-    pack = copy.copy(questions.perceive)
-    pack.lines = copy.deepcopy(pack.lines)
-    for index in (2, 5, 11):  # what no image says
-        pack.lines[index]["answer"] = "ZZZZ"
-    asked = TrainData(questions.reader, pack)
-    hard = set(find_hard(asked).tolist())
-    assert hard == {2, 5, 11} | set(find_hard(TrainData(questions.reader, questions.perceive)).tolist())
-    assert len(hard) < len(pack)
-    settings = TrainingSettings(**vars(SETTINGS) | {"hard_share": 0.5})
-    drawn, plain = (
-        torch.cat([Batch(asked, "perceive", step, 8, one).samples for step in range(6)])
-        for one in (settings, SETTINGS)
-    )
-    assert {2, 5, 11} <= set(drawn[1::2].tolist()) <= hard
-    assert torch.equal(drawn[::2], plain[::2])
-    again = Batch(asked, "perceive", 5, 8, settings).samples
-    assert torch.equal(again, drawn[-8:])  # a resumed run draws the same
 
 
 @pytest.mark.parametrize(("helps", "best"), [(True, GATES[-1]), (False, GATES[0])])

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .io import first_difference, write_json
-from .specs import read_json
+from ..io import first_difference, write_json
+from ..specs import read_json
 
 FORMAT = "qwen-vision-bridge/run/1"
 RUN, STATE, LOG, ABOUT = "run.json", "state.json", "log.jsonl", "training.json"
