@@ -149,7 +149,7 @@ def test_a_checkpoint_without_a_runs_id_is_not_resumed(
     """As an earlier version wrote it; its bridge can still be continued from."""
     path = used / "checkpoint-3" / "state.json"
     state = json.loads(path.read_text())
-    path.write_text(json.dumps({key: state[key] for key in ("settings", "learnt", "step")}))
+    path.write_text(json.dumps({key: state[key] for key in ("settings", "trained", "step")}))
     flags = ["--resume_from_checkpoint", str(path.parent), "--output_dir", str(tmp_path / "new")]
     assert f"--bridge {path.parent}" in refused([*FLAGS, *flags], capsys)
 
