@@ -1,6 +1,6 @@
 """Measure the finished miniature on cases it has never seen, and write the figures of its card.
 
-    python recipes/miniature/measure.py --source weights/source --editor weights/editor --output card.json
+    python -m recipes.miniature.measure --source weights/source --editor weights/editor --output card.json
 
 Edits go through the stock pipeline, 20 steps, baseline without any bridge. Records are kept beside the card
 as they come, so that a run that was stopped goes on.
