@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def test_the_full_evaluation_has_every_group(run_all: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("example", [1, 2, 5, 6])
 def test_options_take_the_users_photograph(
-    example: int, folder: Path, photo_file: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
+    example: int, folder: Path, photo_file: Path, session_of_examples: Any
 ) -> None:
     asked = ["--image", str(photo_file), "--prompt", "HELLO"]
     session_of_examples([*QUICK, "--example", str(example), *asked])
@@ -179,11 +180,11 @@ def test_options_take_the_users_photograph(
         assert all(
             {"change_from_input", "text_kept"} <= record["metrics"].keys() <= known for record in records
         )
-        assert "not whether it is better" in capsys.readouterr().out
 
 
-def test_cases_of_the_users_own_folder_go_through_the_script(
-    folder: Path, photo: Image.Image, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_the_users_own_cases_run_in_four_arms_and_as_a_pair(
+    folder: Path, photo: Image.Image, session_of_examples: Any
 ) -> None:
     (folder / "own").mkdir()
     photo.save(folder / "own" / "a.png")
@@ -196,13 +197,18 @@ def test_cases_of_the_users_own_folder_go_through_the_script(
     records = json.loads((folder / "examples_output/full_evaluation/results.json").read_text())["records"]
     assert {record["case_id"] for record in records} == {"a", "b", "a+b"}
     assert {record["arm"] for record in records} == {"baseline", "bridge", "shuffled", "target-only"}
-    assert "edits and 0 questions to do" in capsys.readouterr().out
-    (folder / "own" / "cases.jsonl").write_text('{"id": "a"}')
+    assert {record["level"] for record in records} == {"edit", "agreement"}
+
+
+def test_a_fault_in_the_users_cases_names_line_and_field(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "cases.jsonl").write_text('{"id": "a"}')
     code, error = outcome(
-        example_end_to_end.main, ["--models", "miniature", "--example", "5", "--case-folder", "own"], capsys
+        example_end_to_end.main, ["--models", "miniature", "--example", "5", "--case-folder", "."], capsys
     )
     assert code == 2
-    assert "cases.jsonl, line 1: the field 'image' is missing" in error.replace("\n", " ")
+    assert re.search(r"cases\.jsonl\W+line 1\b.*'image'", error, flags=re.DOTALL)
 
 
 def test_the_menu_runs_what_is_chosen_and_quits(
@@ -216,19 +222,19 @@ def test_the_menu_runs_what_is_chosen_and_quits(
     session_of_examples(QUICK)
     out = capsys.readouterr().out
     assert out.count("7. Run all") == 2
-    assert "'x' is not on the menu" in out
-    assert "'' is not on the menu" in out
+    assert "'x'" in out
+    assert "''" in out
     assert (folder / "examples_output" / "comparison_basic.png").is_file()
 
 
 def test_the_environment_check_prints_and_returns_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_environment.main([]) == 0
-    assert "Ready." in capsys.readouterr().out
+    assert "FAIL" not in capsys.readouterr().out
     assert check_environment.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
-def test_the_environment_check_exits_1_with_a_remedy_where_nothing_can_run(
+def test_the_environment_check_exits_1_where_nothing_can_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qwen_vision_bridge import environment
@@ -242,16 +248,12 @@ def test_the_environment_check_exits_1_with_a_remedy_where_nothing_can_run(
     "script", [example_extraction.main, example_end_to_end.main], ids=["extract", "edit"]
 )
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "no such image"),
-        (b"", "is empty"),
-        (b"nonsense", "not an image"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "png"),
-    ],
+    "content",
+    [None, b"", b"nonsense", b"\x89PNG\r\n\x1a\n\0\0"],
+    ids=["absent", "empty", "no image", "cut off"],
 )
-def test_bad_images_exit_2_with_one_line_and_nothing_written(
-    script: Any, content: bytes | None, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_images_exit_2_with_one_line_and_no_output(
+    script: Any, content: bytes | None, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = folder / "given.png"
     if content is not None:
@@ -260,44 +262,44 @@ def test_bad_images_exit_2_with_one_line_and_nothing_written(
     assert code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert says in error
+    assert str(path) in error
     assert not (folder / "examples_output").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "named"),
     [
-        (["--prompt", " "], "prompt is empty"),
-        (["--seed", "-1", "--example", "1"], "seed is -1"),
-        (["--seed", str(2**64), "--example", "1"], "seed is 18446744073709551616"),
-        (["--strength", "nan", "--example", "1"], "finite number"),
-        (["--steps", "0", "--example", "1"], "num_inference_steps is a whole number from 2"),
-        (["--source", "Qwen9-VL", "--example", "1"], "unknown source model 'Qwen9-VL'"),
-        (["--source", ".", "--example", "1"], "has no config.json"),
-        (["--editor", ".", "--example", "1"], "has no model_index.json"),
-        (["--bridge", "/no/such/bridge", "--example", "1"], "neither a folder nor a hub id"),
-        pytest.param(["--load-in-8bit", "--example", "1"], "needs a CUDA device", marks=WITHOUT_CUDA),
-        pytest.param(["--offload", "model", "--example", "1"], "needs a CUDA device", marks=WITHOUT_CUDA),
+        (["--prompt", " "], "prompt"),
+        (["--seed", "-1", "--example", "1"], "-1"),
+        (["--seed", str(2**64), "--example", "1"], str(2**64)),
+        (["--strength", "nan", "--example", "1"], "nan"),
+        (["--steps", "0", "--example", "1"], "num_inference_steps"),
+        (["--source", "Qwen9-VL", "--example", "1"], "Qwen9-VL"),
+        (["--source", ".", "--example", "1"], "config.json"),
+        (["--editor", ".", "--example", "1"], "model_index.json"),
+        (["--bridge", "/no/such/bridge", "--example", "1"], "/no/such/bridge"),
+        pytest.param(["--load-in-8bit", "--example", "1"], "load_in_8bit", marks=WITHOUT_CUDA),
+        pytest.param(["--offload", "model", "--example", "1"], 'offload="model"', marks=WITHOUT_CUDA),
     ],
 )
 def test_bad_arguments_exit_2_with_one_line(
-    arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], named: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, error = outcome(example_end_to_end.main, ["--models", "miniature", *arguments], capsys)
     assert code == 2
-    assert says in error
+    assert named in error
     assert error.count("\n") == 1
     assert not (folder / "examples_output").exists()
 
 
 def test_small_and_extreme_images_exit_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for size, says in (((3, 3), "one vision token"), ((14 * 300, 14), "200:1")):
+    for size, named in (((3, 3), "3×3"), ((14 * 300, 14), "200:1")):
         Image.new("RGB", size).save(folder / "odd.png")
         code, error = outcome(
             example_extraction.main, ["--image", "odd.png", "--models", "miniature"], capsys
         )
         assert code == 2
-        assert says in error
+        assert named in error
 
 
 def test_released_models_without_network_or_cache_exit_2(
@@ -305,7 +307,7 @@ def test_released_models_without_network_or_cache_exit_2(
 ) -> None:
     code, error = outcome(example_extraction.main, ["--models", "qwen"], capsys)
     assert code == 2
-    assert "hub cannot be reached" in error or "no processor could be loaded" in error
+    assert FAMILIES["qwen"].target.repo in error
 
 
 def test_debug_shows_the_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,7 +402,6 @@ def test_ctrl_c_exits_130_and_the_next_run_goes_on(
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert "Files that were finished are kept" in errors
     assert "Traceback" not in errors
     kept = log.read_text().splitlines()
     assert 1 <= len(kept) < 30
