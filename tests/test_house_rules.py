@@ -123,6 +123,18 @@ def test_tests_are_named_by_short_claims() -> None:
     assert not [name for name in functions if len(name) > 60]
 
 
+def test_every_subprocess_of_the_tests_has_a_deadline() -> None:
+    endless = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith(("subprocess.run", ".communicate", "check_output"))
+        and "timeout" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not endless
+
+
 def test_the_requirements_hold_no_address() -> None:
     assert not ADDRESS.search((ROOT / "requirements.lock").read_text(encoding="utf-8"))
 
