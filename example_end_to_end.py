@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one example, or ask which."""
     made = parser(__doc__, PROMPT)
     made.add_argument("--editor", help="another Qwen-Image-Edit: registered name, hub id or local folder")
-    made.add_argument("--example", type=int, choices=range(1, 8), help="which example; without it, a menu")
+    made.add_argument("--example", type=int, choices=range(1, 8), help="number; default: show the menu")
     made.add_argument(
         "--bridge", help="folder or hub id of a bridge, `fresh` or `random`; default: the family's own"
     )
@@ -64,14 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         default=1,
         metavar="N",
-        help="edits denoised together; above "
-        "1 faster on a GPU, and close to the same images but not the same bits",
+        help="edits denoised together; faster on a GPU, with images that are close but not bit-identical",
     )
     made.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure images")
     made.add_argument(
-        "--no-questions", action="store_true", help="edits alone: the language model is not asked"
+        "--no-questions", action="store_true", help="measure edits only, ask the language model nothing"
     )
-    made.add_argument("--retry-errors", action="store_true", help="do again what failed in an earlier run")
+    made.add_argument("--retry-errors", action="store_true", help="repeat what failed in an earlier run")
     made.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
     made.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
     made.add_argument(

@@ -1,19 +1,26 @@
-"""Offline, on the miniature, with caches of this run's own."""
+"""Offline, on the miniature, one thread a process, with caches of this run's own."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: pytest-xdist takes the cores, and threads that wait would spin on them.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["QWEN_VISION_BRIDGE_HOME"] = tempfile.mkdtemp(prefix="qwen-vision-bridge-tests-")
 
 import pytest
 from PIL import Image
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["QWEN_VISION_BRIDGE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,11 @@ def test_peers_see_data_of_their_own_and_share_one_model(tmp_path: Path) -> None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")], env=environment, capture_output=True, text=True
+        [*command, str(script), str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("peers "))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,20 @@ from qwen_vision_bridge.synthetic.miniature import TARGET_PX
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
+FILES = [
+    "test_input.png",
+    "comparison_basic.png",
+    "ocr_tests/results.json",
+    "ocr_tests/summary.md",
+    "spatial_tests/results.json",
+    "spatial_tests/results.csv",
+    "detail_tests/results.json",
+    "full_evaluation/results.json",
+    "full_evaluation/results.csv",
+    "full_evaluation/summary.md",
+    "full_evaluation/report.html",
+    "attention_visualization.png",
+]
 QUICK = ["--models", "miniature", "--steps", "2", "--cases", "1", "--bridge", "random"]
 
 
@@ -97,39 +114,47 @@ def test_extraction_takes_a_photograph(
     assert not (folder / "examples_output" / "test_input.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("example", "files"),
-    [
-        (1, ["test_input.png", "comparison_basic.png"]),
-        (2, ["ocr_tests/results.json", "ocr_tests/summary.md"]),
-        (3, ["spatial_tests/results.json", "spatial_tests/results.csv"]),
-        (4, ["detail_tests/results.json"]),
-        (
-            5,
-            [
-                "full_evaluation/results.json",
-                "full_evaluation/results.csv",
-                "full_evaluation/summary.md",
-                "full_evaluation/report.html",
-            ],
-        ),
-        (6, ["attention_visualization.png"]),
-    ],
-)
-def test_every_option_runs_and_writes_its_files(
-    example: int, files: list[str], folder: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    session_of_examples([*QUICK, "--example", str(example)])
-    assert all((folder / "examples_output" / file).is_file() for file in files)
-    assert "Saved: examples_output" in capsys.readouterr().out
-    if example == 5:
-        written = json.loads((folder / "examples_output" / files[0]).read_text())
-        assert {record["group"] for record in written["records"]} == set(GROUPS)
+def test_a_number_runs_its_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    session = example_end_to_end.Session
+    monkeypatch.setattr(session, "basic_comparison", lambda self: ran.append("basic"))
+    monkeypatch.setattr(session, "attention", lambda self: ran.append("attention"))
+    monkeypatch.setattr(session, "evaluate", lambda self, groups, output: ran.append(output))
+    for number in range(1, 7):
+        example_end_to_end.main([*QUICK, "--example", str(number)])
+    evaluations = ["ocr_tests", "spatial_tests", "detail_tests", "full_evaluation"]
+    assert ran == ["basic", *evaluations, "attention"]
+
+
+@pytest.fixture(scope="module")
+def run_all(
+    session_of_examples: Callable[[list[str]], None], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The output folder of example 7, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("run-all"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.chdir(folder)
+        session_of_examples([*QUICK, "--example", "7"])
+    return folder / "examples_output", printed.getvalue()
+
+
+@pytest.mark.slow
+def test_run_all_writes_the_files_of_every_example(run_all: tuple[Path, str]) -> None:
+    output, printed = run_all
+    assert {path.name for path in output.iterdir()} == {Path(file).parts[0] for file in FILES}
+    assert all((output / file).is_file() for file in FILES)
+    assert printed.count("Saved: examples_output") == 6
+
+
+@pytest.mark.slow
+def test_the_full_evaluation_has_every_group(run_all: tuple[Path, str]) -> None:
+    results = json.loads((run_all[0] / "full_evaluation" / "results.json").read_text())
+    assert {record["group"] for record in results["records"]} == set(GROUPS)
 
 
 @pytest.mark.parametrize("example", [1, 2, 5, 6])
 def test_options_take_the_users_photograph(
-    example: int, folder: Path, photo_file: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
+    example: int, folder: Path, photo_file: Path, session_of_examples: Any
 ) -> None:
     asked = ["--image", str(photo_file), "--prompt", "HELLO"]
     session_of_examples([*QUICK, "--example", str(example), *asked])
@@ -155,11 +180,11 @@ def test_options_take_the_users_photograph(
         assert all(
             {"change_from_input", "text_kept"} <= record["metrics"].keys() <= known for record in records
         )
-        assert "not whether it is better" in capsys.readouterr().out
 
 
-def test_cases_of_the_users_own_folder_go_through_the_script(
-    folder: Path, photo: Image.Image, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_the_users_own_cases_run_in_four_arms_and_as_a_pair(
+    folder: Path, photo: Image.Image, session_of_examples: Any
 ) -> None:
     (folder / "own").mkdir()
     photo.save(folder / "own" / "a.png")
@@ -172,13 +197,18 @@ def test_cases_of_the_users_own_folder_go_through_the_script(
     records = json.loads((folder / "examples_output/full_evaluation/results.json").read_text())["records"]
     assert {record["case_id"] for record in records} == {"a", "b", "a+b"}
     assert {record["arm"] for record in records} == {"baseline", "bridge", "shuffled", "target-only"}
-    assert "edits and 0 questions to do" in capsys.readouterr().out
-    (folder / "own" / "cases.jsonl").write_text('{"id": "a"}')
+    assert {record["level"] for record in records} == {"edit", "agreement"}
+
+
+def test_a_fault_in_the_users_cases_names_line_and_field(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "cases.jsonl").write_text('{"id": "a"}')
     code, error = outcome(
-        example_end_to_end.main, ["--models", "miniature", "--example", "5", "--case-folder", "own"], capsys
+        example_end_to_end.main, ["--models", "miniature", "--example", "5", "--case-folder", "."], capsys
     )
     assert code == 2
-    assert "cases.jsonl, line 1: the field 'image' is missing" in error.replace("\n", " ")
+    assert re.search(r"cases\.jsonl\W+line 1\b.*'image'", error, flags=re.DOTALL)
 
 
 def test_the_menu_runs_what_is_chosen_and_quits(
@@ -192,33 +222,19 @@ def test_the_menu_runs_what_is_chosen_and_quits(
     session_of_examples(QUICK)
     out = capsys.readouterr().out
     assert out.count("7. Run all") == 2
-    assert "'x' is not on the menu" in out
-    assert "'' is not on the menu" in out
+    assert "'x'" in out
+    assert "''" in out
     assert (folder / "examples_output" / "comparison_basic.png").is_file()
-
-
-def test_run_all_does_all_six(folder: Path, session_of_examples: Any) -> None:
-    session_of_examples([*QUICK, "--example", "7"])
-    made = {path.name for path in (folder / "examples_output").iterdir()}
-    assert made == {
-        "test_input.png",
-        "comparison_basic.png",
-        "attention_visualization.png",
-        "ocr_tests",
-        "spatial_tests",
-        "detail_tests",
-        "full_evaluation",
-    }
 
 
 def test_the_environment_check_prints_and_returns_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_environment.main([]) == 0
-    assert "Ready." in capsys.readouterr().out
+    assert "FAIL" not in capsys.readouterr().out
     assert check_environment.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
-def test_the_environment_check_exits_1_with_a_remedy_where_nothing_can_run(
+def test_the_environment_check_exits_1_where_nothing_can_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qwen_vision_bridge import environment
@@ -232,16 +248,12 @@ def test_the_environment_check_exits_1_with_a_remedy_where_nothing_can_run(
     "script", [example_extraction.main, example_end_to_end.main], ids=["extract", "edit"]
 )
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "no such image"),
-        (b"", "is empty"),
-        (b"nonsense", "not an image"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "png"),
-    ],
+    "content",
+    [None, b"", b"nonsense", b"\x89PNG\r\n\x1a\n\0\0"],
+    ids=["absent", "empty", "no image", "cut off"],
 )
-def test_bad_images_exit_2_with_one_line_and_nothing_written(
-    script: Any, content: bytes | None, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_images_exit_2_with_one_line_and_no_output(
+    script: Any, content: bytes | None, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = folder / "given.png"
     if content is not None:
@@ -250,44 +262,44 @@ def test_bad_images_exit_2_with_one_line_and_nothing_written(
     assert code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert says in error
+    assert str(path) in error
     assert not (folder / "examples_output").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "named"),
     [
-        (["--prompt", " "], "prompt is empty"),
-        (["--seed", "-1", "--example", "1"], "seed is -1"),
-        (["--seed", str(2**64), "--example", "1"], "seed is 18446744073709551616"),
-        (["--strength", "nan", "--example", "1"], "finite number"),
-        (["--steps", "0", "--example", "1"], "num_inference_steps is a whole number from 2"),
-        (["--source", "Qwen9-VL", "--example", "1"], "unknown source model 'Qwen9-VL'"),
-        (["--source", ".", "--example", "1"], "has no config.json"),
-        (["--editor", ".", "--example", "1"], "has no model_index.json"),
-        (["--bridge", "/no/such/bridge", "--example", "1"], "neither a folder nor a hub id"),
-        pytest.param(["--load-in-8bit", "--example", "1"], "needs a CUDA device", marks=WITHOUT_CUDA),
-        pytest.param(["--offload", "model", "--example", "1"], "needs a CUDA device", marks=WITHOUT_CUDA),
+        (["--prompt", " "], "prompt"),
+        (["--seed", "-1", "--example", "1"], "-1"),
+        (["--seed", str(2**64), "--example", "1"], str(2**64)),
+        (["--strength", "nan", "--example", "1"], "nan"),
+        (["--steps", "0", "--example", "1"], "num_inference_steps"),
+        (["--source", "Qwen9-VL", "--example", "1"], "Qwen9-VL"),
+        (["--source", ".", "--example", "1"], "config.json"),
+        (["--editor", ".", "--example", "1"], "model_index.json"),
+        (["--bridge", "/no/such/bridge", "--example", "1"], "/no/such/bridge"),
+        pytest.param(["--load-in-8bit", "--example", "1"], "load_in_8bit", marks=WITHOUT_CUDA),
+        pytest.param(["--offload", "model", "--example", "1"], 'offload="model"', marks=WITHOUT_CUDA),
     ],
 )
 def test_bad_arguments_exit_2_with_one_line(
-    arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], named: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, error = outcome(example_end_to_end.main, ["--models", "miniature", *arguments], capsys)
     assert code == 2
-    assert says in error
+    assert named in error
     assert error.count("\n") == 1
     assert not (folder / "examples_output").exists()
 
 
 def test_small_and_extreme_images_exit_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for size, says in (((3, 3), "one vision token"), ((14 * 300, 14), "200:1")):
+    for size, named in (((3, 3), "3×3"), ((14 * 300, 14), "200:1")):
         Image.new("RGB", size).save(folder / "odd.png")
         code, error = outcome(
             example_extraction.main, ["--image", "odd.png", "--models", "miniature"], capsys
         )
         assert code == 2
-        assert says in error
+        assert named in error
 
 
 def test_released_models_without_network_or_cache_exit_2(
@@ -295,7 +307,7 @@ def test_released_models_without_network_or_cache_exit_2(
 ) -> None:
     code, error = outcome(example_extraction.main, ["--models", "qwen"], capsys)
     assert code == 2
-    assert "hub cannot be reached" in error or "no processor could be loaded" in error
+    assert FAMILIES["qwen"].target.repo in error
 
 
 def test_debug_shows_the_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,45 +319,61 @@ def test_debug_shows_the_traceback(folder: Path, capsys: pytest.CaptureFixture[s
 
 LOOK = """
 import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stopped:
-    print("code", stopped.code)
-print("imported", *[name for name in ("torch", "transformers", "diffusers") if name in sys.modules])
+
+import qwen_vision_bridge
+
+def look():
+    print("imported", *[name for name in ("torch", "transformers", "diffusers") if name in sys.modules])
+
+assert "numpy" not in sys.modules
+look()
+for command in sys.argv[1:]:
+    sys.argv = command.split("|")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stopped:
+        print("code", stopped.code)
+    look()
 """
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "imported"),
-    [
-        (["example_extraction.py", "--image", "absent.png"], 2, ""),
-        (["example_end_to_end.py", "--image", "absent.png"], 2, ""),
-        (["example_extraction.py", "--models", "miniature"], 0, "torch transformers"),
-    ],
-)
-def test_a_command_imports_only_what_it_uses(
-    arguments: list[str], code: int, imported: str, tmp_path: Path
-) -> None:
-    """A wrong path is answered before torch is imported, and extraction never imports diffusers."""
-    script = [str(ROOT / arguments[0]), *arguments[1:]]
+def imports_of(commands: list[str], folder: Path) -> list[str]:
+    """What the package alone, and each command after it, import and exit with, in one process."""
+    paths = [f"{ROOT}/{command}" for command in commands]
     done = subprocess.run(
-        [sys.executable, "-c", LOOK, *script], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOOK, *paths],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
     )
-    assert f"code {code}" in done.stdout
-    assert done.stdout.strip().splitlines()[-1] == f"imported {imported}".strip()
+    return [line for line in done.stdout.splitlines() if line.startswith(("imported", "code"))]
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, qwen_vision_bridge; print({'torch', 'diffusers', 'numpy'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+def test_a_wrong_path_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
+    commands = [
+        "example_extraction.py|--image|absent.png",
+        "example_extraction.py|--folder|absent|--output|out",
+        "example_end_to_end.py|--image|absent.png",
+        "train_bridge.py|--train_data_dir|absent|--output_dir|out",
+    ]
+    assert imports_of(commands, tmp_path) == ["imported", *["code 2", "imported"] * 4]
 
 
-def test_ctrl_c_in_the_middle_of_a_run_exits_130_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "example_end_to_end.py"),
+@pytest.mark.slow
+def test_extraction_never_imports_diffusers(tmp_path: Path) -> None:
+    after = ["code 0", "imported torch transformers"]
+    assert imports_of(["example_extraction.py|--models|miniature"], tmp_path) == ["imported", *after]
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_130_and_the_next_run_goes_on(
+    folder: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process of its own is stopped after its first record; the same command then keeps what it wrote."""
+    arguments = [
         "--models",
         "miniature",
         "--example",
@@ -357,29 +385,28 @@ def test_ctrl_c_in_the_middle_of_a_run_exits_130_and_the_next_run_goes_on(tmp_pa
         "--bridge",
         "random",
     ]
-    log = tmp_path / "examples_output" / "detail_tests" / "results.jsonl"
+    log = folder / "examples_output" / "detail_tests" / "results.jsonl"
     process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
+        [sys.executable, str(ROOT / "example_end_to_end.py"), *arguments],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        preexec_fn=partial(
-            signal.signal, signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background jobs ignore it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
-    while not log.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 240
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
-    assert "Files that were finished are kept" in errors
     assert "Traceback" not in errors
     kept = log.read_text().splitlines()
     assert 1 <= len(kept) < 30
     assert all(json.loads(line)["metrics"] for line in kept)
-    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "edit        detail" in done.stdout
-    assert f"{len(kept)} of" in done.stdout
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+    session_of_examples(arguments)
+    assert f"{len(kept)} of" in capsys.readouterr().out
     assert log.read_text().splitlines()[: len(kept)] == kept

@@ -131,7 +131,7 @@ def test_a_texture_is_visible_and_no_object_is_found_in_it(texture: str, backdro
 
 def test_drawing_a_word_imports_neither_pyplot_nor_torch() -> None:
     lines = (
-        "import sys; from qwen_vision_bridge import world; world.make_cases('ocr', 1)",
+        "import sys; from qwen_vision_bridge.synthetic import cases; cases.make_cases('ocr', 1)",
         "assert not {'matplotlib.pyplot', 'torch', 'skimage', 'scipy'} & set(sys.modules)",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)

@@ -6,6 +6,7 @@ Devanagari; Greek without accents and the final sigma. `can_read` asks the model
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from rapidocr import RapidOCR
 
 ImageOrArray = Image.Image | np.ndarray
-OCR_THREADS = -1  # of the reader, set before its first use; -1 leaves them to it
+# Threads of the OCR engine: as many as torch is told to use, else the engine chooses (-1).
+OCR_THREADS = int(os.environ.get("OMP_NUM_THREADS", "-1").split(",")[0])
 
 
 def pixels_of(image: ImageOrArray, name: str = "image") -> np.ndarray:
