@@ -15,7 +15,6 @@ from .loading.memory import is_out_of_memory
 from .specs import FAMILIES, Family, check_seed, resolve_family
 
 OUTPUT = Path("examples_output")
-RANDOM_NOTE = "Note: the miniature's weights are random here, so its images are noise; every step is real."
 NO_MEMORY = (
     "the GPU ran out of memory: close other programs on it, give smaller images, or look at "
     "`check_environment.py` for a memory mode that fits"
@@ -80,7 +79,6 @@ def check_inputs(arguments: argparse.Namespace) -> None:
 def choose_models(arguments: argparse.Namespace) -> Family:
     """Print which family is used, why, and how to get the other; return it with its replaced roles."""
     from .environment import choose_family
-    from .synthetic.miniature import is_shipped
 
     name, line = choose_family(arguments.models)
     replaced = {
@@ -88,11 +86,8 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     }
     family = resolve_family(name, **replaced)
     print(line)
-    if name == "miniature":
-        if not is_shipped():
-            print(RANDOM_NOTE)
-        if arguments.image is not None:
-            print(PHOTO_NOTE)
+    if name == "miniature" and arguments.image is not None:
+        print(PHOTO_NOTE)
     return family
 
 

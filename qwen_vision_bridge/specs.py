@@ -11,7 +11,8 @@ from typing import Any
 
 from .loading.hub import hub_file
 
-BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniature.py
+BUILTIN = "builtin:"  # marks the weights that the package ships, see `loading.checkpoints.locate`
+TARGET_PX = 64  # a side of what the miniature's target tower takes, however far the image was reduced before
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)

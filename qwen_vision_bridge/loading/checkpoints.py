@@ -23,8 +23,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
 from ..io import write_whole
-from ..specs import ModelSpec, cache_home, read_json
-from ..synthetic.miniature import locate
+from ..specs import BUILTIN, ModelSpec, cache_home, read_json
 from .hub import hub_file, hub_range, hub_size
 
 logger = logging.getLogger(__name__)
@@ -32,6 +31,23 @@ logger = logging.getLogger(__name__)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MERGE_GAP = 64 * 1024  # bytes worth fetching to save a request
 FULL_HASH_LIMIT = 64 * 2**20  # folders up to this size are identified by all their bytes
+
+
+SHIPPED = Path(__file__).parents[1] / "weights" / "miniature"
+
+
+def locate(repo: str) -> str:
+    """Turn a `builtin:` location into the package's folder of shipped weights; others pass unchanged.
+
+    Raises:
+        FileNotFoundError: the package was installed without its weights.
+    """
+    if not repo.startswith(BUILTIN):
+        return repo
+    folder = SHIPPED / ("source" if repo == f"{BUILTIN}source" else "editor")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no weights of the miniature in {folder}: install the whole package")
+    return str(folder)
 
 
 class Checkpoint(ABC):

@@ -16,8 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..specs import EditorSpec, Family, read_json
-from ..synthetic.miniature import locate
-from .checkpoints import check_tensors, folder_digest, without_loading_reports
+from .checkpoints import check_tensors, folder_digest, locate, without_loading_reports
 from .hub import hub_file
 from .locks import exclusive
 from .memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory, usable_gpu_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..synthetic.miniature import locate
+from .checkpoints import locate
 from .hub import hub_file
 
 

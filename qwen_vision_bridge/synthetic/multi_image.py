@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .instructions import LARGE, Edit, phrase, recolour_background, retext, sample, square, the, with_words
+from ..case import Edit, Scene
+from .instructions import LARGE, phrase, recolour_background, retext, sample, square, the, with_words
 from .sampler import Draw, objects_at
-from .scene import BACKDROPS, Scene, ink_on
+from .scene import BACKDROPS, ink_on
 
 
 def _on_backdrop(scene: Scene, backdrop: str) -> Scene:
@@ -25,8 +26,8 @@ def same_as(draw: Draw, kind: str) -> Edit:
         before = with_words(draw, [(old, new)], LARGE)
         model = with_words(draw, [(new,)], LARGE)
         answer = f"{new},{square(draw, before.texts[0].centre)}"
-        outright = phrase(draw, "change_text", old=old, new=new)
-        return Edit(phrase(draw, kind), before, retext(before, new), answer, outright, (model,))
+        explicit = phrase(draw, "change_text", old=old, new=new)
+        return Edit(phrase(draw, kind), before, retext(before, new), answer, explicit, (model,))
     before = sample(draw)
     first, *rest = before.objects
     if kind == "same_background":
@@ -43,6 +44,6 @@ def same_as(draw: Draw, kind: str) -> Edit:
     model = replace(draw.background(), objects=objects_at([(first.kind, new)], [disc]))
     after = replace(before, objects=(replace(first, colour=new), *rest))
     what = f"the {first.kind}"
-    outright = phrase(draw, "recolour_object", what=what, new=new)
+    explicit = phrase(draw, "recolour_object", what=what, new=new)
     answer = f"{square(draw, first.centre)} {new}"
-    return Edit(phrase(draw, kind, what=what), before, after, answer, outright, (model,))
+    return Edit(phrase(draw, kind, what=what), before, after, answer, explicit, (model,))

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .instructions import PLACES, SMALL, Edit, goal_of, phrase, square, the, with_words
+from ..case import Edit, SceneObject, TextBlock
+from .instructions import PLACES, SMALL, goal_of, phrase, square, the, with_words
 from .sampler import LETTERS, PAIR_COLOURS, Disc, Draw, objects_at
-from .scene import CAP_HEIGHT, COLOURS, MARKS, SceneObject, TextBlock, corners_of, ink_on
+from .scene import CAP_HEIGHT, COLOURS, MARKS, corners_of, ink_on
 
 ROWS = {2: ("at the top", "at the bottom"), 3: ("at the top", "in the middle", "at the bottom")}
 PLAIN = ("circle", "square")  # shapes with room for a letter
@@ -37,17 +38,17 @@ def which_word(draw: Draw, kind: str) -> Edit:
         "keep_word": (chosen, *(replace(block, text="") for block in others)),
         "recolour_word": (replace(chosen, ink=COLOURS[new]), *others),
     }[kind]
-    asked, outright = _both(draw, kind, f'the word "{named}"', f"the word {ROWS[count][row]}", new=new)
+    asked, explicit = _both(draw, kind, f'the word "{named}"', f"the word {ROWS[count][row]}", new=new)
     answer = f'{square(draw, chosen.centre)}"{named}"'
-    return Edit(asked, before, replace(before, texts=after), answer, outright)
+    return Edit(asked, before, replace(before, texts=after), answer, explicit)
 
 
-def _both(draw: Draw, kind: str, asked: str, outright: str, **names: str) -> tuple[str, str]:
-    """The request in the same phrasing, as asked and with what is meant said outright."""
+def _both(draw: Draw, kind: str, asked: str, explicit: str, **names: str) -> tuple[str, str]:
+    """The request in the same phrasing, as asked and with what is meant made explicit."""
     seed = int(draw.rng.integers(2**31))
     first, second = (
         phrase(Draw(np.random.default_rng(seed), draw.size), kind, what=what, **names)
-        for what in (asked, outright)
+        for what in (asked, explicit)
     )
     return first, second
 
@@ -82,8 +83,8 @@ def which_shape(draw: Draw, kind: str) -> Edit:
     else:
         objects, labels = objects[1:], labels[1:]
     after = replace(before, objects=tuple(objects), texts=tuple(labels))
-    asked, outright = _both(draw, action, referring_target.description, the(first), **names)
-    return Edit(asked, before, after, f"{square(draw, first.centre)} {first.name}", outright)
+    asked, explicit = _both(draw, action, referring_target.description, the(first), **names)
+    return Edit(asked, before, after, f"{square(draw, first.centre)} {first.name}", explicit)
 
 
 def _can_go(draw: Draw, referring_target: ReferringTarget, place: str) -> bool:

@@ -18,10 +18,12 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 from PIL import Image
 
-from ..evaluation.vqa import EXPLAINED
+from ..case import Scene
 from ..images import load_images
 from ..io import digest_of
 from ..synthetic import cases as world
+from ..synthetic import questions
+from ..synthetic.scene import render
 
 Kind = Literal["perceive", "edit"]
 METADATA = "metadata.jsonl"
@@ -88,11 +90,11 @@ class WorldSamples:
         group, kind = ONE_IMAGE[int(rng.integers(len(ONE_IMAGE)))]
         edit = world.make_edit(group, kind, rng, self.size, self.split == "novel")
         if self.kind == "edit":
-            return Sample(world.render(edit.before), edit.prompt, after=world.render(edit.after))
+            return Sample(render(edit.before), edit.prompt, after=render(edit.after))
         if self.taught and rng.random() < INSTRUCTED:
-            return Sample(world.render(edit.before), edit.prompt, edit.answer)
+            return Sample(render(edit.before), edit.prompt, edit.answer)
         scene = edit.after if rng.random() < 0.4 else edit.before
-        return Sample(world.render(scene), *_question(scene, rng, self.taught))
+        return Sample(render(scene), *_question(scene, rng, self.taught))
 
 
 class FolderSamples:
@@ -205,22 +207,22 @@ def held_out(samples: Samples, most: int, share: float = 0.1) -> tuple[Part, Par
     return Part(samples, sorted(set(range(len(samples))) - aside)), Part(samples, sorted(aside))
 
 
-def _question(scene: world.Scene, rng: np.random.Generator, taught: bool) -> tuple[str, str]:
+def _question(scene: Scene, rng: np.random.Generator, taught: bool) -> tuple[str, str]:
     kinds = [kind for kind in ASKED if taught or kind in EXPLAINABLE]
-    if not taught and not world.words_of(scene):
+    if not taught and not questions.words_of(scene):
         kinds.remove("read")
     shares = np.array([ASKED[kind] for kind in kinds])
     kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
     if kind == "read":
-        asked = world.read_question(scene)
+        asked = questions.read_question(scene)
     elif kind == "locate":
-        asked = world.locate_question(scene, rng)
+        asked = questions.locate_question(scene, rng)
         kind = "locate" if asked[0].startswith("Where") else "count"
     elif kind == "count":
-        asked = "How many shapes are there?", str(len(scene.objects))
+        asked = questions.count_question(scene)
     else:
-        asked = world.describe_question(scene)
-    return asked if taught else (f"{asked[0]} {EXPLAINED[kind]}", asked[1])
+        asked = questions.describe_question(scene)
+    return asked if taught else (f"{asked[0]} {questions.REPLY_FORMS[kind]}", asked[1])
 
 
 def _checked_rows(root: Path, kind: str) -> list[dict[str, str]]:

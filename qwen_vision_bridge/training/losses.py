@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..specs import step_seed
-from ..synthetic.tokenizer import TEMPLATE_PREFIX_TOKENS
 from .config import TrainingSettings
 from .flow_matching import Flow
-from .frozen_lm import Reader, Rows
+from .frozen_lm import TEMPLATE_PREFIX_TOKENS, Reader, Rows
 from .packs import Pack
 from .trainable import Learner
 

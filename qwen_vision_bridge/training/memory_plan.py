@@ -15,8 +15,7 @@ import torch
 from ..bridge import BridgeConfig, VisionBridge, count_parameters
 from ..loading.editors import BYTES, UNQUANTISED_ENCODER_B
 from ..loading.memory import usable_gpu_bytes
-from ..specs import Family, cache_home
-from ..synthetic.miniature import TARGET_PX
+from ..specs import TARGET_PX, Family, cache_home
 from .config import TrainingSettings
 from .run import WORLD_SAMPLES, RunConfig
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from ..bridge import BridgeConfig, VisionBridge
+from ..controls import Features
 from ..distributed import LONGEST_WAIT
-from ..evaluation.arms import Features
 from ..io import digest_of, provenance, write_json
 from ..runs import ABOUT, TrainingRun, check_output_dir, open_run
 from ..specs import Family, cache_home

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bridge import BridgeConfig, VisionBridge, count_parameters
-from ..evaluation.arms import Features, target_levels
+from ..controls import Features, target_levels
 from .packs import Pack
 
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -37,7 +37,7 @@ class BridgeLearner:
     """A bridge that sees its own sample's levels, another sample's, or the target's own features.
 
     Args:
-        features: the two controls are `shuffled` and `target`, see `arms.Arm`.
+        features: the two controls are `shuffled` and `target`, see `controls.Features`.
         strength: of the update while training.
         seed: of the shuffling.
     """

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..evaluation.metrics import pixels as metrics
+from ..case import exact_text
 from .config import TrainingSettings
 from .frozen_lm import Reader
 from .losses import Batch, TrainData
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
     @property
     def right(self) -> float:
         """1.0 where the reply is exact, spaces and case aside."""
-        return metrics.exact_text(self.said, self.wanted)
+        return exact_text(self.said, self.wanted)
 
     @property
     def letters(self) -> list[list[bool]]:
