@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vision_bridge.evaluation.benchmark_metrics import RegionScores, Word, masked_scores, region_scores
-from qwen_vision_bridge.evaluation.folder_dataset import FileCase
+from qwen_vision_bridge.case import Case
+from qwen_vision_bridge.evaluation.metrics.benchmarks import RegionScores, Word, masked_scores, region_scores
 from qwen_vision_bridge.evaluation.scoring import measure, unmeasured
 from qwen_vision_bridge.synthetic.multilingual import language_cases
 
@@ -77,7 +77,7 @@ def test_background_metrics_of_pie_bench_are_those_of_torchmetrics(photo: Image.
 
 def test_file_cases_get_the_metrics_of_their_benchmark_and_what_is_missing_is_said() -> None:
     (made,) = language_cases(1)[0]
-    case = FileCase(
+    case = Case(
         "t",
         "ocr",
         "own",
@@ -87,12 +87,12 @@ def test_file_cases_get_the_metrics_of_their_benchmark_and_what_is_missing_is_sa
         source_text=made.source_text,
         expected_text=made.expected_text,
         text_is_part=True,
-        benchmark="textedit",
+        dataset="textedit",
     )
     right, untouched = measure(case, case.target), measure(case, case.image)
     assert right["region_target_accuracy"] == right["region_f1"] == right["region_roi_ned"] == 1
     assert untouched["region_f1"] < 0.5
-    pie = FileCase("p", "detail", "type1", "x", made.image, edit_mask=made.edit_mask, benchmark="pie")
+    pie = Case("p", "detail", "type1", "x", made.image, edit_mask=made.edit_mask, dataset="pie")
     scores = measure(pie, pie.image)
     assert (scores["pie_ssim"], scores["pie_mse"]) == (1, 0)
     lines = " ".join(unmeasured([case, pie]))

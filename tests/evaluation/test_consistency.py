@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.evaluation.folder_dataset import FileCase
+from qwen_vision_bridge.case import Case, SceneObject
 from qwen_vision_bridge.evaluation.metrics.consistency import (
     agreement,
     colour_off,
@@ -16,10 +16,10 @@ from qwen_vision_bridge.evaluation.metrics.consistency import (
     inside,
     pair_records,
 )
-from qwen_vision_bridge.evaluation.metrics.pixels import iou_by_object
+from qwen_vision_bridge.evaluation.metrics.objects import iou_by_object
 from qwen_vision_bridge.evaluation.scoring import measure
 from qwen_vision_bridge.synthetic.cases import make_cases
-from qwen_vision_bridge.synthetic.scene import COLOURS, SceneObject
+from qwen_vision_bridge.synthetic.scene import COLOURS
 
 GREY = (128, 128, 128)
 
@@ -67,7 +67,7 @@ def test_the_same_edit_of_two_images_agrees_in_colour_place_and_size() -> None:
 def test_one_prompt_on_several_images_is_compared_in_every_arm(tmp_path: Path) -> None:
     red, plain = COLOURS["red"], Image.fromarray(flat(GREY))
     cases = [
-        FileCase(name, "other", "own", prompt, plain)
+        Case(name, "other", "own", prompt, plain, dataset="own")
         for name, prompt in (("a", "paint"), ("b", "paint"), ("c", "other"), ("d", "paint"))
     ]
     records = []

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.evaluation.arms import Arm, default_arms, find_partners, parse_arm, target_levels
+from qwen_vision_bridge.controls import find_partners, target_levels
+from qwen_vision_bridge.evaluation.arms import Arm, default_arms, parse_arm
 from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.report.tables import as_table, write_results
-from qwen_vision_bridge.evaluation.scoring import METRICS, measure
+from qwen_vision_bridge.evaluation.scoring import measure, score_reply
 from qwen_vision_bridge.evaluation.tasks import Run, content_key
-from qwen_vision_bridge.evaluation.vqa import Question, questions_of, score
 from qwen_vision_bridge.synthetic.cases import GROUPS, make_cases
+from qwen_vision_bridge.synthetic.questions import Question, questions_of
 
 SHORT = {"num_inference_steps": 2}
 
@@ -216,7 +218,7 @@ def test_target_only_levels_are_the_targets_own_features_turned(editor: Any) -> 
 
 def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_path: Path) -> None:
     arm = parse_arm("half=random,strength=0.5,site=deepstack,features=shuffled", editor.family)
-    assert (arm.strength, arm.site, arm.features, arm.is_control) == (0.5, "deepstack", "shuffled", True)
+    assert (arm.strength, arm.site, arm.features, arm.is_baseline) == (0.5, "deepstack", "shuffled", False)
     for text, says in (
         ("half", "an arm is NAME=BRIDGE"),
         ("x=random,what=1", "an arm is"),
@@ -233,19 +235,23 @@ def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_pat
     with pytest.raises(ValueError, match="every case needs its own"):
         evaluate(editor, [case, case], tmp_path)
     with pytest.raises(ValueError, match="file name"):
-        evaluate(editor, [replace(case, case_id="../up")], tmp_path)
+        replace(case, case_id="../up")
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=f"seed is {seed}"):
             evaluate(editor, [case], tmp_path, seed=seed)
 
 
 def test_replies_are_scored_by_hand_computed_values() -> None:
-    assert score(Question("read", "", "CAFE"), " cafe")["answered"] == 1
-    assert score(Question("read", "", "CAFE"), "CUFE") == {"answered": 0.0, "reply_similarity": 0.75}
-    assert score(Question("locate", "", "aa"), "de")["location_error"] == pytest.approx(5 / 8)  # 3-4-5
-    assert score(Question("locate", "", "aa"), "left")["location_error"] == 2**0.5
-    assert score(Question("count", "", "3"), "5") == {"answered": 0.0, "count_error": 2.0}
-    assert score(Question("count", "", "3"), "many")["count_error"] == 8
+    assert score_reply(Question("read", "", "CAFE"), " cafe")["answered"] == 1
+    assert score_reply(Question("read", "", "CAFE"), "CUFE") == {
+        "answered": 0.0,
+        "letters": 0.75,
+        "reply_similarity": 0.75,
+    }
+    assert score_reply(Question("locate", "", "aa"), "de")["location_error"] == pytest.approx(5 / 8)  # 3-4-5
+    assert score_reply(Question("locate", "", "aa"), "left")["location_error"] == 2**0.5
+    assert score_reply(Question("count", "", "3"), "5") == {"answered": 0.0, "count_error": 2.0}
+    assert score_reply(Question("count", "", "3"), "many")["count_error"] == 8
     kinds = {question.kind for case in make_cases("ocr", 4) for question in questions_of(case)}
     assert kinds == {"read", "locate", "count"}
 

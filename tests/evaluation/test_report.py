@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from qwen_vision_bridge.evaluation.evaluate import Evaluation
+from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.report.figures import SPREAD, case_differences, evaluation_figures
 from qwen_vision_bridge.evaluation.report.html import EACH, write_page
 from qwen_vision_bridge.evaluation.report.tables import write_results
-from qwen_vision_bridge.evaluation.scoring import METRICS
 from qwen_vision_bridge.evaluation.statistics import compare_arms
 
 FIGURES = ("differences", "wins", "expectations", "cases")

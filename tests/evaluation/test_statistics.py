@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vision_bridge.evaluation import statistics as comparisons
-from qwen_vision_bridge.evaluation.statistics import Metric, bootstrap_interval, compare_arms
+from qwen_vision_bridge.evaluation.metrics.registry import Metric
+from qwen_vision_bridge.evaluation.statistics import bootstrap_interval, compare_arms
 
-METRICS = {"right": Metric(True, True), "error_px": Metric(False)}
+METRICS = {
+    "right": Metric("right", (), None, True, is_share=True),
+    "error_px": Metric("error_px", (), None, False),
+}
 GROUPS = ("ocr", "space")
 
 

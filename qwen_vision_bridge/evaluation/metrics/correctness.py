@@ -13,10 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..synthetic.cases import Case
-from ..synthetic.instructions import Edit
-from ..synthetic.scene import COLOURS, Scene, SceneObject, TextBlock, render
-from .metrics import pixels as metrics
+from ...case import Case, Edit, Scene, SceneObject, TextBlock
+from ...synthetic.scene import COLOURS, render
+from . import pixels as metrics
+from .objects import find_objects, place_distances
+from .ocr import read_text
+from .text import exact_text, letters_of
 
 # Kinds whose result is read, and kinds whose result is a background; the others show by their scenes.
 WRITTEN = (
@@ -72,7 +74,7 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
     Args:
         case: with its scenes.
         image: RGB, of the target's size.
-        reading: what `metrics.read_text` gives for the image, where that is known already.
+        reading: what `ocr.read_text` gives for the image, where that is known already.
 
     Raises:
         ValueError: a case without scenes, an image of another size.
@@ -86,7 +88,7 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
     elif case.kind in BACKGROUND:
         verdict = _judge_background(case, image)
     elif case.kind in WRITTEN:
-        read = metrics.read_text(image) if reading is None else reading
+        read = read_text(image) if reading is None else reading
         verdict = _judge_words(case, image, read)
     else:
         verdict = _judge_regions(case, image)
@@ -110,9 +112,7 @@ def is_move(edit: Edit) -> bool:
 
 
 def _judge_words(case: Case, image: Image.Image, read: str) -> Verdict:
-    # Letters and digits alone: the rim of a plate is now and then read as a bracket, a shape as a plus.
-    letters = "".join(filter(str.isalnum, read))
-    right = bool(metrics.exact_text(letters, case.expected_text or ""))
+    right = bool(exact_text(letters_of(read), case.expected_text or ""))
     lost, gone, off, recoloured = _stayed(case, image)
     reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
     reason = reason or gone or recoloured
@@ -125,7 +125,7 @@ def _judge_words(case: Case, image: Image.Image, read: str) -> Verdict:
 def _judge_places(case: Case, image: Image.Image) -> Verdict:
     expected = case.expected_objects
     reason = ""
-    for item, distance in zip(expected, metrics.place_distances(image, expected), strict=True):
+    for item, distance in zip(expected, place_distances(image, expected), strict=True):
         if distance is None:
             reason = reason or f"the {item.name} is lost"
         elif distance > PLACE_OFF * image.width:
@@ -143,7 +143,7 @@ def _surplus(case: Case, image: Image.Image) -> str:
         colour: SCRAP * min(float(_flat(case.target, item).sum()) for item in items)
         for colour, items in by_colour.items()
     }
-    for patch in metrics.find_objects(image, min_area=min(least.values())):
+    for patch in find_objects(image, min_area=min(least.values())):
         if patch.area < least.get(patch.colour, np.inf):
             continue
         # A wide letter cuts a square in two, so halves at a shape's own place are no second shape.
