@@ -16,7 +16,6 @@ from PIL import Image
 from ..case import GROUPS, Case, Edit
 from ..specs import check_seed
 from . import instructions as edits
-from . import multi_image as consistency
 from . import referring
 from .questions import words_of
 from .sampler import Draw, NoRoomError, is_held_out
@@ -42,7 +41,7 @@ EASY: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
         "add_object": edits.add_object,
         "recolour_background": edits.recolour_background,
     },
-    "consistency": {"same_object": consistency.same_as},
+    "consistency": {"same_object": referring.same_as},
 }
 REFERRING_WORDS = ("remove_word", "recolour_word", "keep_word")
 HARD: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
@@ -65,7 +64,7 @@ HARD: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
         referring.which_shape,
     ),
     "detail": {"match_colour": edits.match_colour, "keep_object": edits.keep_object},
-    "consistency": dict.fromkeys(("same_text", "same_colour", "same_background"), consistency.same_as),
+    "consistency": dict.fromkeys(("same_text", "same_colour", "same_background"), referring.same_as),
 }
 # Easy and hard in turn as far as they go, so that a short list has both.
 KINDS: dict[str, tuple[str, ...]] = {}

@@ -37,7 +37,7 @@ def test_a_right_edit_scores_perfectly_in_every_group() -> None:
             assert scores.get("centroid_error_px", 0) < 2
 
 
-def test_doing_nothing_scores_worse_than_the_right_edit_where_it_matters() -> None:
+def test_doing_nothing_scores_worse_than_the_right_edit() -> None:
     for case in make_cases("ocr", 4, seed=3, kinds=("change_text", "remove_word")):
         assert measure(case, case.image)["exact_text"] == 0
     for case in make_cases("space", 4, seed=3, kinds=("move_left", "swap")):
@@ -98,7 +98,7 @@ def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_p
     assert {(row.difference, row.ci_low, row.ci_high) for row in found.rows} == {(0, 0, 0)}
 
 
-def test_a_record_cut_short_by_a_kill_is_run_again_and_the_others_are_kept(
+def test_a_record_cut_short_by_a_kill_is_run_again(
     editor: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cases = make_cases("detail", 2, seed=0)
@@ -112,7 +112,7 @@ def test_a_record_cut_short_by_a_kill_is_run_again_and_the_others_are_kept(
     assert again.done_before == 7
 
 
-def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
+def test_one_bad_case_is_an_error_and_the_others_go_on(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = make_cases("detail", 2, seed=0)
@@ -131,7 +131,7 @@ def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
     assert any("no such edit" in line for line in found.left_out)
 
 
-def test_an_edit_sees_every_image_of_its_prompt_and_one_seed_in_all_arms(
+def test_all_arms_see_every_image_and_one_seed(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
@@ -152,7 +152,7 @@ def test_an_edit_sees_every_image_of_its_prompt_and_one_seed_in_all_arms(
     assert (tmp_path / "consistency" / f"{case.case_id}_reference1.png").is_file()
 
 
-def test_partners_are_a_derangement_on_one_grid_whatever_the_order() -> None:
+def test_partners_are_a_derangement_on_one_grid() -> None:
     grids = {f"case{i}": ((8, 8),) if i % 3 else ((8, 6),) for i in range(20)} | {"alone": ((2, 2),)}
     partners = find_partners(grids, 0)
     assert partners["alone"] is None
@@ -256,7 +256,7 @@ def test_replies_are_scored_by_hand_computed_values() -> None:
     assert kinds == {"read", "locate", "count"}
 
 
-def test_edits_of_another_size_than_the_case_are_refused_by_the_measure() -> None:
+def test_edits_of_another_size_than_the_case_are_refused() -> None:
     case = make_cases("ocr", 1)[0]
     with pytest.raises(ValueError, match=r"\(64, 64\) px.*\(128, 128\) px"):
         measure(case, Image.new("RGB", (64, 64)))

@@ -82,7 +82,7 @@ def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_the_page_is_one_file_that_asks_for_nothing_and_escapes_every_prompt(run_folder: Path) -> None:
+def test_the_page_is_one_file_and_escapes_every_prompt(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
     assert "<script>document" not in text

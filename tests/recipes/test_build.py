@@ -83,9 +83,7 @@ def test_the_builder_is_seeded(tmp_path: Path) -> None:
     assert one == same != other
 
 
-def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(folder: Path, seed: int) -> None:
         folder.mkdir()
         (folder / "half").touch()
@@ -99,7 +97,7 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(
     assert (miniature.build(tmp_path, "source") / "model.safetensors").is_file()
 
 
-def test_the_target_tower_listens_to_the_image_and_the_dit_to_the_prompt(pipe: Any, photo: Any) -> None:
+def test_target_features_depend_on_image_and_prompt(pipe: Any, photo: Any) -> None:
     """Models this small hardly react at transformers' own initialisation; see `randomise`."""
     from qwen_vision_bridge.injection import mrope_positions
 

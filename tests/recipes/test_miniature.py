@@ -85,7 +85,7 @@ def test_the_workers_tokenizer_is_the_shipped_one() -> None:
     assert data.encode(text) == shipped(text)["input_ids"]
 
 
-def test_a_image_that_is_not_reduced_first_is_what_the_targets_own_processor_gives() -> None:
+def test_an_unreduced_image_is_what_the_processor_gives() -> None:
     from recipes.miniature import data
 
     rows = data.dialogues("test", 0, 3, sides=(data.IMAGE,))

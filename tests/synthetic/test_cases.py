@@ -115,7 +115,7 @@ def test_every_kind_is_asked_in_at_least_two_ways(cases: list[Case]) -> None:
         assert len(used) >= 2, kind
 
 
-def test_shapes_are_drawn_around_their_centre_within_their_radius() -> None:
+def test_shapes_lie_around_their_centre_within_their_radius() -> None:
     blank = scenes.Scene(128, "marble", "grey", 0)
     for kind in scenes.SHAPES:
         item = scenes.SceneObject(kind, "red", (60.25, 70.75), 20.0)
@@ -265,7 +265,7 @@ def test_texts_after_follow_from_the_texts_before(cases: list[Case]) -> None:
         assert text.exact_text(ocr.read_text(case.references[0]), case.expected_text) == 1
 
 
-def test_a_moved_object_goes_to_the_named_place_and_the_others_stay(cases: list[Case]) -> None:
+def test_a_moved_object_goes_to_its_place_and_others_stay(cases: list[Case]) -> None:
     reached = {
         "move_left": lambda x, y: x < 0.25,
         "move_right": lambda x, y: x > 0.75,

@@ -24,7 +24,7 @@ from qwen_vision_bridge.synthetic.questions import questions_of
 READ = {"latin", "accented", "chinese", "japanese"}
 
 
-def test_the_reader_reads_every_script_that_it_says_it_can_and_the_others_get_no_verdict() -> None:
+def test_only_scripts_that_can_be_read_get_a_verdict() -> None:
     cases, _ = language_cases(9)
     drawn = {case.kind for case in cases}
     assert {name for name, script in SCRIPTS.items() if can_read("".join(script.words))} == READ
@@ -62,9 +62,7 @@ def test_cases_depend_on_their_seed_and_number_alone() -> None:
     assert not np.array_equal(np.asarray(first[0].image), np.asarray(language_cases(1, seed=5)[0][0].image))
 
 
-def test_a_script_without_its_font_is_left_out_with_a_word_and_never_drawn(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_script_without_its_font_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find_font.cache_clear()
     monkeypatch.setattr(languages, "SYSTEM_FONTS", tmp_path)
     cases, left_out = language_cases(9)
@@ -81,7 +79,7 @@ def test_a_font_that_lacks_a_letter_is_not_taken(monkeypatch: pytest.MonkeyPatch
     find_font.cache_clear()
 
 
-def test_arabic_letters_are_joined_and_hindi_vowels_set_where_they_are_read() -> None:
+def test_arabic_letters_and_hindi_vowels_are_shaped() -> None:
     """A shaped word is narrower than its letters one by one, or not as wide: raqm is at work."""
     for name, word in (("arabic", "مكتبة"), ("hindi", "नदी")):
         if find_font(name) is not None:
@@ -90,7 +88,7 @@ def test_arabic_letters_are_joined_and_hindi_vowels_set_where_they_are_read() ->
             assert whole < 0.9 * apart
 
 
-def test_released_families_get_multi_lingual_cases_and_the_miniature_says_that_it_gets_none() -> None:
+def test_only_released_families_get_multilingual_cases() -> None:
     cases, _ = cases_for(FAMILIES["qwen"], "ocr", 8)
     assert len(cases) == 8
     assert sum(bool(case.alphabet) for case in cases) == 4
@@ -107,7 +105,7 @@ def test_words_read_in_another_unicode_form_are_the_same_words() -> None:
     assert text.exact_text("Größe", "Gro\u0308ße") == 1
 
 
-def test_a_run_has_multi_lingual_cases_with_and_without_a_verdict(editor: Any, tmp_path: Path) -> None:
+def test_a_run_has_multilingual_cases_of_both_sorts(editor: Any, tmp_path: Path) -> None:
     cases, _ = language_cases(3, size=128)  # latin, accented, cyrillic
     arms = [Arm("baseline"), Arm("on", editor.bridge, "random")]
     found = evaluate(editor, cases, tmp_path, arms, num_inference_steps=2)

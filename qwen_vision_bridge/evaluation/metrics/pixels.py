@@ -109,9 +109,5 @@ def colour_error(image: ImageOrArray, mask: np.ndarray, rgb: RGB) -> float:
 
     Sharma, Wu and Dalal, "The CIEDE2000 color-difference formula", 2005, by scikit-image; sRGB under D65.
     """
-    from skimage.color import deltaE_ciede2000, rgb2lab
-
     pixels = pixels_of(image)
-    inside = pixels[_checked(mask, pixels)]  # (P, 3)
-    wanted = np.broadcast_to(np.array(rgb, dtype=np.uint8), inside.shape)
-    return float(deltaE_ciede2000(rgb2lab(inside), rgb2lab(wanted)).mean())
+    return colour_difference(pixels, np.broadcast_to(np.array(rgb, dtype=np.uint8), pixels.shape), mask)
