@@ -36,6 +36,21 @@ q. Quit
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one example, or ask which."""
     options = parser(__doc__, PROMPT)
+    add_edit_options(options)
+    add_evaluation_options(options)
+    arguments = options.parse_args(argv)
+    check_inputs(arguments)
+    session = Session(arguments)
+    if arguments.example is not None:
+        session.run(arguments.example)
+        return 0
+    while (choice := ask()) is not None:
+        session.run(choice)
+    return 0
+
+
+def add_edit_options(options: argparse.ArgumentParser) -> None:
+    """Add what decides an edit."""
     options.add_argument("--editor", help="another Qwen-Image-Edit: registered name, hub id or local folder")
     options.add_argument("--example", type=int, choices=range(1, 8), help="which example; without it, a menu")
     options.add_argument(
@@ -45,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
     )
     options.add_argument("--steps", type=int, help="denoising steps; default: the family's")
+    options.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
+    options.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
+    options.add_argument(
+        "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
+    )
+
+
+def add_evaluation_options(options: argparse.ArgumentParser) -> None:
+    """Add what an evaluation takes, in examples 2 to 5."""
     options.add_argument(
         "--cases",
         type=int,
@@ -52,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "to see 5 points in example 5, else 4",
     )
     options.add_argument("--quick", action="store_true", help="2 cases a group, 8 steps: shows that all runs")
-    options.add_argument("--case-folder", type=Path, help="example 5 on cases of your own, see docs")
+    options.add_argument(
+        "--case-folder", type=Path, help="cases of your own for example 5, see docs/evaluation.md"
+    )
     options.add_argument(
         "--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, gedit or gedit-cn"
     )
@@ -77,20 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--no-questions", action="store_true", help="edits alone: the language model is not asked"
     )
     options.add_argument("--retry-errors", action="store_true", help="do again what failed in an earlier run")
-    options.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
-    options.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
-    options.add_argument(
-        "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
-    )
-    arguments = options.parse_args(argv)
-    check_inputs(arguments)
-    session = Session(arguments)
-    if arguments.example is not None:
-        session.run(arguments.example)
-        return 0
-    while (choice := ask()) is not None:
-        session.run(choice)
-    return 0
 
 
 def ask() -> int | None:

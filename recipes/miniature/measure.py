@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from qwen_vision_bridge.case import Case
-from qwen_vision_bridge.evaluation.arms import Arm
+from qwen_vision_bridge.evaluation.arms import Arm, Patch
 from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
 from qwen_vision_bridge.evaluation.statistics import BASELINE, bootstrap_interval
 from qwen_vision_bridge.injection import replace_vision
@@ -159,32 +159,28 @@ def edits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             cases, others = cases + some, others | of_kind
     hard = [case for case in cases if case.case_id in others]
     explicit = [explicit_case(case) for case in hard if case.edit.explicit_prompt is not None]
-
-    @contextmanager
-    def see_other_image(pipeline: EnhancedQwenImageEdit, case: Case) -> Iterator[None]:
-        with replace_vision(pipeline.pipe, _vision_of(pipeline, others[case.case_id])):
-            yield
-
-    arms = [Arm(BASELINE), Arm(SHUFFLED, patch=see_other_image, patch_name="the next case of the kind")]
+    shuffled = Arm(SHUFFLED, patch=_see_others(others), patch_name="the next case of the kind")
     options: dict[str, Any] = {"num_inference_steps": arguments.steps}
     if arguments.scale is not None:
         options["true_cfg_scale"] = arguments.scale
-    folder, workers = arguments.output.with_suffix(".edits"), EvaluationOptions(workers=arguments.workers)
-    records: list[dict[str, Any]] = []
-    for some, with_arms in (([*cases, *explicit], arms[:1]), (hard, arms)):
-        if some:
-            result = evaluate(
-                pipeline,
-                some,
-                folder,
-                with_arms,
-                arguments.seed,
-                perception=False,
-                options=workers,
-                **options,
-            )
-            records += [] if result is None else result.records
-    return edit_rows(list({record["key"]: record for record in records}.values()))
+    options |= {"perception": False, "options": EvaluationOptions(workers=arguments.workers)}
+    folder, baseline = arguments.output.with_suffix(".edits"), Arm(BASELINE)
+    results = [evaluate(pipeline, [*cases, *explicit], folder, [baseline], arguments.seed, **options)]
+    if hard:
+        results.append(evaluate(pipeline, hard, folder, [baseline, shuffled], arguments.seed, **options))
+    records = {record["key"]: record for result in results if result for record in result.records}
+    return edit_rows(list(records.values()))
+
+
+def _see_others(others: dict[str, Case]) -> Patch:
+    """Show the target's language model another case's vision, by the case's id."""
+
+    @contextmanager
+    def patch(pipeline: EnhancedQwenImageEdit, case: Case) -> Iterator[None]:
+        with replace_vision(pipeline.pipe, _vision_of(pipeline, others[case.case_id])):
+            yield
+
+    return patch
 
 
 @torch.no_grad()
