@@ -10,9 +10,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
+
+if TYPE_CHECKING:
+    from qwen_vision_bridge.case import Case
+    from qwen_vision_bridge.edit import Comparison
+    from qwen_vision_bridge.evaluation.arms import Arm
 
 PROMPT = 'Change the text to "FOX".'
 GROUPS = {2: ("ocr", "ocr_tests"), 3: ("space", "spatial_tests"), 4: ("detail", "detail_tests")}
@@ -30,53 +35,10 @@ q. Quit
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one example, or ask which."""
-    made = parser(__doc__, PROMPT)
-    made.add_argument("--editor", help="another Qwen-Image-Edit: registered name, hub id or local folder")
-    made.add_argument("--example", type=int, choices=range(1, 8), help="number; default: show the menu")
-    made.add_argument(
-        "--bridge", help="folder or hub id of a bridge, `fresh` or `random`; default: the family's own"
-    )
-    made.add_argument(
-        "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
-    )
-    made.add_argument("--steps", type=int, help="denoising steps; default: the family's")
-    made.add_argument(
-        "--cases",
-        type=int,
-        help="synthetic cases a group in examples 2 to 5; default: enough "
-        "to see 5 points in example 5, else 4",
-    )
-    made.add_argument("--quick", action="store_true", help="2 cases a group and 8 steps: shows that all runs")
-    made.add_argument("--case-folder", type=Path, help="example 5 on cases of your own, see casefiles.py")
-    made.add_argument(
-        "--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, gedit or gedit-cn"
-    )
-    made.add_argument(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=BRIDGE[,…]",
-        help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
-        "may be repeated; default: the bridge and its two controls",
-    )
-    made.add_argument(
-        "--batch-arms",
-        type=int,
-        default=1,
-        metavar="N",
-        help="edits denoised together; faster on a GPU, with images that are close but not bit-identical",
-    )
-    made.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure images")
-    made.add_argument(
-        "--no-questions", action="store_true", help="measure edits only, ask the language model nothing"
-    )
-    made.add_argument("--retry-errors", action="store_true", help="repeat what failed in an earlier run")
-    made.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
-    made.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
-    made.add_argument(
-        "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
-    )
-    arguments = made.parse_args(argv)
+    options = parser(__doc__, PROMPT)
+    add_edit_options(options)
+    add_evaluation_options(options)
+    arguments = options.parse_args(argv)
     check_inputs(arguments)
     session = Session(arguments)
     if arguments.example is not None:
@@ -85,6 +47,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     while (choice := ask()) is not None:
         session.run(choice)
     return 0
+
+
+def add_edit_options(options: argparse.ArgumentParser) -> None:
+    """Add what decides an edit."""
+    options.add_argument("--editor", help="another Qwen-Image-Edit: registered name, hub id or local folder")
+    options.add_argument("--example", type=int, choices=range(1, 8), help="which example; without it, a menu")
+    options.add_argument(
+        "--bridge", help="folder or hub id of a bridge, `fresh` or `random`; default: the family's own"
+    )
+    options.add_argument(
+        "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
+    )
+    options.add_argument("--steps", type=int, help="denoising steps; default: the family's")
+    options.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
+    options.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
+    options.add_argument(
+        "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
+    )
+
+
+def add_evaluation_options(options: argparse.ArgumentParser) -> None:
+    """Add what an evaluation takes, in examples 2 to 5."""
+    options.add_argument(
+        "--cases",
+        type=int,
+        help="synthetic cases a group in examples 2 to 5; default: enough "
+        "to see 5 points in example 5, else 4",
+    )
+    options.add_argument("--quick", action="store_true", help="2 cases a group, 8 steps: shows that all runs")
+    options.add_argument(
+        "--case-folder", type=Path, help="cases of your own for example 5, see docs/evaluation.md"
+    )
+    options.add_argument(
+        "--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, gedit or gedit-cn"
+    )
+    options.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=BRIDGE[,…]",
+        help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
+        "may be repeated; default: the bridge and its two controls",
+    )
+    options.add_argument(
+        "--batch-arms",
+        type=int,
+        default=1,
+        metavar="N",
+        help="edits denoised together; above "
+        "1 faster on a GPU, and close to the same images but not the same bits",
+    )
+    options.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure images")
+    options.add_argument(
+        "--no-questions", action="store_true", help="edits alone: the language model is not asked"
+    )
+    options.add_argument("--retry-errors", action="store_true", help="do again what failed in an earlier run")
 
 
 def ask() -> int | None:
@@ -127,13 +145,12 @@ class Session:
             device=Processes().device,
         )
         self.prompt = arguments.prompt or PROMPT
-        self.own_cases: list[Any] = []
+        self.own_cases: list[Case] = []
         if arguments.case_folder is not None:
             self.own_cases = load_cases(arguments.layout, arguments.case_folder)
         self.arms = None
         if arguments.arm:
-            given = [parse_arm(text, self.pipeline.family) for text in arguments.arm]
-            self.arms = [Arm(BASELINE), *given]
+            self.arms = [Arm(BASELINE), *(parse_arm(text, self.pipeline.family) for text in arguments.arm)]
 
     def run(self, example: int) -> None:
         """Run one example, or with 7 all of them."""
@@ -176,7 +193,7 @@ class Session:
 
     def evaluate(self, groups: Sequence[str], folder: str) -> None:
         """Examples 2 to 5: every case in every arm, measured and compared in one report."""
-        from qwen_vision_bridge.evaluation.evaluate import evaluate
+        from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
         from qwen_vision_bridge.evaluation.report.html import write_page
         from qwen_vision_bridge.evaluation.report.tables import TITLES, as_table, write_results
 
@@ -185,28 +202,26 @@ class Session:
         cases, notes, arms = self.cases(groups)
         if arguments.quick:
             options.setdefault("num_inference_steps", 8)
-        found = evaluate(
-            self.pipeline,
-            cases,
-            path,
-            arms,
-            announce=print,
+        run_options = EvaluationOptions(
             batch_arms=arguments.batch_arms,
             workers=arguments.workers,
             retry_errors=arguments.retry_errors,
             notes=notes,
-            perception=not arguments.no_questions,
-            **options,
+            announce=print,
         )
-        if found is not None:  # the first process alone has the result
-            write_results(path, found)
-            write_page(path, found)
-            print(as_table(found))
-            jobs = sum(record["level"] != "agreement" for record in found.records)
-            print(f"Took {found.seconds:.0f} s, {found.done_before} of {jobs} jobs done before.")
+        perception = not arguments.no_questions
+        result = evaluate(
+            self.pipeline, cases, path, arms, perception=perception, options=run_options, **options
+        )
+        if result is not None:  # the first process alone has the result
+            write_results(path, result)
+            write_page(path, result)
+            print(as_table(result))
+            tasks = sum(record["level"] != "agreement" for record in result.records)
+            print(f"Took {result.seconds:.0f} s, {result.done_before} of {tasks} tasks done before.")
         print(f"Saved: {path}/")
 
-    def cases(self, groups: Sequence[str]) -> tuple[list[Any], list[str], list[Any] | None]:
+    def cases(self, groups: Sequence[str]) -> tuple[list[Case], list[str], list[Arm] | None]:
         """The cases of these groups, what they leave out, and the arms; the user's own where given."""
         from qwen_vision_bridge.evaluation.statistics import cases_needed
         from qwen_vision_bridge.synthetic.multilingual import cases_for
@@ -217,14 +232,14 @@ class Session:
             return self.own_cases, [], self.arms
         enough = cases_needed(0.05) if len(groups) > 1 else 4
         count = self.arguments.cases or (2 if self.arguments.quick else enough)
-        cases: list[Any] = []
+        cases: list[Case] = []
         notes: list[str] = []
         for group in groups:
-            made, left_out = cases_for(self.pipeline.family, group, count, self.arguments.seed)
-            cases, notes = cases + made, notes + left_out
+            some, left_out = cases_for(self.pipeline.family, group, count, self.arguments.seed)
+            cases, notes = cases + some, notes + left_out
         return cases, notes, self.arms
 
-    def photographs(self, groups: Sequence[str]) -> tuple[list[Any], list[str], list[Any]]:
+    def photographs(self, groups: Sequence[str]) -> tuple[list[Case], list[str], list[Arm]]:
         """The user's image with its prompt, or with some of each group, as the baseline and the bridge."""
         from qwen_vision_bridge.evaluation.arms import default_arms
         from qwen_vision_bridge.evaluation.folder_dataset import OTHER, photo_cases
@@ -257,7 +272,7 @@ class Session:
         return write_image(self.output / "test_input.png", image)
 
 
-def mean_difference(result: Any) -> float:
+def mean_difference(result: Comparison) -> float:
     """Mean absolute difference of a comparison's two images, 0 to 255."""
     from qwen_vision_bridge.evaluation.metrics.pixels import mean_abs_difference
 

@@ -23,8 +23,8 @@ import torch
 from qwen_vision_bridge.loading.locks import model_lock
 from qwen_vision_bridge.loading.towers import TOWER_PREFIX
 from qwen_vision_bridge.specs import check_seed
-from qwen_vision_bridge.synthetic.miniature import SCHEDULER, write_model_index
-from qwen_vision_bridge.synthetic.tokenizer import CHAT_TEMPLATE, build_tokenizer
+from recipes.miniature.build import SCHEDULER, write_model_index
+from recipes.miniature.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 SHARD_BYTES = 4_900_000_000
 NOISE = 8 * 2**20  # values in the block of noise

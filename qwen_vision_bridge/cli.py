@@ -16,7 +16,6 @@ from .loading.memory import is_out_of_memory
 from .specs import FAMILIES, Family, check_seed
 
 OUTPUT = Path("examples_output")
-RANDOM_NOTE = "Note: the miniature's weights are random here, so its images are noise; every step is real."
 PHOTO_NOTE = "Note: the miniature was trained on synthetic scenes only; expect little of a photograph."
 NO_MEMORY = (
     "the GPU ran out of memory: close other programs on it, give smaller images, or look at "
@@ -80,7 +79,6 @@ def check_inputs(arguments: argparse.Namespace) -> None:
 def choose_models(arguments: argparse.Namespace) -> Family:
     """Choose the family and print why; its source, target and editor can be replaced by arguments."""
     from .environment import choose_family
-    from .synthetic.miniature import is_shipped
 
     name, line = choose_family(arguments.models)
     replaced = {
@@ -88,11 +86,8 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     }
     family = resolve_family(name, **replaced)
     print(line)
-    if family.synthetic_only:
-        if not is_shipped():
-            print(RANDOM_NOTE)
-        if arguments.image is not None:
-            print(PHOTO_NOTE)
+    if family.synthetic_only and arguments.image is not None:
+        print(PHOTO_NOTE)
     return family
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniature.py
+BUILTIN = "builtin:"  # marks the weights that the package ships, see `loading.checkpoints.locate`
+TARGET_PX = 64  # a side of what the miniature's target tower takes, however far the image was reduced before
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)

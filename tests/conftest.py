@@ -41,7 +41,7 @@ def photo_file(photo: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def source_folder() -> Path:
     """The miniature source's checkpoint."""
-    from qwen_vision_bridge.synthetic.miniature import locate
+    from qwen_vision_bridge.loading.checkpoints import locate
 
     return Path(locate("builtin:source"))
 
@@ -49,7 +49,7 @@ def source_folder() -> Path:
 @pytest.fixture(scope="session")
 def editor_folder() -> Path:
     """The miniature editor's checkpoint."""
-    from qwen_vision_bridge.synthetic.miniature import locate
+    from qwen_vision_bridge.loading.checkpoints import locate
 
     return Path(locate("builtin:editor"))
 

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
-import torch
-
-from ..bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength, resolve_bridge
-from ..cache import VisionCache
-from ..injection import SITES, Grids, Levels, Site
-from ..io import digest_of
+from ..bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
+from ..case import Case
+from ..controls import Features
+from ..injection import SITES, Site
+from ..pipeline import EnhancedQwenImageEdit
 from ..specs import Family
 from .statistics import BASELINE
 
-Features = Literal["own", "shuffled", "target"]
 FORM = "NAME=BRIDGE[,strength=S][,site=SITE][,features=own|shuffled|target]"
+
+
+Patch = Callable[[EnhancedQwenImageEdit, Case], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run every case."""
+    """One way to run every case.
+
+    Raises:
+        ValueError: a name that is no part of a file name, an unknown site or kind of features, a strength out
+            of range, a patch without a name.
+    """
 
     name: str
     bridge: VisionBridge | None = None
-    """None is the baseline."""
+    """None is the baseline, unless there is a patch."""
     bridge_name: str = ""
     strength: float = 1.0
     site: Site = "tower"
     features: Features = "own"
-    """What the bridge sees: the case's own source features; those of another case on the same grid
-    (`shuffled`); or the target's own features in place of every level (`target`, see `target_levels`)."""
+    """What the bridge sees; `shuffled` and `target` are the controls."""
+    patch: Patch | None = None
+    """Changes the pipeline for one edit or question of a case, such as to another text encoder."""
+    patch_name: str = ""
+    """Tells one patch, weights and all, from another: images of equal names are taken to be equal."""
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
@@ -43,22 +51,20 @@ class Arm:
             raise ValueError(f"site is one of {', '.join(SITES)}, not {self.site!r}")
         if self.features not in get_args(Features):
             raise ValueError(f"features is one of {', '.join(get_args(Features))}, not {self.features!r}")
+        if (self.patch is None) != (not self.patch_name):
+            raise ValueError(f"a patch needs a name, and a name a patch; got {self.patch_name!r}")
 
     @property
-    def is_control(self) -> bool:
-        """Whether no gain is expected of it: it does not see the case's own source features."""
-        return self.bridge is None or self.features != "own"
+    def is_baseline(self) -> bool:
+        """Whether it is the stock pipeline."""
+        return self.bridge is None and self.patch is None
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything about the arm that decides an image, but the features themselves."""
         if self.bridge is None:
-            return {}
-        return {
-            "bridge": bridge_digest(self.bridge),
-            "strength": self.strength,
-            "site": self.site,
-            "features": self.features,
-        }
+            return {"patch": self.patch_name} if self.patch_name else {}
+        settings = {"strength": self.strength, "site": self.site, "features": self.features}
+        return {"bridge": bridge_digest(self.bridge), **settings, "patch": self.patch_name}
 
     def describe(self) -> dict[str, Any]:
         """The arm as plain data for a results file."""
@@ -83,10 +89,10 @@ def parse_arm(text: str, family: Family) -> Arm:
     Raises:
         ValueError, FileNotFoundError, OSError: what is wrong with it.
     """
-    name, given, rest = text.partition("=")
+    name, equals, rest = text.partition("=")
     bridge, *options = rest.split(",")
     settings = dict(option.partition("=")[::2] for option in options)
-    if not given or not bridge or set(settings) - {"strength", "site", "features"}:
+    if not equals or not bridge or set(settings) - {"strength", "site", "features"}:
         raise ValueError(f"an arm is {FORM}, not {text!r}")
     try:
         strength = float(settings.get("strength", 1.0))
@@ -113,51 +119,5 @@ def check_arms(arms: Sequence[Arm]) -> None:
     names = [arm.name for arm in arms]
     if len(set(names)) != len(names):
         raise ValueError(f"every arm has a name of its own, got {', '.join(names)}")
-    if [arm.name for arm in arms if arm.bridge is None] != [BASELINE]:
+    if [arm.name for arm in arms if arm.is_baseline] != [BASELINE]:
         raise ValueError(f"one arm is the baseline and named {BASELINE!r}; got {', '.join(names)}")
-
-
-def target_levels(config: BridgeConfig) -> Levels:
-    """Levels for a target-only control: the target tower's own output in place of every level.
-
-    A bridge as wide as the target takes it as it is. Others get it through a fixed, seeded, semi-orthogonal
-    matrix, which keeps lengths and angles as far as the widths allow and adds no knowledge, so any checkpoint
-    can run without its source and a control of the same size can be trained on the same footing.
-    """
-
-    def levels(features: torch.Tensor, grids: Grids) -> VisionCache:
-        seen = features
-        if config.source_dim != features.shape[-1]:
-            matrix = _projection(features.shape[-1], config.source_dim).to(features.device)
-            seen = (features.float() @ matrix).to(features.dtype)  # (N, source_dim)
-        return VisionCache(dict.fromkeys(config.levels, seen[None]), grids)
-
-    return levels
-
-
-def find_partners(grids: Mapping[str, Grids], seed: int) -> dict[str, str | None]:
-    """For each case another one with the same grids, whose source features a shuffled control sees.
-
-    A derangement: within each set of equal grids, one cycle in an order that seed and case ids alone decide,
-    so the order in which cases come does not matter and no case is given twice.
-
-    Returns:
-        None for a case whose grids no other has.
-    """
-    by_grid: dict[Grids, list[str]] = {}
-    for case_id in sorted(grids, key=lambda case_id: digest_of([seed, case_id])):
-        by_grid.setdefault(grids[case_id], []).append(case_id)
-    partners: dict[str, str | None] = {}
-    for members in by_grid.values():
-        for one, other in zip(members, [*members[1:], members[0]], strict=True):
-            partners[one] = other if other != one else None
-    return partners
-
-
-@lru_cache(maxsize=4)
-def _projection(inputs: int, outputs: int) -> torch.Tensor:
-    """A seeded (inputs, outputs) matrix with orthonormal rows or columns, whichever are fewer."""
-    noise = np.random.default_rng(0).normal(size=(max(inputs, outputs), min(inputs, outputs)))
-    orthonormal, _ = np.linalg.qr(noise)
-    matrix = orthonormal if inputs >= outputs else orthonormal.T
-    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))

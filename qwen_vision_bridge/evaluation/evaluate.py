@@ -1,7 +1,7 @@
 """Arms × cases → records: the same edits and questions in every arm, measured and on disk as they come.
 
 A run that was stopped goes on where it was; one that is finished does nothing. Under `accelerate launch` the
-cases are dealt out to the processes, and what they find is one result.
+cases are dealt out to the processes, and their records are one result.
 """
 
 from __future__ import annotations
@@ -9,27 +9,55 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..case import GROUPS, OTHER, Case
 from ..distributed import Processes
 from ..pipeline import EnhancedQwenImageEdit
 from ..specs import check_seed
-from ..synthetic.cases import GROUPS
 from .arms import Arm, check_arms, default_arms
 from .executor import Executor
-from .folder_dataset import FileCase
 from .metrics.consistency import pair_records
+from .metrics.registry import METRICS
 from .record_log import RecordLog
-from .scoring import METRICS, Scorer, unmeasured
+from .scoring import Scorer, unmeasured
 from .statistics import Difference, compare_arms
-from .tasks import OTHER, Job, Run, check_ids, failures, plan
+from .tasks import Run, Task, check_ids, failures, plan
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How a run is done; none of this changes what is compared.
+
+    Raises:
+        ValueError: fewer workers than 0.
+    """
+
+    batch_arms: int = 1
+    """Edits that are denoised together, arms and cases of equal size; above 1 the images are close to those
+    of 1 and not the same bits, so their records are known by other keys."""
+    workers: int = 0
+    """Processes that measure images beside the one that edits; 0 measures in this one."""
+    edits: bool = True
+    """Whether cases are edited; otherwise the language model alone is asked."""
+    retry_errors: bool = False
+    """Do again what an earlier run of the folder recorded as an error."""
+    notes: Sequence[str] = ()
+    """What the cases leave out, in words, for the report."""
+    announce: Callable[[str], None] | None = None
+    """Takes the time that the run is estimated to need, in a sentence, before it starts."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; needed: at least 0")
+
+
 class Evaluation(NamedTuple):
-    """What a run found."""
+    """The result of a run."""
 
     rows: list[Difference]
     records: list[dict[str, Any]]
@@ -46,110 +74,106 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     pipeline: EnhancedQwenImageEdit,
-    cases: Sequence[Any],
+    cases: Sequence[Case],
     folder: str | Path,
     arms: Sequence[Arm] | None = None,
     seed: int = 0,
     *,
     strength: float = 1.0,
     perception: bool = True,
-    batch_arms: int = 1,
-    workers: int = 0,
-    retry_errors: bool = False,
-    notes: Sequence[str] = (),
-    announce: Callable[[str], None] | None = None,
-    **options: Any,
+    options: EvaluationOptions | None = None,
+    **edit_options: Any,
 ) -> Evaluation | None:
-    """Run every case in every arm, in the image and in questions, and compare each arm with the baseline.
+    """Run every case in every arm, as an edit and in questions, and compare each arm with the baseline.
 
-    Writes images and `results.jsonl` into the folder; `summaries.write_results` writes the rest. A case
+    Writes images and `results.jsonl` into the folder; `report.tables.write_results` writes the rest. A case
     that fails is recorded with its error and the others go on.
 
     Args:
-        cases: of `world.make_cases`, `casefiles` or `languages`, each with an id of its own.
+        cases: of `make_cases`, `language_cases` or `load_cases`, each with an id of its own.
         arms: None is the pipeline's bridge at `strength`, the baseline and both controls.
         seed: of noise, shuffling and bootstrap, see `check_seed`.
         perception: whether the target's language model is asked too.
-        batch_arms: edits that are denoised together, arms and cases of equal size; above 1 the images are
-            close to those of 1 and not the same bits, so their records are known by other keys.
-        workers: processes that measure images beside the one that makes them; 0 measures in this one.
-        retry_errors: do again what an earlier run of the folder recorded as an error.
-        notes: what the cases leave out, in words, for the report.
-        announce: takes the time that the run is estimated to need, in a sentence, before it starts.
-        options: of the edits, as `EnhancedQwenImageEdit.generate` takes them.
+        options: how the run is done.
+        edit_options: of the edits, as `EnhancedQwenImageEdit.generate` takes them.
 
     Returns:
         None in processes other than the first.
 
     Raises:
         TypeError: a seed that is no whole number.
-        ValueError: no cases, a seed out of range, ids that are not unique or no file names, arms that
-            cannot be compared.
+        ValueError: no cases, a seed out of range, ids that are not unique, arms that cannot be compared.
         OSError: the folder cannot be written to.
     """
     started = time.perf_counter()
     check_seed(seed)
+    options = options or EvaluationOptions()
     arms = arms or default_arms(pipeline.bridge, pipeline.bridge_name, strength, pipeline.options.site)
     check_arms(arms)
     check_ids(cases)
     processes = Processes()
     by_id = {case.case_id: case for case in cases}
-    run = Run(pipeline, Path(folder), arms, seed, dict(options), by_id, batch_arms)
-    jobs, left_out = plan(run, perception)
+    run = Run(pipeline, Path(folder), arms, seed, edit_options, by_id, options.batch_arms)
+    tasks, left_out = plan(run, options.edits, perception)
     record_log = RecordLog(run.folder, processes.index)
     processes.wait()  # no process writes before all have read
-    known = {key for key, record in record_log.records.items() if not (retry_errors and record["error"])}
-    pending = [job for job in jobs if job.key not in known]
-    if announce is not None and processes.is_main:
-        announce(_estimate(run, pending, processes.count))
-    mine = processes.share(sorted({job.case.case_id for job in pending}))
-    _work(run, mine, pending, record_log, workers)
+    known = {
+        key for key, record in record_log.records.items() if not (options.retry_errors and record["error"])
+    }
+    pending = [task for task in tasks if task.key not in known]
+    if options.announce is not None and processes.is_main:
+        options.announce(_estimate(run, pending, processes.count))
+    mine = processes.share(sorted({task.case.case_id for task in pending}))
+    _work(run, mine, pending, record_log, options.workers)
     processes.wait()
     if not processes.is_main:
         return None
     record_log.merge()
-    records = [record_log.records[job.key] for job in jobs]
-    records += pair_records([case for case in cases if isinstance(case, FileCase)], records, run.folder)
-    left_out = [*notes, *unmeasured(cases), *left_out, *failures(records)]
+    records = [record_log.records[task.key] for task in tasks]
+    records += pair_records(cases, records, run.folder)
+    left_out = [*options.notes, *unmeasured(cases), *left_out, *failures(records)]
     rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
-    seconds, before = time.perf_counter() - started, len(jobs) - len(pending)
+    seconds, before = time.perf_counter() - started, len(tasks) - len(pending)
     described = [arm.describe() for arm in arms]
     return Evaluation(rows, records, left_out, pipeline.provenance([seed]), described, seconds, before)
 
 
-def _work(run: Run, mine: Sequence[str], pending: Sequence[Job], record_log: RecordLog, workers: int) -> None:
-    """Do the pending jobs of some cases, one case after the other with all its arms."""
+def _work(
+    run: Run, mine: Sequence[str], pending: Sequence[Task], record_log: RecordLog, workers: int
+) -> None:
+    """Do the pending tasks of some cases, one case after the other with all its arms."""
     from tqdm import tqdm
 
-    by_case: dict[str, list[Job]] = {case_id: [] for case_id in mine}
-    for job in pending:
-        if job.case.case_id in by_case:
-            by_case[job.case.case_id].append(job)
+    by_case: dict[str, list[Task]] = {case_id: [] for case_id in mine}
+    for task in pending:
+        if task.case.case_id in by_case:
+            by_case[task.case.case_id].append(task)
     _extract(run, mine)
     total = sum(map(len, by_case.values()))
-    with tqdm(total=total, desc="evaluating", unit="job", disable=total == 0) as bar, Scorer(workers) as m:
-        executor = Executor(run, record_log, m, bar.update)
+    bar = tqdm(total=total, desc="evaluating", unit="task", disable=total == 0)
+    with bar, Scorer(workers) as scorer:
+        executor = Executor(run, record_log, scorer, bar.update)
         try:
-            for jobs in _chunks(list(by_case.values()), run.batch):
-                executor.work(jobs)
-        finally:  # what is drawn is kept, after Ctrl-C too
+            for tasks in _chunks(list(by_case.values()), run.batch):
+                executor.work(tasks)
+        finally:  # finished images are kept, after Ctrl-C too
             executor.finish()
 
 
-def _chunks(by_case: Sequence[list[Job]], batch: int) -> Iterator[list[Job]]:
-    """Jobs of whole cases: as many cases of equal sizes at a time as have their edits in one batch."""
+def _sizes(tasks: Sequence[Task]) -> list[tuple[int, int]]:
+    return [image.size for image in tasks[0].case.images]
 
-    def sizes(jobs: list[Job]) -> list[tuple[int, int]]:
-        return [image.size for image in jobs[0].case.images]
 
-    chunk: list[Job] = []
+def _chunks(by_case: Sequence[list[Task]], batch: int) -> Iterator[list[Task]]:
+    """Tasks of whole cases: as many cases of equal sizes at a time as have their edits in one batch."""
+    chunk: list[Task] = []
     edits = 0
-    for jobs in sorted(by_case, key=sizes) if batch > 1 else by_case:
-        own = sum(job.question is None for job in jobs)
-        if chunk and (edits + own > batch or sizes(jobs) != sizes(chunk)):
+    for tasks in sorted(by_case, key=_sizes) if batch > 1 else by_case:
+        own = sum(task.question is None for task in tasks)
+        if chunk and (edits + own > batch or _sizes(tasks) != _sizes(chunk)):
             yield chunk
             chunk, edits = [], 0
-        chunk = chunk + jobs
+        chunk = chunk + tasks
         edits += own
     if chunk:
         yield chunk
@@ -170,13 +194,13 @@ def _extract(run: Run, mine: Sequence[str]) -> None:
                 logger.debug("%s: %s", case_id, error)
 
 
-def _estimate(run: Run, pending: Sequence[Job], processes: int) -> str:
-    """How long the pending jobs will take, from short baseline edits of the first case."""
-    edits = sum(job.question is None for job in pending)
+def _estimate(run: Run, pending: Sequence[Task], processes: int) -> str:
+    """How long the pending tasks will take, from short baseline edits of the first case."""
+    edits = sum(task.question is None for task in pending)
     if not edits:
         return f"{len(pending)} questions and no edits are left to do."
     steps = run.options.get("num_inference_steps", run.pipeline.family.steps)
-    case = next(job.case for job in pending if job.question is None)
+    case = next(task.case for task in pending if task.question is None)
     together = min(run.batch, edits)
     times = [_short_edit(run, case, count, together) for count in (2, 2, 4)]  # the first one warms up
     step = max(times[2] - times[1], 0.0) / 2
@@ -190,15 +214,14 @@ def _estimate(run: Run, pending: Sequence[Job], processes: int) -> str:
     )
 
 
-def _short_edit(run: Run, case: Any, steps: int, together: int) -> float:
-    """Seconds an edit of so many steps, made as the run makes them."""
-    shown = case.images if case.references else case.image
+def _short_edit(run: Run, case: Case, steps: int, together: int) -> float:
+    """Seconds an edit of so many steps takes, alone or as its share of a batch."""
     options = {**run.options, "num_inference_steps": steps}
     started = time.perf_counter()
     if run.batch == 1:
-        run.pipeline.edit(run.pipeline.check_edit(shown, case.prompt, **options))
+        run.pipeline.edit(run.pipeline.check_edit(case.shown, case.prompt, **options))
         return time.perf_counter() - started
-    made = run.pipeline.prepare(run.pipeline.check_edit(shown, case.prompt, **options))
+    edit = run.pipeline.prepare(run.pipeline.check_edit(case.shown, case.prompt, **options))
     prepared = time.perf_counter() - started
-    run.pipeline.denoise([made] * together)
+    run.pipeline.denoise([edit] * together)
     return prepared + (time.perf_counter() - started - prepared) / together

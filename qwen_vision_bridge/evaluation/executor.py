@@ -1,49 +1,55 @@
-"""Jobs → records: images made alone or together, questions asked, everything measured and written."""
+"""Tasks → records: images edited alone or together, questions asked, everything measured and written."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from ..batching import Prepared
 from ..cache import VisionCache
+from ..case import Case
+from ..controls import target_levels
 from ..edit import Edit
 from ..images import load_images
-from ..injection import LevelAttention
+from ..injection import Levels
 from ..io import write_image
 from ..patches import shared_latents
 from ..specs import cache_home
-from .arms import target_levels
 from .record_log import RecordLog
-from .scoring import Scorer
-from .tasks import Job, Run, content_key
-from .vqa import ask, score
+from .scoring import Scorer, score_reply
+from .tasks import Run, Task, content_key
+from .vqa import ask
+
+if TYPE_CHECKING:
+    from ..injection import LevelAttention
 
 logger = logging.getLogger(__name__)
 
-Edited = tuple[Image.Image, LevelAttention | None]
+Result = TypeVar("Result")
 
 
 class PendingScore(NamedTuple):
     """An image that is on disk and being measured."""
 
-    job: Job
-    found: dict[str, Any]
+    task: Task
+    fields: dict[str, Any]
+    """Of its record, so far."""
     seconds: float
-    measured: Future[dict[str, Any]]
+    scored: Future[dict[str, Any]]
 
 
 class Executor:
-    """Does jobs and writes their records.
+    """Does tasks and writes their records.
 
     Args:
         run: what stays the same.
@@ -55,164 +61,178 @@ class Executor:
     def __init__(self, run: Run, record_log: RecordLog, scorer: Scorer, tick: Callable[[], Any]) -> None:
         self.run, self.record_log, self.scorer, self.tick = run, record_log, scorer, tick
         self._sources: dict[str, VisionCache] = {}
-        self._waiting: deque[PendingScore] = deque()
+        self._pending: deque[PendingScore] = deque()
 
-    def work(self, jobs: Sequence[Job]) -> None:
-        """Do the jobs of some cases; a job that fails is a record with an error, and the others go on."""
-        for case in {job.case.case_id: job.case for job in jobs}.values():
+    def work(self, tasks: Sequence[Task]) -> None:
+        """Do the tasks of some cases; one that fails is a record with an error, and the others go on."""
+        for case in {task.case.case_id: task.case for task in tasks}.values():
             self._write_inputs(case)
+        edits = [task for task in tasks if task.question is None]
         with shared_latents(self.run.pipeline.pipe):
-            for job in jobs:
-                if job.question is not None:
-                    self._try([job], lambda job=job: self._record(job, self._ask(job)))
-                elif self.run.batch == 1:
-                    self._try([job], lambda job=job: self._keep(job, self._edit(job)))
+            for task in tasks:
+                if task.question is not None:
+                    self._answer(task)
             if self.run.batch > 1:
-                self._together([job for job in jobs if job.question is None])
+                self._edit_together(edits)
+            else:
+                for task in edits:
+                    self._edit(task)
         self._sources.clear()
 
     def finish(self, at_most: int = 0) -> None:
         """Write the records of measured images, until at most so many are still being measured."""
-        while self._waiting and (len(self._waiting) > at_most or self._waiting[0].measured.done()):
-            waiting = self._waiting.popleft()
-            self._try(
-                [waiting.job],
-                lambda waiting=waiting: self._record(
-                    waiting.job, {**waiting.found, **waiting.measured.result()}, waiting.seconds
-                ),
-            )
+        while self._pending and (len(self._pending) > at_most or self._pending[0].scored.done()):
+            pending = self._pending.popleft()
+            with self._recording_errors([pending.task]):
+                self._record(pending.task, {**pending.fields, **pending.scored.result()}, pending.seconds)
 
-    def _try(self, jobs: Sequence[Job], do: Callable[[], Any]) -> Any:
-        """Do something for jobs; where it fails they are recorded with the error, and None is returned."""
-        self._started = time.perf_counter()
+    @contextmanager
+    def _recording_errors(self, tasks: Sequence[Task]) -> Iterator[None]:
+        """Record an error inside the `with` for each of the tasks, and go on after it."""
+        started = time.perf_counter()
         try:
-            return do()
+            yield
         except Exception as error:  # one bad case must not end a run of hours; it is in the results
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            for job in jobs:
-                logger.warning("%s, %s: %s", job.case.case_id, job.arm.name, error)
-                self._record(job, {"metrics": {}, "error": words})
-        return None
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            for task in tasks:
+                logger.warning("%s, %s: %s", task.case.case_id, task.arm.name, error)
+                seconds = time.perf_counter() - started
+                self._record(task, {"metrics": {}, "error": message}, seconds)
 
-    def _record(self, job: Job, found: dict[str, Any], seconds: float | None = None) -> None:
-        case, question = job.case, job.question
-        seconds = time.perf_counter() - self._started if seconds is None else seconds
+    def _record(self, task: Task, fields: dict[str, Any], seconds: float) -> None:
+        case, question = task.case, task.question
         record: dict[str, Any] = {
             "error": None,
-            "key": job.key,
-            "level": job.level,
+            "key": task.key,
+            "level": task.level,
             "case_id": case.case_id if question is None else f"{case.case_id}:{question.kind}",
             "group": case.group,
             "kind": case.kind,
             "difficulty": case.difficulty,
-            "arm": job.arm.name,
+            "arm": task.arm.name,
             "prompt": case.prompt if question is None else question.text,
             "seed": self.run.seed_of(case),
-            **found,
+            **fields,
             "seconds": round(seconds, 3),
         }
         self.record_log.append(record)
         self.tick()
 
-    def _edit(self, job: Job) -> Edited:
-        """One edit by the stock call."""
-        known = self._known(job)
-        if known is not None:
-            return known, None
-        image, attention = self.run.pipeline.edit(self._request(job))
-        self._remember(job, image)
-        return image, attention
+    # --- edits -------------------------------------------------------------------------------------------
 
-    def _together(self, jobs: Sequence[Job]) -> None:
+    def _edit(self, task: Task) -> None:
+        """One edit by the stock call."""
+        started = time.perf_counter()
+        with self._recording_errors([task]):
+            image, attention = self._cached_baseline(task), None
+            if image is None:
+                image, attention = self._run(task, self.run.pipeline.edit)
+                self._cache_baseline(task, image)
+            self._save(task, image, attention, time.perf_counter() - started)
+
+    def _edit_together(self, tasks: Sequence[Task]) -> None:
         """Edits that are prepared one by one and denoised in batches of equal sizes."""
-        batches: dict[tuple[Any, ...], list[tuple[Job, Prepared]]] = {}
-        for job in jobs:
-            known = self._known(job)
-            if known is not None:
-                self._try([job], lambda job=job, known=known: self._keep(job, (known, None)))
-            else:
-                made = self._try([job], lambda job=job: self.run.pipeline.prepare(self._request(job)))
-                if made is not None:
-                    batches.setdefault(made.shape, []).append((job, made))
+        batches: dict[tuple[Any, ...], list[tuple[Task, Prepared]]] = {}
+        for task in tasks:
+            started = time.perf_counter()
+            with self._recording_errors([task]):
+                if (image := self._cached_baseline(task)) is not None:
+                    self._save(task, image, None, time.perf_counter() - started)
+                    continue
+                prepared = self._run(task, self.run.pipeline.prepare)
+                batches.setdefault(prepared.shape, []).append((task, prepared))
         for edits in batches.values():
             for first in range(0, len(edits), self.run.batch):
                 self._denoise(edits[first : first + self.run.batch])
 
-    def _denoise(self, edits: Sequence[tuple[Job, Prepared]]) -> None:
+    def _denoise(self, edits: Sequence[tuple[Task, Prepared]]) -> None:
         started = time.perf_counter()
-        jobs = [job for job, _ in edits]
-        images = self._try(jobs, lambda: self.run.pipeline.denoise([made for _, made in edits]))
-        each = (time.perf_counter() - started) / len(edits)
-        for (job, made), image in zip(edits, images or [], strict=False):  # none where it failed
-            self._remember(job, image)
-            edited = (image, made.attention)
-            self._try([job], lambda job=job, edited=edited: self._keep(job, edited, each))
+        images: list[Image.Image] = []
+        with self._recording_errors([task for task, _ in edits]):
+            images = self.run.pipeline.denoise([prepared for _, prepared in edits])
+        seconds = (time.perf_counter() - started) / len(edits)
+        for (task, prepared), image in zip(edits, images, strict=False):  # none where it failed
+            with self._recording_errors([task]):
+                self._cache_baseline(task, image)
+                self._save(task, image, prepared.attention, seconds)
 
-    def _request(self, job: Job) -> Edit:
-        """The edit of a job."""
-        case, arm, run = job.case, job.arm, self.run
-        images = case.images if case.references else case.image  # the first edit pipeline takes one only
-        edit = run.pipeline.check_edit(images, case.prompt, run.seed_of(case), arm.strength, **run.options)
-        return replace(edit, bridge=arm.bridge, source=self._source(job), site=arm.site)
+    def _run(self, task: Task, function: Callable[[Edit], Result]) -> Result:
+        """Run `edit` or `prepare` of the pipeline with the task's case and arm."""
+        case, arm, run = task.case, task.arm, self.run
+        edit = run.pipeline.check_edit(
+            case.shown, case.prompt, run.seed_of(case), arm.strength, **run.options
+        )
+        edit = replace(edit, bridge=arm.bridge, source=self._source(task), site=arm.site)
+        with nullcontext() if arm.patch is None else arm.patch(run.pipeline, case):
+            return function(edit)
 
-    def _known(self, job: Job) -> Image.Image | None:
-        """The baseline's image where an earlier run made it."""
-        kept = self._kept(job)
-        return load_images(kept)[0] if kept is not None and kept.is_file() else None
+    def _cached_baseline(self, task: Task) -> Image.Image | None:
+        """The baseline's image where an earlier run left it."""
+        path = self._baseline_path(task)
+        return load_images(path)[0] if path is not None and path.is_file() else None
 
-    def _remember(self, job: Job, image: Image.Image) -> None:
-        if (kept := self._kept(job)) is not None:
-            write_image(kept, image)
+    def _cache_baseline(self, task: Task, image: Image.Image) -> None:
+        if (path := self._baseline_path(task)) is not None:
+            write_image(path, image)
 
-    def _kept(self, job: Job) -> Path | None:
+    def _baseline_path(self, task: Task) -> Path | None:
         """Where a baseline's image is kept for other runs; None for other arms."""
-        if job.arm.bridge is not None:
+        if not task.arm.is_baseline:
             return None
-        key = content_key(self.run, job.case, job.arm, self.run.batch > 1)
+        key = content_key(self.run, task.case, task.arm, self.run.batch > 1)
         return cache_home() / "baselines" / f"{key}.png"
 
-    def _keep(self, job: Job, edited: Edited, seconds: float | None = None) -> None:
+    def _save(self, task: Task, image: Image.Image, attention: LevelAttention | None, seconds: float) -> None:
         """Write an image with its level weights, and have it measured."""
-        case, (image, attention) = job.case, edited
+        case = task.case
         if image.size != case.image.size:  # the editor works at its own size
             image = image.resize(case.image.size)
         # Another bridge's image of the same case keeps its own name.
-        stem = f"{case.group}/{case.case_id}_{job.arm.name}-{job.key[:6]}"
+        stem = f"{case.group}/{case.case_id}_{task.arm.name}-{task.key[:6]}"
         write_image(self.run.folder / f"{stem}.png", image)
-        found: dict[str, Any] = {"image": f"{stem}.png"}
+        fields: dict[str, Any] = {"image": f"{stem}.png"}
         if attention is not None:
             weights = attention.maps()[-1]  # of the image that is edited, (gh, gw, L)
             shares = np.clip(np.rint(weights[..., :3] * 255), 0, 255).astype(np.uint8)
             if shares.shape[-1] == 3:
                 write_image(self.run.folder / f"{stem}_levels.png", Image.fromarray(shares))
-                found["attention"] = f"{stem}_levels.png"
+                fields["attention"] = f"{stem}_levels.png"
             means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
-            found["level_weights"] = dict(zip(attention.levels, means, strict=True))
-        measured = self.scorer.submit(case, image)
-        taken = time.perf_counter() - self._started if seconds is None else seconds
-        self._waiting.append(PendingScore(job, found, taken, measured))
+            fields["level_weights"] = dict(zip(attention.levels, means, strict=True))
+        self._pending.append(PendingScore(task, fields, seconds, self.scorer.submit(case, image)))
         self.finish(self.scorer.queue)
 
-    def _ask(self, job: Job) -> dict[str, Any]:
-        source = self._source(job)
-        if isinstance(source, VisionCache):
-            source = source.split()[-1]  # the question is about the last image alone
-        reply = ask(self.run.pipeline, job.case.image, job.question, job.arm, source)
-        return {"reply": reply, "answer": job.question.answer, "metrics": score(job.question, reply)}
+    # --- questions ---------------------------------------------------------------------------------------
 
-    def _source(self, job: Job) -> Any:
+    def _answer(self, task: Task) -> None:
+        """One question about the last image of a case."""
+        started, question = time.perf_counter(), task.question
+        with self._recording_errors([task]):
+            source = self._source(task)
+            if isinstance(source, VisionCache):
+                source = source.split()[-1]
+            with nullcontext() if task.arm.patch is None else task.arm.patch(self.run.pipeline, task.case):
+                reply = ask(self.run.pipeline, task.case.image, question, task.arm, source)
+            fields = {"reply": reply, "answer": question.answer, "metrics": score_reply(question, reply)}
+            self._record(task, fields, time.perf_counter() - started)
+
+    def _source(self, task: Task) -> VisionCache | Levels | None:
         """What the arm's bridge sees in place of, or as, the source's levels."""
-        if job.arm.bridge is None:
+        if task.arm.bridge is None:
             return None
-        if job.arm.features == "target":
-            return target_levels(job.arm.bridge.config)
-        case_id = job.case.case_id if job.arm.features == "own" else self.run.partners[job.case.case_id]
+        if task.arm.features == "target":
+            return target_levels(task.arm.bridge.config)
+        case_id = task.case.case_id
+        if task.arm.features == "shuffled":
+            case_id = self.run.partners[case_id]
         if case_id not in self._sources:
             self._sources[case_id] = self.run.pipeline.extract_source(self.run.cases[case_id].images)
         return self._sources[case_id]
 
-    def _write_inputs(self, case: Any) -> None:
-        shown = [(f"reference{number}", image) for number, image in enumerate(case.references, start=1)]
-        shown += [("input", case.image)] + ([("target", case.target)] if case.target is not None else [])
-        for name, image in shown:
+    def _write_inputs(self, case: Case) -> None:
+        images = {f"reference{number}": image for number, image in enumerate(case.references, start=1)}
+        images["input"] = case.image
+        if case.target is not None:
+            images["target"] = case.target
+        for name, image in images.items():
             write_image(self.run.folder / case.group / f"{case.case_id}_{name}.png", image)

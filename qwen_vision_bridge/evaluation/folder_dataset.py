@@ -10,9 +10,7 @@ Own folder: `cases.jsonl`, one object a line with `id`, `image`, `prompt`, and w
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..case import OTHER, Box, Case
 from ..images import load_images
-from ..synthetic.cases import GROUPS
 from ..synthetic.scene import COLOURS
 
-OTHER = "other"
 FIELDS = {
     "id",
     "image",
@@ -37,37 +34,9 @@ FIELDS = {
     "expected_text",
     "boxes",
 }
-SAFE_ID = re.compile(r"[\w][\w.-]{0,120}")
 
 
-@dataclass(frozen=True, eq=False)
-class FileCase:
-    """A case whose truth is known as far as its file says; the names are those of `world.Case`."""
-
-    case_id: str
-    group: str
-    kind: str
-    prompt: str
-    image: Image.Image
-    target: Image.Image | None = None
-    edit_mask: np.ndarray | None = None
-    source_text: str | None = None
-    expected_text: str | None = None
-    boxes: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
-    difficulty: str = "easy"
-    text_is_part: bool = False
-    """Whether the image says more than the text that is to change."""
-    references: tuple[Image.Image, ...] = ()
-    benchmark: str = ""
-    """`textedit`, `pie` or `gedit`, whose own metrics it then gets too."""
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images of the prompt."""
-        return [*self.references, self.image]
-
-
-def photo_cases(image: Image.Image, prompts: Mapping[str, Sequence[str]], area: int) -> list[FileCase]:
+def photo_cases(image: Image.Image, prompts: Mapping[str, Sequence[str]], area: int) -> list[Case]:
     """One image without any truth, with the prompts of each group.
 
     Args:
@@ -79,7 +48,7 @@ def photo_cases(image: Image.Image, prompts: Mapping[str, Sequence[str]], area: 
     if factor < 1:
         shown = image.resize(tuple(max(round(side * factor), 1) for side in image.size))
     return [
-        FileCase(f"photo-{group}-{number:02d}", group, "photo", prompt, shown)
+        Case(f"photo-{group}-{number:02d}", group, "photo", prompt, shown, dataset="photo")
         for group, several in prompts.items()
         for number, prompt in enumerate(several)
     ]
@@ -89,7 +58,7 @@ class CaseFileError(ValueError):
     """One or more faults in case files, a line each with file and line number."""
 
 
-def load_folder(folder: str | Path) -> list[FileCase]:
+def load_folder(folder: str | Path) -> list[Case]:
     """The cases of a user's own folder.
 
     Raises:
@@ -100,33 +69,28 @@ def load_folder(folder: str | Path) -> list[FileCase]:
     return collect([path], lambda row, where: _own_case(path.parent, row, where))
 
 
-def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> FileCase:
+def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> Case:
     if unknown := sorted(set(row) - FIELDS):
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
-    group, difficulty = row.get("group", OTHER), row.get("difficulty", "easy")
-    if group not in (*GROUPS, OTHER) or difficulty not in ("easy", "hard"):
-        raise ValueError(f"group is one of {', '.join((*GROUPS, OTHER))}, difficulty easy or hard")
     image = image_at(folder, row, "image")
-    target = sized(image_at(folder, row, "target"), image.size) if "target" in row else None
-    mask = _mask(folder, row, image.size) if "mask" in row else None
-    texts = [text_of(row, name) if name in row else None for name in ("source_text", "expected_text")]
-    return FileCase(
+    return Case(
         text_of(row, "id"),
-        group,
+        row.get("group", OTHER),
         "own",
         text_of(row, "prompt"),
         image,
-        target,
-        mask,
-        *texts,
+        image_at(folder, row, "target") if "target" in row else None,
+        _mask(folder, row) if "mask" in row else None,
+        *(text_of(row, name) if name in row else None for name in ("source_text", "expected_text")),
+        row.get("difficulty", "easy"),
         boxes=_boxes(row.get("boxes", []), image.size),
-        difficulty=difficulty,
+        dataset="own",
     )
 
 
-def _boxes(given: Any, size: tuple[int, int]) -> tuple[tuple[str, tuple[float, float, float, float]], ...]:
+def _boxes(entries: Sequence[dict[str, Any]], size: tuple[int, int]) -> tuple[tuple[str, Box], ...]:
     boxes = []
-    for entry in given:
+    for entry in entries:
         colour, (left, top, right, bottom) = entry["colour"], entry["box"]
         inside = 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
         if colour not in COLOURS or not inside:
@@ -135,17 +99,17 @@ def _boxes(given: Any, size: tuple[int, int]) -> tuple[tuple[str, tuple[float, f
     return tuple(boxes)
 
 
-Makers = Iterable[tuple[str, Callable[[], FileCase | None]]]
+Makers = Iterable[tuple[str, Callable[[], Case | None]]]
 """Where a case is from, in words, and what makes it; None is no case of those that are asked for."""
 
 
-def gather(makers: Makers, source: Path) -> list[FileCase]:
+def gather(makers: Makers, source: Path) -> list[Case]:
     """The cases, or all faults at once.
 
     Raises:
         CaseFileError: every fault, or no case at all in `source`.
     """
-    cases: list[FileCase] = []
+    cases: list[Case] = []
     faults: list[str] = []
     seen: dict[str, str] = {}
     for place, make in makers:
@@ -162,10 +126,10 @@ def gather(makers: Makers, source: Path) -> list[FileCase]:
     return cases
 
 
-def collect(files: list[Path], make: Callable[[dict[str, Any], Path], FileCase | None]) -> list[FileCase]:
+def collect(files: list[Path], make: Callable[[dict[str, Any], Path], Case | None]) -> list[Case]:
     """A case from every line of JSON, or all faults at once."""
 
-    def one(line: str, path: Path) -> FileCase | None:
+    def one(line: str, path: Path) -> Case | None:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError("needed is a JSON object")
@@ -180,7 +144,7 @@ def collect(files: list[Path], make: Callable[[dict[str, Any], Path], FileCase |
     return gather(lines, files[0])
 
 
-def each(path: Path, entries: dict[str, Any], make: Callable[[str, Any], FileCase]) -> list[FileCase]:
+def each(path: Path, entries: dict[str, Any], make: Callable[[str, Any], Case]) -> list[Case]:
     """A case from every entry, or all faults at once with the line that names the entry."""
     lines = path.read_text(encoding="utf-8").splitlines()
 
@@ -191,9 +155,7 @@ def each(path: Path, entries: dict[str, Any], make: Callable[[str, Any], FileCas
     return gather(((place(key), partial(make, key, entry)) for key, entry in entries.items()), path)
 
 
-def _keep(case: FileCase, place: str, seen: dict[str, str], cases: list[FileCase]) -> None:
-    if not SAFE_ID.fullmatch(case.case_id):
-        raise ValueError(f"the id {case.case_id!r} is no file name of letters, digits, '.', '_' and '-'")
+def _keep(case: Case, place: str, seen: dict[str, str], cases: list[Case]) -> None:
     if case.case_id in seen:
         raise ValueError(f"the id {case.case_id!r} is that of {seen[case.case_id]} too")
     seen[case.case_id] = place
@@ -208,27 +170,18 @@ def image_at(folder: Path, row: dict[str, Any], name: str) -> Image.Image:
     return load_images(_inside(folder, text_of(row, name)))[0]
 
 
-def _inside(folder: Path, given: str) -> Path:
-    path = (folder / given).resolve()
+def _inside(folder: Path, relative: str) -> Path:
+    path = (folder / relative).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"the path {given!r} leads out of {folder}")
+        raise ValueError(f"the path {relative!r} leads out of {folder}")
     return path
 
 
-def _mask(folder: Path, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    shown = image_at(folder, row, "mask")
-    if shown.size != size:
-        raise ValueError(f"the mask is {shown.size} px, its image {size}")
-    mask = np.asarray(shown.convert("L")) > 127
+def _mask(folder: Path, row: dict[str, Any]) -> np.ndarray:
+    mask = np.asarray(image_at(folder, row, "mask").convert("L")) > 127
     if not mask.any():
         raise ValueError("the mask is black: paint white what may change")
     return mask
-
-
-def sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if image.size != size:
-        raise ValueError(f"the target is {image.size} px, its image {size}")
-    return image
 
 
 def text_of(row: dict[str, Any], name: str) -> str:

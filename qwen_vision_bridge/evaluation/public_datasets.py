@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..case import OTHER, Case
 from ..images import load_images
 from .folder_dataset import (
-    OTHER,
-    FileCase,
     Makers,
     collect,
     each,
@@ -29,7 +28,6 @@ from .folder_dataset import (
     image_at,
     load_folder,
     read_object,
-    sized,
     text_of,
 )
 
@@ -37,13 +35,13 @@ PIE_SIDE = 512  # px: PIE-Bench's images and masks
 LAYOUTS = ("own", "textedit", "textedit-full", "pie", "gedit", "gedit-cn")
 
 
-def load_cases(layout: str, folder: str | Path) -> list[FileCase]:
+def load_cases(layout: str, folder: str | Path) -> list[Case]:
     """The cases of a folder in one of `LAYOUTS`.
 
     Raises:
         ValueError: another layout; and what the layout's own function raises.
     """
-    loaders: dict[str, Callable[[], list[FileCase]]] = {
+    loaders: dict[str, Callable[[], list[Case]]] = {
         "own": lambda: load_folder(folder),
         "textedit": lambda: load_textedit(folder),
         "textedit-full": lambda: load_textedit(folder, "fullset"),
@@ -56,7 +54,7 @@ def load_cases(layout: str, folder: str | Path) -> list[FileCase]:
     return loaders[layout]()
 
 
-def load_textedit(folder: str | Path, subset: str = "miniset") -> list[FileCase]:
+def load_textedit(folder: str | Path, subset: str = "miniset") -> list[Case]:
     """TextEdit's classic track (open-compass/TextEdit): `eval_prompts/<subset>/*.jsonl` and `data/`.
 
     Raises:
@@ -67,26 +65,26 @@ def load_textedit(folder: str | Path, subset: str = "miniset") -> list[FileCase]
     if not files:
         raise FileNotFoundError(f"no eval_prompts/{subset}/*.jsonl in {root}: give a checkout of TextEdit")
 
-    def case(row: dict[str, Any], where: Path) -> FileCase:
+    def case(row: dict[str, Any], where: Path) -> Case:
         image = image_at(root / "data", row, "original_image")
-        return FileCase(
+        return Case(
             f"textedit-{where.stem}-{row['id']}",
             "ocr",
             where.stem,
             text_of(row, "prompt"),
             image,
-            sized(image_at(root / "data", row, "gt_image"), image.size),
+            image_at(root / "data", row, "gt_image"),
             None,
             text_of(row, "source_text"),
             text_of(row, "target_text"),
             text_is_part=True,
-            benchmark="textedit",
+            dataset="textedit",
         )
 
     return collect(files, case)
 
 
-def load_pie(folder: str | Path) -> list[FileCase]:
+def load_pie(folder: str | Path) -> list[Case]:
     """PIE-Bench (cure-lab/PnPInversion): `mapping_file.json`, `annotation_images/`, masks as runs.
 
     Raises:
@@ -96,18 +94,18 @@ def load_pie(folder: str | Path) -> list[FileCase]:
     path = existing(root / "mapping_file.json")
     entries = read_object(path)
 
-    def case(key: str, row: dict[str, Any]) -> FileCase:
+    def case(key: str, row: dict[str, Any]) -> Case:
         image = image_at(root / "annotation_images", row, "image_path")
         mask = decode_runs(row["mask"], (PIE_SIDE, PIE_SIDE))
         if image.size != (PIE_SIDE, PIE_SIDE):
             raise ValueError(f"the image is {image.size} px, its mask {PIE_SIDE} × {PIE_SIDE}")
         kind, prompt = f"type{row['editing_type_id']}", text_of(row, "editing_instruction")
-        return FileCase(f"pie-{key}", "detail", kind, prompt, image, edit_mask=mask, benchmark="pie")
+        return Case(f"pie-{key}", "detail", kind, prompt, image, edit_mask=mask, dataset="pie")
 
     return each(path, entries, case)
 
 
-def load_gedit(folder: str | Path, language: str = "en") -> list[FileCase]:
+def load_gedit(folder: str | Path, language: str = "en") -> list[Case]:
     """GEdit-Bench (stepfun-ai/Step1X-Edit), the instructions of one language.
 
     Columns: `key`, `task_type`, `instruction`, `instruction_language`, `input_image`, `Intersection_exist`
@@ -128,7 +126,7 @@ def load_gedit(folder: str | Path, language: str = "en") -> list[FileCase]:
             f"no *.arrow, *.parquet or metadata.jsonl in {root}: give GEdit-Bench's files"
         )
 
-    def case(row: dict[str, Any], _where: Path) -> FileCase | None:
+    def case(row: dict[str, Any], _where: Path) -> Case | None:
         return _gedit_case(row, language, lambda: image_at(root, row, "file_name"))
 
     return collect([root / "metadata.jsonl"], case)
@@ -158,13 +156,13 @@ def _gedit_rows(tables: list[Path], language: str) -> Makers:
             yield f"{path}, row {number}", partial(_gedit_case, row, language, partial(_stored, row))
 
 
-def _gedit_case(row: dict[str, Any], language: str, image: Callable[[], Image.Image]) -> FileCase | None:
+def _gedit_case(row: dict[str, Any], language: str, image: Callable[[], Image.Image]) -> Case | None:
     if text_of(row, "instruction_language") != language:
         return None
     task = text_of(row, "task_type")
     group = "ocr" if task == "text_change" else OTHER
     name, prompt = f"gedit-{language}-{text_of(row, 'key')}", text_of(row, "instruction")
-    return FileCase(name, group, task, prompt, image(), benchmark="gedit")
+    return Case(name, group, task, prompt, image(), dataset="gedit")
 
 
 def _stored(row: dict[str, Any]) -> Image.Image:

@@ -11,23 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .metrics.registry import Metric
+
 RESAMPLES = 10_000
 FEW = 30  # below this many cases a bootstrap interval is too narrow to be believed
 # Standard errors between nothing and an effect that a two-sided test at 5 % finds 4 times in 5.
 POWER_FACTOR = 1.960 + 0.842
 EXPECTED = {"ocr": (0.10, 0.15), "space": (0.05, 0.10), "detail": (0.05, 0.05)}
-"""What was hoped of an untrained bridge, as points of the headline share, least and most."""
+"""Gain that was expected of a bridge in the headline share, least and most."""
 DISCORDANT = 0.2  # share of cases that two arms decide differently, assumed for planning
 BASELINE = "baseline"
-
-
-class Metric(NamedTuple):
-    """How a metric is read."""
-
-    higher_is_better: bool | None
-    """None where neither is: such a metric is neither won nor lost, whatever its interval."""
-    share: bool = False
-    """Whether it lies in 0 to 1, so that points make sense."""
 
 
 class Difference(NamedTuple):
@@ -61,18 +54,11 @@ class Difference(NamedTuple):
 
 
 class Expectation(NamedTuple):
-    """An expected gain beside what was measured."""
+    """An expected gain beside the measured one."""
 
-    level: str
-    group: str
-    arm: str
-    metric: str
+    measured: Difference
     expected_low: float
     expected_high: float
-    n: int
-    difference: float
-    ci_low: float
-    ci_high: float
     verdict: str
     """`reached`, `not reached` or `not resolved by this sample`."""
 
@@ -150,7 +136,11 @@ def cases_needed(difference: float, discordant: float = DISCORDANT) -> int:
 
 
 def compare_arms(
-    records: Iterable[Mapping[str, Any]], metrics: Mapping[str, Metric], groups: Sequence[str], seed: int = 0
+    records: Iterable[Mapping[str, Any]],
+    metrics: Mapping[str, Metric],
+    groups: Sequence[str],
+    seed: int = 0,
+    against: str = BASELINE,
 ) -> list[Difference]:
     """Every arm beside the baseline: by level, group, difficulty and metric, in that order.
 
@@ -160,6 +150,7 @@ def compare_arms(
         metrics: what is compared, in the order of the table.
         groups: in the order of the table.
         seed: of the bootstrap.
+        against: the arm that takes the place of the baseline.
     """
     table: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
     arms: dict[str, None] = {}
@@ -171,8 +162,8 @@ def compare_arms(
     for level in ("perception", "edit", "agreement"):
         for group in groups:
             cases = list(table.get((level, group), {}).values())
-            for arm in sorted(arms.keys() - {BASELINE}, key=list(arms).index):
-                pairs = [(case[BASELINE], case[arm]) for case in cases if {BASELINE, arm} <= set(case)]
+            for arm in sorted(arms.keys() - {against}, key=list(arms).index):
+                pairs = [(case[against], case[arm]) for case in cases if {against, arm} <= set(case)]
                 for difficulty in ("all", "easy", "hard"):
                     some = [p for p in pairs if difficulty in ("all", p[0]["difficulty"])]
                     if difficulty == "all" or 0 < len(some) < len(pairs):
@@ -213,7 +204,7 @@ def _rows(
                 wins,
                 len(both) - wins - losses,
                 losses,
-                resolvable(differences, metric.share),
+                resolvable(differences, metric.is_share),
             )
         )
     return rows
@@ -232,11 +223,10 @@ def judge_expectations(
         headlines: the metric by level.
         arms: for which a gain was expected; controls are no such arms.
     """
-    found = []
+    expectations = []
     for row in rows:
-        if row.group not in EXPECTED or row.arm not in arms or row.difficulty != "all":
-            continue
-        if row.metric != headlines.get(row.level):
+        headline = row.difficulty == "all" and row.metric == headlines.get(row.level)
+        if not headline or row.group not in EXPECTED or row.arm not in arms:
             continue
         low, high = EXPECTED[row.group]
         verdict = "not resolved by this sample"
@@ -244,22 +234,8 @@ def judge_expectations(
             verdict = "reached"
         elif row.n >= FEW and row.ci_high < low and row.resolvable <= low:
             verdict = "not reached"
-        found.append(
-            Expectation(
-                row.level,
-                row.group,
-                row.arm,
-                row.metric,
-                low,
-                high,
-                row.n,
-                row.difference,
-                row.ci_low,
-                row.ci_high,
-                verdict,
-            )
-        )
-    return found
+        expectations.append(Expectation(row, low, high, verdict))
+    return expectations
 
 
 def caution(rows: Sequence[Difference], headlines: Mapping[str, str]) -> str:

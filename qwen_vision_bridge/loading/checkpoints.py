@@ -26,8 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 
 from ..io import atomic_save, folder_digest
-from ..specs import ModelSpec, cache_home, read_json
-from ..synthetic.miniature import locate
+from ..specs import BUILTIN, ModelSpec, cache_home, read_json
 from .checks import refuse_pickles
 from .hub import hub_file, hub_range
 
@@ -35,6 +34,23 @@ logger = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MERGE_GAP = 64 * 1024  # bytes worth fetching to save a request
+
+
+SHIPPED = Path(__file__).parents[1] / "weights" / "miniature"
+
+
+def locate(repo: str) -> str:
+    """Turn a `builtin:` location into the package's folder of shipped weights; others pass unchanged.
+
+    Raises:
+        FileNotFoundError: the package was installed without its weights.
+    """
+    if not repo.startswith(BUILTIN):
+        return repo
+    folder = SHIPPED / ("source" if repo == f"{BUILTIN}source" else "editor")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no weights of the miniature in {folder}: install the whole package")
+    return str(folder)
 
 
 class Checkpoint(ABC):

@@ -1,4 +1,4 @@
-"""The synthetic world: images and instructions with known answers, and questions about the images.
+"""The synthetic world: images and instructions with known results.
 
 A case is an instruction, the image it is asked of and the one that a right edit gives, so what is right
 and which pixels may change are known exactly. All follows from a seed. The splits share nothing: no two draw
@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from ..case import GROUPS, Case, Edit
 from ..specs import check_seed
 from . import instructions as edits
-from . import multi_image as consistency
 from . import referring
-from .instructions import Edit, square
+from .questions import words_of
 from .sampler import Draw, NoRoomError, is_held_out
-from .scene import Scene, SceneObject, TextBlock, edit_mask, render
+from .scene import edit_mask, render
 
 SPLITS = ("train", "validation", "test", "novel")
 EASY: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
@@ -42,7 +41,7 @@ EASY: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
         "add_object": edits.add_object,
         "recolour_background": edits.recolour_background,
     },
-    "consistency": {"same_object": consistency.same_as},
+    "consistency": {"same_object": referring.same_as},
 }
 REFERRING_WORDS = ("remove_word", "recolour_word", "keep_word")
 HARD: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
@@ -65,50 +64,14 @@ HARD: dict[str, dict[str, Callable[[Draw, str], Edit]]] = {
         referring.which_shape,
     ),
     "detail": {"match_colour": edits.match_colour, "keep_object": edits.keep_object},
-    "consistency": dict.fromkeys(("same_text", "same_colour", "same_background"), consistency.same_as),
+    "consistency": dict.fromkeys(("same_text", "same_colour", "same_background"), referring.same_as),
 }
-GROUPS = tuple(EASY)
 # Easy and hard in turn as far as they go, so that a short list has both.
 KINDS: dict[str, tuple[str, ...]] = {}
 for _group in GROUPS:
     _easy, _hard = list(EASY[_group]), list(HARD[_group])
     _turns = [kind for pair in zip(_easy, _hard, strict=False) for kind in pair]
     KINDS[_group] = (*_turns, *_easy[len(_turns) // 2 :], *_hard[len(_turns) // 2 :])
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One instruction, its images and what a right edit looks like. `edit_mask` is bool (H, W), True where
-    the edit may change pixels; elsewhere `image` and `target` agree. `source_text` and `expected_text` are
-    the words before and after, from top to bottom with spaces between ("" when they must be gone, None when
-    there never was one). `expected_objects` are the shapes of the target, those the edit concerns first."""
-
-    case_id: str
-    group: str
-    kind: str
-    prompt: str
-    image: Image.Image
-    target: Image.Image
-    edit_mask: np.ndarray
-    source_text: str | None
-    expected_text: str | None
-    expected_objects: tuple[SceneObject, ...]
-    seed: int
-    difficulty: str = "easy"
-    """`easy` or `hard`: whether the instruction says all, or needs seeing."""
-    outright: str | None = None
-    """Of a hard case: the same request with nothing left to see."""
-    references: tuple[Image.Image, ...] = ()
-    """Images that come before `image` in the prompt."""
-    answer: str = ""
-    """Where and what is meant, as the miniature's language models learn to reply."""
-    edit: Edit | None = None
-    """The scenes behind the images."""
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images of the prompt; the last one is edited."""
-        return [*self.references, self.image]
 
 
 def make_edit(
@@ -118,10 +81,10 @@ def make_edit(
 
     `zoom` enlarges the smallest type, for training: what is meant can be learnt before it can be made out.
     """
-    executor = (EASY[group] | HARD[group])[kind]
+    make = (EASY[group] | HARD[group])[kind]
     while True:
         try:
-            edit: Edit = executor(Draw(rng, size, novel, zoom), kind)
+            edit: Edit = make(Draw(rng, size, novel, zoom), kind)
         except NoRoomError:  # large words and shapes do not always fit together: draw others
             continue
         if novel or not any(map(is_held_out, (edit.before, edit.after, *edit.references))):
@@ -144,16 +107,16 @@ def make_cases(
     shows the same scenes. ValueError for an unknown group, split or kind, a count below 1, a size below 64 or
     a seed that `check_seed` refuses.
     """
-    for name, given, options in (("group", group, GROUPS), ("split", split, SPLITS)):
-        if given not in options:
-            raise ValueError(f"unknown {name} {given!r}; needed: one of {', '.join(options)}")
+    for name, value, options in (("group", group, GROUPS), ("split", split, SPLITS)):
+        if value not in options:
+            raise ValueError(f"unknown {name} {value!r}; needed: one of {', '.join(options)}")
     check_seed(seed)
-    for name, given, least in (("count", count, 1), ("size", size, 64)):
-        if given < least:
-            raise ValueError(f"{name} is {given}; needed: at least {least}")
+    for name, value, least in (("count", count, 1), ("size", size, 64)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; needed: at least {least}")
     kinds = KINDS[group] if kinds is None else kinds
-    if strange := sorted(set(kinds) - set(KINDS[group])):
-        raise ValueError(f"unknown kind {strange[0]!r} of {group}; needed: {', '.join(KINDS[group])}")
+    if unknown := sorted(set(kinds) - set(KINDS[group])):
+        raise ValueError(f"unknown kind {unknown[0]!r} of {group}; needed: {', '.join(KINDS[group])}")
     indices = range(first, first + count)
     return [_case(group, kinds[index % len(kinds)], index, seed, size, split) for index in indices]
 
@@ -177,60 +140,10 @@ def _case(group: str, kind: str, index: int, seed: int, size: int, split: str) -
         edit_mask(before, after),
         source if spoken else None,
         expected if spoken else None,
-        after.objects,
-        case_seed,
         "hard" if kind in HARD[group] else "easy",
-        edit.outright,
         tuple(render(scene) for scene in edit.references),
-        edit.answer,
         edit,
     )
-
-
-def words_of(scene: Scene) -> list[TextBlock]:
-    """The texts of a scene that are words or numbers, not letters on shapes, from top to bottom."""
-    words = (block for block in scene.texts if len(block.text) != 1 or block.text.isdigit())
-    return sorted(words, key=lambda block: block.centre[1])
-
-
-def read_question(scene: Scene) -> tuple[str, str]:
-    """What to ask about the words of a scene, and the right answer."""
-    return "What does it say?", "/".join(block.text for block in words_of(scene) if block.text) or "nothing"
-
-
-def locate_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Where is one of the words or shapes? The answer is a square, see `edits.square`."""
-    draw = Draw(rng, scene.size)
-    words = [(f'the word "{block.text}"', block.centre) for block in words_of(scene) if block.text]
-    labels = [(f'the letter "{block.text}"', block.centre) for block in scene.texts if len(block.text) == 1]
-    things = [(f"the {item.name}", item.centre) for item in scene.objects]
-    things += [(f"the shape with {item.mark}", item.centre) for item in scene.objects if item.mark]
-    options = words + labels + things
-    if not options:
-        return "How many shapes are there?", "0"
-    what, where = options[int(rng.integers(len(options)))]
-    return f"Where is {what}?", square(draw, where)
-
-
-def describe_question(scene: Scene) -> tuple[str, str]:
-    """Everything in the scene: background, then texts and shapes with their squares, from the top left."""
-    draw = Draw(np.random.default_rng(0), scene.size)
-    found = [(square(draw, block.centre), f'"{block.text}"') for block in scene.texts if block.text]
-    found += [(square(draw, item.centre), f" {item.name}") for item in scene.objects]
-    listed = ";".join(f"{where}{what}" for where, what in sorted(found, key=lambda f: (f[0][1], f[0])))
-    return "Describe the picture.", f"{scene.texture} {scene.backdrop};{listed}"
-
-
-def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about a scene and its right answer: to read, to locate or to describe."""
-    turn = rng.random()
-    if turn < 0.25:
-        return read_question(scene)
-    if turn < 0.5:
-        return locate_question(scene, rng)
-    if turn < 0.55:
-        return "How many shapes are there?", str(len(scene.objects))
-    return describe_question(scene)
 
 
 def sample_image(size: int = 448, seed: int = 0) -> Image.Image:

@@ -1,16 +1,17 @@
 """Instructions with known results: what is asked, the scene before and the scene after.
 
 Easy ones name what they mean and say the result. Hard ones need seeing: they refer to something by its text
-or by comparison, beside near misses, or ask for a result that only reading gives. `outright` is then the same
-request with all of that said, so the difference between the two is what better vision can win.
+or by comparison, beside near misses, or ask for a result that only reading gives. The explicit prompt
+is then the same request with all of that said: the difference between the two is what better vision can win.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from ..case import Edit, Scene, SceneObject
 from .sampler import LETTERS, PAIR_BACKDROPS, PAIR_COLOURS, WORDS, Draw, objects_at
-from .scene import BACKDROPS, Scene, SceneObject, ink_on
+from .scene import BACKDROPS, ink_on
 
 PLACES = {"left": "left side", "right": "right side", "top": "top", "bottom": "bottom", "centre": "centre"}
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
@@ -51,18 +52,6 @@ same_object: Add {what} of picture 1 at the same place. | Copy {what} of picture
 """
 _ENTRIES = (line.split(": ", 1) for line in _PHRASINGS.strip().splitlines())
 PHRASINGS = {kind: tuple(variants.split(" | ")) for kind, variants in _ENTRIES}
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One instruction as data: `answer` says where and what it means, as a model that sees would reply."""
-
-    prompt: str
-    before: Scene
-    after: Scene  # what the edit concerns comes first among its objects
-    answer: str
-    outright: str | None = None  # of a hard edit: the same request with nothing left to see
-    references: tuple[Scene, ...] = ()  # earlier images of the same prompt
 
 
 def square(draw: Draw, point: tuple[float, float]) -> str:
@@ -164,8 +153,8 @@ def rewrite(draw: Draw, kind: str) -> Edit:
             break
     before = with_words(draw, [(word, expected)], MIDDLE)
     answer = f"{expected},{square(draw, before.texts[0].centre)}"
-    outright = phrase(draw, "change_text", old=word, new=expected)
-    return Edit(phrase(draw, kind, old=old, new=new), before, retext(before, expected), answer, outright)
+    explicit = phrase(draw, "change_text", old=word, new=expected)
+    return Edit(phrase(draw, kind, old=old, new=new), before, retext(before, expected), answer, explicit)
 
 
 # --- space -----------------------------------------------------------------------------------------------
@@ -310,18 +299,18 @@ def match_colour(draw: Draw, kind: str) -> Edit:
             break
     after = replace(before, objects=(replace(first, colour=other.colour), other, *rest))
     prompt = phrase(draw, kind, what=f"the {first.kind}", other=f"the {other.kind}")
-    outright = phrase(draw, "recolour_object", what=f"the {first.kind}", new=other.colour)
-    return Edit(prompt, before, after, f"{square(draw, first.centre)} {other.colour}", outright)
+    explicit = phrase(draw, "recolour_object", what=f"the {first.kind}", new=other.colour)
+    return Edit(prompt, before, after, f"{square(draw, first.centre)} {other.colour}", explicit)
 
 
 def keep_object(draw: Draw, kind: str) -> Edit:
     """All objects but one go."""
     before = sample(draw, 3)
     first, second, third = before.objects
-    outright = phrase(draw, "remove_objects", what=the(second), other=the(third))
+    explicit = phrase(draw, "remove_objects", what=the(second), other=the(third))
     answer = f"{square(draw, second.centre)},{square(draw, third.centre)} {first.name}"
     prompt = phrase(draw, kind, what=the(first))
-    return Edit(prompt, before, replace(before, objects=(first,)), answer, outright)
+    return Edit(prompt, before, replace(before, objects=(first,)), answer, explicit)
 
 
 def sample_scene(draw: Draw) -> Scene:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from ..evaluation.metrics.ocr import can_read
+from ..case import Case
 from ..specs import Family, check_seed
-from .cases import Case, make_cases
+from .cases import make_cases
 from .sampler import Draw
 from .scene import BACKDROPS, PLATES, ink_on, render
 
@@ -89,37 +89,7 @@ SCRIPTS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class LanguageCase:
-    """An image with one or two words of a script, one of which is to change; names as in `world.Case`."""
-
-    case_id: str
-    kind: str
-    """The script."""
-    prompt: str
-    image: Image.Image
-    target: Image.Image
-    edit_mask: np.ndarray
-    source_text: str
-    expected_text: str
-    difficulty: str
-    """`hard` where the image has two words."""
-    readable: bool
-    """Whether the reader knows the script; else no edit is judged right or wrong."""
-    whole_text: str
-    """The image's words with a slash between them, as the language model is asked for them."""
-    group: str = "ocr"
-    references: tuple[Image.Image, ...] = ()
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images of the prompt."""
-        return [self.image]
-
-
-def cases_for(
-    family: Family, group: str, count: int, seed: int = 0
-) -> tuple[list[Case | LanguageCase], list[str]]:
+def cases_for(family: Family, group: str, count: int, seed: int = 0) -> tuple[list[Case], list[str]]:
     """`count` synthetic cases of a group at the family's resolution, and in words what they leave out.
 
     Outside the miniature half of the OCR cases are multi-lingual.
@@ -134,7 +104,7 @@ def cases_for(
     return [*make_cases(group, count - several, seed, size), *cases], left_out
 
 
-def language_cases(count: int, seed: int = 0, size: int = 448) -> tuple[list[LanguageCase], list[str]]:
+def language_cases(count: int, seed: int = 0, size: int = 448) -> tuple[list[Case], list[str]]:
     """`count` cases, the scripts that can be drawn here in turn, and in words what is left out and why.
 
     Case i depends on (seed, i) and on which scripts can be drawn. Every second round of scripts is hard.
@@ -143,9 +113,9 @@ def language_cases(count: int, seed: int = 0, size: int = 448) -> tuple[list[Lan
         TypeError, ValueError: a count below 1, a size below 128, a seed that `check_seed` refuses.
     """
     check_seed(seed)
-    for name, given, least in (("count", count, 1), ("size", size, 128)):
-        if given < least:
-            raise ValueError(f"{name} is {given}; needed: at least {least}")
+    for name, value, least in (("count", count, 1), ("size", size, 128)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; needed: at least {least}")
     drawable = {name: find_font(name) for name in SCRIPTS}
     names = [name for name, font in drawable.items() if font is not None]
     left_out = [
@@ -153,11 +123,6 @@ def language_cases(count: int, seed: int = 0, size: int = 448) -> tuple[list[Lan
         for name, font in drawable.items()
         if font is None
     ]
-    if unread := [name for name in names if not can_read("".join(SCRIPTS[name].words))]:
-        left_out.append(
-            f"{', '.join(unread)}: the reader does not know all of their letters, so no edit is judged right "
-            "or wrong; the edited region is compared with that of the right edit, and questions are scored"
-        )
     return [_case(names[i % len(names)], i, i // len(names) % 2, seed, size) for i in range(count)], left_out
 
 
@@ -178,7 +143,7 @@ def find_font(name: str) -> Path | None:
     return None
 
 
-def _case(name: str, index: int, hard: int, seed: int, size: int) -> LanguageCase:
+def _case(name: str, index: int, hard: int, seed: int, size: int) -> Case:
     rng = np.random.default_rng([101, seed, index])
     script, draw = SCRIPTS[name], Draw(rng, size)
     old, new, other = rng.permutation(script.words)[:3].tolist()
@@ -202,8 +167,9 @@ def _case(name: str, index: int, hard: int, seed: int, size: int) -> LanguageCas
     left, top, right, bottom = boxes[place]
     mask[max(top - 4, 0) : bottom + 4, max(left - 4, 0) : right + 4] = True
     verb = f'Replace the word "{old}" with "{new}"' if hard else f'Change the text to "{new}"'
-    return LanguageCase(
+    return Case(
         f"ocr-{size}px-{name}-seed{seed}-{index:04d}",
+        "ocr",
         name,
         verb,
         *images,
@@ -211,8 +177,8 @@ def _case(name: str, index: int, hard: int, seed: int, size: int) -> LanguageCas
         " ".join(before),
         " ".join(after),
         "hard" if hard else "easy",
-        can_read("".join(script.words)),
-        "/".join(before),
+        alphabet="".join(sorted(set("".join(script.words)))),
+        reply_text="/".join(before),
     )
 
 

@@ -1,4 +1,4 @@
-"""Instructions that refer: which word or shape is meant must be found by reading or comparing.
+"""Instructions that refer to a word, a shape or an earlier image, found by reading or comparing alone.
 
 Every image has near misses: words one letter apart, sizes a fifth apart, places a few pixels apart. What is
 then done to it is easy.
@@ -10,9 +10,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .instructions import PLACES, SMALL, Edit, goal_of, phrase, square, the, with_words
+from ..case import Edit, Scene, SceneObject, TextBlock
+from .instructions import (
+    LARGE,
+    PLACES,
+    SMALL,
+    goal_of,
+    phrase,
+    recolour_background,
+    retext,
+    sample,
+    square,
+    the,
+    with_words,
+)
 from .sampler import LETTERS, PAIR_COLOURS, Disc, Draw, objects_at
-from .scene import CAP_HEIGHT, COLOURS, MARKS, SceneObject, TextBlock, corners_of, ink_on
+from .scene import BACKDROPS, CAP_HEIGHT, COLOURS, MARKS, corners_of, ink_on
 
 ROWS = {2: ("at the top", "at the bottom"), 3: ("at the top", "in the middle", "at the bottom")}
 PLAIN = ("circle", "square")  # shapes with room for a letter
@@ -37,17 +50,17 @@ def which_word(draw: Draw, kind: str) -> Edit:
         "keep_word": (chosen, *(replace(block, text="") for block in others)),
         "recolour_word": (replace(chosen, ink=COLOURS[new]), *others),
     }[kind]
-    asked, outright = _both(draw, kind, f'the word "{named}"', f"the word {ROWS[count][row]}", new=new)
+    asked, explicit = _both(draw, kind, f'the word "{named}"', f"the word {ROWS[count][row]}", new=new)
     answer = f'{square(draw, chosen.centre)}"{named}"'
-    return Edit(asked, before, replace(before, texts=after), answer, outright)
+    return Edit(asked, before, replace(before, texts=after), answer, explicit)
 
 
-def _both(draw: Draw, kind: str, asked: str, outright: str, **names: str) -> tuple[str, str]:
-    """The request in the same phrasing, as asked and with what is meant said outright."""
+def _both(draw: Draw, kind: str, asked: str, explicit: str, **names: str) -> tuple[str, str]:
+    """The request in the same phrasing, as asked and with what is meant made explicit."""
     seed = int(draw.rng.integers(2**31))
     first, second = (
         phrase(Draw(np.random.default_rng(seed), draw.size), kind, what=what, **names)
-        for what in (asked, outright)
+        for what in (asked, explicit)
     )
     return first, second
 
@@ -82,8 +95,8 @@ def which_shape(draw: Draw, kind: str) -> Edit:
     else:
         objects, labels = objects[1:], labels[1:]
     after = replace(before, objects=tuple(objects), texts=tuple(labels))
-    asked, outright = _both(draw, action, referring_target.description, the(first), **names)
-    return Edit(asked, before, after, f"{square(draw, first.centre)} {first.name}", outright)
+    asked, explicit = _both(draw, action, referring_target.description, the(first), **names)
+    return Edit(asked, before, after, f"{square(draw, first.centre)} {first.name}", explicit)
 
 
 def _can_go(draw: Draw, referring_target: ReferringTarget, place: str) -> bool:
@@ -221,3 +234,45 @@ _REFERRING_TARGETS = {
     "striped": _striped,
     "dotted": _dotted,
 }
+
+
+# --- an earlier image of the same prompt -----------------------------------------------------------------
+
+
+def _on_backdrop(scene: Scene, backdrop: str) -> Scene:
+    """The scene with another backdrop and words that stay legible on it."""
+    texts = (
+        block if block.plate else replace(block, ink=ink_on(BACKDROPS[backdrop])) for block in scene.texts
+    )
+    return replace(scene, backdrop=backdrop, texts=tuple(texts))
+
+
+def same_as(draw: Draw, kind: str) -> Edit:
+    """Make the last image agree with the one before it in one thing."""
+    if kind == "same_text":
+        old = draw.word()
+        new = draw.word(3, 6, old)
+        before = with_words(draw, [(old, new)], LARGE)
+        model = with_words(draw, [(new,)], LARGE)
+        answer = f"{new},{square(draw, before.texts[0].centre)}"
+        explicit = phrase(draw, "change_text", old=old, new=new)
+        return Edit(phrase(draw, kind), before, retext(before, new), answer, explicit, (model,))
+    before = sample(draw)
+    first, *rest = before.objects
+    if kind == "same_background":
+        edit = recolour_background(draw, "recolour_background")
+        new = edit.after.backdrop
+        model = _on_backdrop(sample(draw), new)
+        return Edit(phrase(draw, kind), edit.before, edit.after, new, edit.prompt, (model,))
+    answer = f"{square(draw, first.centre)} {first.name}"
+    if kind == "same_object":
+        model, lacking = replace(draw.background(), objects=(first,)), replace(before, objects=tuple(rest))
+        return Edit(phrase(draw, kind, what=the(first)), lacking, before, answer, None, (model,))
+    new = draw.colour_for(first.kind, *(item.colour for item in before.objects))
+    (disc,) = draw.discs([draw.between(0.1, 0.125)])
+    model = replace(draw.background(), objects=objects_at([(first.kind, new)], [disc]))
+    after = replace(before, objects=(replace(first, colour=new), *rest))
+    what = f"the {first.kind}"
+    explicit = phrase(draw, "recolour_object", what=what, new=new)
+    answer = f"{square(draw, first.centre)} {new}"
+    return Edit(phrase(draw, kind, what=what), before, after, answer, explicit, (model,))

@@ -13,20 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import (
-    BACKDROPS,
-    CAP_HEIGHT,
-    COLOURS,
-    FONTS,
-    PLATES,
-    SHAPES,
-    TEXTURES,
-    Scene,
-    SceneObject,
-    TextBlock,
-    ink_on,
-    text_width,
-)
+from ..case import Scene, SceneObject, TextBlock
+from .scene import BACKDROPS, CAP_HEIGHT, COLOURS, FONTS, PLATES, SHAPES, TEXTURES, ink_on, text_width
 
 _LISTED = """
 ART BUS CAT CUP DAY FOX HAT KEY MAP OAK PEN RED SKY SUN TEA VAN BAND BIRD BOAT CAFE CITY CLUB DUCK EXIT

@@ -7,13 +7,13 @@ Positions and lengths are pixels, (x, y) from the top left corner.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-RGB = tuple[int, int, int]
+from ..case import RGB, Scene, SceneObject, TextBlock
 
 
 def _palette(listing: str) -> dict[str, RGB]:
@@ -43,51 +43,6 @@ CAP_HEIGHT = 0.729  # em, of every one of these fonts
 def ink_on(behind: RGB) -> RGB:
     """Nearly black or nearly white, whichever is read on the colour behind."""
     return (26, 28, 34) if sum(behind) > 384 else (252, 252, 250)
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """A flat shape: `kind` of SHAPES, `colour` of COLOURS, centre of its area, distance of its tips, and
-    what is drawn on its middle: one of MARKS, or nothing."""
-
-    kind: str
-    colour: str
-    centre: tuple[float, float]
-    radius: float
-    mark: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.kind}"
-
-
-@dataclass(frozen=True)
-class TextBlock:
-    """A word in capitals centred in `box` (left, top, right, bottom); an empty text leaves a blank plate."""
-
-    text: str
-    box: tuple[float, float, float, float]
-    font_px: float
-    ink: RGB
-    plate: str | None = None  # of PLATES; None sets the word straight on what lies behind
-    font: str = "sans"  # of FONTS
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A square image of `size` pixels a side as data. Texts lie on objects, objects on the background."""
-
-    size: int
-    texture: str  # of TEXTURES
-    backdrop: str  # of BACKDROPS
-    texture_seed: int
-    objects: tuple[SceneObject, ...] = ()
-    texts: tuple[TextBlock, ...] = ()
 
 
 # Each takes the plane (u, v) in image sides and a frequency f; values in [-1, 1].
@@ -135,13 +90,13 @@ def _stripes(degrees: float) -> tuple[np.ndarray, ...]:
     """Three parallel stripes, together about round; upright at 0 degrees, clockwise."""
     pitch, reach = 0.3, 0.47  # as wide as they are long, out of focus
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    made = []
+    stripes = []
     for x in (-pitch, 0.0, pitch):
         left, right = x - pitch / 4, x + pitch / 4
         y = np.sqrt(reach**2 - x**2)
         upright = np.array([(left, -y), (right, -y), (right, y), (left, y)])
-        made.append(upright @ np.array([(cos, sin), (-sin, cos)]))
-    return tuple(made)
+        stripes.append(upright @ np.array([(cos, sin), (-sin, cos)]))
+    return tuple(stripes)
 
 
 def _dots(count: int) -> tuple[np.ndarray, ...]:

@@ -18,10 +18,12 @@ from typing import NamedTuple, Protocol, get_args
 import numpy as np
 from PIL import Image
 
-from ..evaluation.vqa import EXPLAINED
+from ..case import Scene
 from ..images import load_images
 from ..io import digest_of
 from ..synthetic import cases as world
+from ..synthetic import questions
+from ..synthetic.scene import render
 from .config import METADATA, WORLD_SAMPLES, Kind, RunConfig, check_data_folder
 
 COLUMNS: dict[Kind, tuple[str, str]] = {"perceive": ("question", "answer"), "edit": ("instruction", "target")}
@@ -90,11 +92,11 @@ class WorldSamples:
         group, kind = ONE_IMAGE[int(rng.integers(len(ONE_IMAGE)))]
         edit = world.make_edit(group, kind, rng, self.size, self.split == "novel")
         if self.kind == "edit":
-            return Sample(world.render(edit.before), edit.prompt, after=world.render(edit.after))
+            return Sample(render(edit.before), edit.prompt, after=render(edit.after))
         if self.knows_world and rng.random() < INSTRUCTION_SHARE:
-            return Sample(world.render(edit.before), edit.prompt, edit.answer)
+            return Sample(render(edit.before), edit.prompt, edit.answer)
         scene = edit.after if rng.random() < 0.4 else edit.before
-        return Sample(world.render(scene), *_question(scene, rng, self.knows_world))
+        return Sample(render(scene), *_question(scene, rng, self.knows_world))
 
 
 class FolderSamples:
@@ -222,22 +224,22 @@ def split_samples(samples: Samples, max_held_out: int, share: float = 0.1) -> tu
     return Subset(samples, rest), Subset(samples, sorted(held_out))
 
 
-def _question(scene: world.Scene, rng: np.random.Generator, knows_world: bool) -> tuple[str, str]:
+def _question(scene: Scene, rng: np.random.Generator, knows_world: bool) -> tuple[str, str]:
     kinds = [kind for kind in QUESTION_SHARES if knows_world or kind in EXPLAINABLE]
-    if not knows_world and not world.words_of(scene):
+    if not knows_world and not questions.words_of(scene):
         kinds.remove("read")
     shares = np.array([QUESTION_SHARES[kind] for kind in kinds])
     kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
     if kind == "read":
-        question, answer = world.read_question(scene)
+        asked = questions.read_question(scene)
     elif kind == "locate":
-        question, answer = world.locate_question(scene, rng)
-        kind = "locate" if question.startswith("Where") else "count"
+        asked = questions.locate_question(scene, rng)
+        kind = "locate" if asked[0].startswith("Where") else "count"
     elif kind == "count":
-        question, answer = "How many shapes are there?", str(len(scene.objects))
+        asked = questions.count_question(scene)
     else:
-        question, answer = world.describe_question(scene)
-    return question if knows_world else f"{question} {EXPLAINED[kind]}", answer
+        asked = questions.describe_question(scene)
+    return asked if knows_world else (f"{asked[0]} {questions.REPLY_FORMS[kind]}", asked[1])
 
 
 def _checked_rows(root: Path, kind: Kind) -> list[dict[str, str]]:

@@ -16,13 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..specs import Family
-from ..synthetic.tokenizer import TEMPLATE_PREFIX
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 
 MAX_TEXT = 512  # tokens after the image
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TEMPLATE_PREFIX_TOKENS = 64  # what the edit pipelines cut off the front of every prompt
+TEMPLATE_PREFIX = (  # the edit pipelines' template up to the images
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a "
+    "new image that meets the user's requirements while maintaining consistency with the original input "
+    "where appropriate.<|im_end|>\n<|im_start|>user\n"
+)
 CLOSING = "<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..specs import step_seed
-from ..synthetic.tokenizer import TEMPLATE_PREFIX_TOKENS
 from .config import Kind, TrainingSettings
 from .flow_matching import FlowMatching
-from .frozen_lm import FrozenLanguageModel, TextBatch
+from .frozen_lm import TEMPLATE_PREFIX_TOKENS, FrozenLanguageModel, TextBatch
 from .packs import Pack
 from .trainable import Trainable
 

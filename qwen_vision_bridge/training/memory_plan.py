@@ -14,8 +14,7 @@ import torch
 
 from ..bridge import VisionBridge, count_parameters
 from ..loading.memory import BYTES, UNQUANTISED_ENCODER_B, usable_gpu_bytes
-from ..specs import Family, cache_home
-from ..synthetic.miniature import TARGET_PX
+from ..specs import TARGET_PX, Family, cache_home
 from .config import WORLD_SAMPLES, RunConfig, TrainingSettings
 from .data import load_samples
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bridge import BridgeConfig, VisionBridge, count_parameters
-from ..evaluation.arms import target_levels
+from ..controls import target_levels
 from .config import Control
 from .packs import Pack
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..evaluation.metrics import pixels as metrics
+from ..case import exact_text
 from .config import Kind, TrainingSettings
 from .frozen_lm import FrozenLanguageModel
 from .losses import Batch, TrainData
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
     @property
     def right(self) -> float:
         """1.0 where the answer is exact, up to spaces and case."""
-        return metrics.exact_text(self.generated, self.expected)
+        return exact_text(self.generated, self.expected)
 
     @property
     def letters(self) -> list[list[bool]]:

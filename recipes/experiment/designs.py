@@ -40,21 +40,9 @@ class Design:
         """Whether it depends on a training seed."""
         return self.method in ("perceive", "edit", "perceive+edit")
 
-    @property
-    def is_bridge(self) -> bool:
-        """Whether a bridge comes of it."""
-        return not self.rival and self.method != "sharp"
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of samples that it learns from."""
-        if self.method == "calibrate":
-            return ("perceive",)
-        return tuple(self.method.split("+")) if self.is_trained else ()
-
-    def seeds(self, given: Sequence[int]) -> list[int]:
-        """Those of the given training seeds that it is trained with: 0 where none changes it."""
-        return list(given) if self.is_trained else [0]
+    def seeds(self, training_seeds: Sequence[int]) -> list[int]:
+        """The training seeds that it is trained with: 0 where none changes it."""
+        return list(training_seeds) if self.is_trained else [0]
 
     def place(self, folder: Path, seed: int) -> Path:
         """Where it is at a seed."""
@@ -120,18 +108,20 @@ CURVE_STARTS = (
 RANKS = tuple(Design(name, start=f"calibrated-{name}", config=config) for name, config in _RANKS.items())
 AMOUNTS = tuple(Design(name, start=f"calibrated-{name}", samples=count) for name, count in _AMOUNTS.items())
 EXTRA = {design.name: design for design in (*ARMS, *DESIGNS, *CURVE_STARTS, *RANKS, *AMOUNTS)}
+SITES = ("tower", "deepstack")
+"""Where features enter; every bridge is trained at the first."""
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def with_starts(designs: Iterable[Design]) -> list[Design]:
     """The designs and all that they start from, each behind its start."""
-    found: dict[str, Design] = {}
+    ordered: dict[str, Design] = {}
 
     def put(design: Design) -> None:
         if design.start is not None:
             put(EXTRA[design.start])
-        found.setdefault(design.name, design)
+        ordered.setdefault(design.name, design)
 
     for design in designs:
         put(design)
-    return list(found.values())
+    return list(ordered.values())

@@ -1,20 +1,24 @@
-"""From records to rows, a table and figures: paired differences over cases, seeds averaged within a case."""
+"""From records to rows, a table and curves: paired differences over cases, seeds averaged within a case."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from qwen_vision_bridge.evaluation.statistics import BASELINE, bootstrap_interval
+from qwen_vision_bridge.case import GROUPS
+from qwen_vision_bridge.evaluation.metrics.registry import METRICS
+from qwen_vision_bridge.evaluation.statistics import BASELINE, Difference, compare_arms
 from qwen_vision_bridge.io import write_whole
 
 Record = dict[str, Any]
 Row = dict[str, Any]
+Names = Mapping[str, tuple[str, int]]
+"""Name and training seed of a design by the name of its arm."""
 CONTROLS = ("shuffled", "target-only")
 SHOWN = {
     "perception": ("letters", "answered", "location_error"),
@@ -22,61 +26,56 @@ SHOWN = {
 }
 
 
-def rows_of(records: Sequence[Record], gain: str, against: str = BASELINE) -> list[Row]:
-    """One row an arm, group, difficulty and metric, beside the baseline; of a control, headline metrics.
-
-    Args:
-        records: with `arm`, `seed`, `group`, `difficulty`, `case` and `metrics`.
-        gain: `perception` or `edit`.
-    """
-    values: dict[tuple, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(dict))
-    seeds: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for record in records:
-        seeds[record["arm"], record["group"]].add(record["seed"])
-        for metric, value in record["metrics"].items():
-            for difficulty in (record["difficulty"], "all"):
-                cases = values[record["group"], difficulty, metric][record["arm"]]
-                cases.setdefault(record["case"], []).append(value)
+def rows_of(records: Sequence[Record], names: Names, against: str = BASELINE) -> list[Row]:
+    """One row an arm, group, difficulty and metric; beside a control the headline metrics alone."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for name, seed in names.values():
+        seeds[name].add(seed)
     rows = []
-    for (group, difficulty, metric), arms in sorted(values.items()):
-        if against not in arms or (against != BASELINE and metric not in SHOWN[gain]):
-            continue
-        for arm, cases in sorted(arms.items()):
-            if arm not in (against, BASELINE):
-                rows.append(
-                    {"arm": arm, "group": group, "difficulty": difficulty, "gain": gain, "metric": metric}
-                    | _paired(arms[against], cases)
-                    | {"seeds": sorted(seeds[arm, group]), "against": against}
-                )
+    for difference in differences(records, names, against):
+        if against == BASELINE or difference.metric in SHOWN[difference.level]:
+            row = difference._asdict()
+            row |= {"gain": row.pop("level"), "diff": row.pop("difference"), "against": against}
+            rows.append({**row, "seeds": sorted(seeds[difference.arm])})
     return rows
 
 
-def _paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> Row:
-    both = sorted(before.keys() & after.keys())
-    # statistics.mean is exact: three seeds that say what the baseline says have no difference at all
-    pairs = np.array([[mean(before[case]), mean(after[case])] for case in both])
-    differences = pairs[:, 1] - pairs[:, 0]
-    low, high = bootstrap_interval(differences)
-    return {
-        "n": len(both),
-        "baseline": float(pairs[:, 0].mean()),
-        "value": float(pairs[:, 1].mean()),
-        "diff": float(differences.mean()),
-        "ci_low": low,
-        "ci_high": high,
-    }
+def differences(records: Sequence[Record], names: Names, against: str = BASELINE) -> list[Difference]:
+    """Every arm but the baseline beside it or another one, with seeds averaged within a case."""
+    rows = compare_arms(average_seeds(records, names), METRICS, GROUPS, against=against)
+    return [row for row in rows if row.arm != BASELINE]
 
 
-def level_shares(records: Sequence[Record]) -> list[dict[str, Any]]:
+def average_seeds(records: Sequence[Record], names: Names) -> list[Record]:
+    """One record a case and design: the mean of every metric over the training seeds.
+
+    `statistics.mean` is exact: three seeds that agree with the baseline differ from it by nothing at all.
+    """
+    alike: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        design, _ = names.get(record["arm"], (record["arm"], 0))
+        alike[record["level"], record["case_id"], design].append(record)
+    averaged = []
+    for (_, _, design), several in alike.items():
+        metrics = {
+            metric: mean(values)
+            for metric in several[0]["metrics"]
+            if (values := [one["metrics"][metric] for one in several if metric in one["metrics"]])
+        }
+        averaged.append({**several[0], "arm": design, "metrics": metrics})
+    return averaged
+
+
+def level_shares(records: Sequence[Record], names: Names) -> list[Row]:
     """The mean weight of each level in the edits of every arm, by group."""
     weights: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for record in records:
-        if record["level_weights"]:
-            weights[record["arm"], record["group"]].append(record["level_weights"])
+        if record.get("level_weights"):
+            weights[names[record["arm"]][0], record["group"]].append(record["level_weights"])
     return [
-        {"arm": arm, "group": group, "n": len(found)}
-        | {level: float(np.mean([one[level] for one in found])) for level in found[0]}
-        for (arm, group), found in sorted(weights.items())
+        {"arm": arm, "group": group, "n": len(several)}
+        | {level: float(np.mean([one[level] for one in several])) for level in several[0]}
+        for (arm, group), several in sorted(weights.items())
     ]
 
 
@@ -95,50 +94,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_differences(rows: Sequence[Row], path: Path, gain: str, metric: str) -> None:
-    """Each arm's difference to the baseline with its interval, a panel a group, hard cases beside all."""
-    from matplotlib.figure import Figure
-
-    chosen = [row for row in rows if row["gain"] == gain and row["metric"] == metric]
-    groups = sorted({row["group"] for row in chosen})
-    arms = sorted({row["arm"] for row in chosen}, reverse=True)
-    if not groups:
-        return
-    figure = Figure(figsize=(4 * len(groups), 0.4 * len(arms) + 1.4), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    for axis, group in zip(panels, groups, strict=True):
-        for difficulty, colour, above in (("all", "0.5", 0.12), ("hard", "#15d", -0.12)):
-            part = [row for row in chosen if (row["group"], row["difficulty"]) == (group, difficulty)]
-            middle = np.array([100 * row["diff"] for row in part])
-            low, high = (np.array([100 * row[end] for row in part]) for end in ("ci_low", "ci_high"))
-            places = [arms.index(row["arm"]) + above for row in part]
-            axis.errorbar(
-                middle,
-                places,
-                xerr=[middle - low, high - middle],
-                fmt="o",
-                markersize=4,
-                capsize=2,
-                color=colour,
-                label=f"{difficulty} cases",
-            )
-        axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(title=f"{group}: {metric}", xlabel="points over the baseline")
-        axis.set_yticks(range(len(arms)), arms)
-    panels[-1].legend(fontsize=8, loc="best")
-    write_whole(path, lambda file: figure.savefig(file, dpi=120))
-
-
-def draw_curve(
-    points: Sequence[tuple[float, float, float, float]], path: Path, name: str, log: bool = False
-) -> None:
-    """A curve of (x, difference, low, high), in points of letters, over x or its logarithm."""
+def draw_curve(points: Sequence[tuple[float, Row]], path: Path, name: str, log: bool = False) -> None:
+    """Difference in letters read, in points, over x or its logarithm, with intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
-    x, middle, low, high = (np.array(column) for column in zip(*sorted(points), strict=True))
-    axis.errorbar(x, 100 * middle, yerr=[100 * (middle - low), 100 * (high - middle)], fmt="o-", capsize=3)
+    ordered = sorted(points, key=lambda point: point[0])
+    x = np.array([value for value, _ in ordered])
+    middle, low, high = (
+        np.array([100 * row[field] for _, row in ordered]) for field in ("diff", "ci_low", "ci_high")
+    )
+    axis.errorbar(x, middle, yerr=[middle - low, high - middle], fmt="o-", capsize=3)
     axis.axhline(0, color="grey", linewidth=0.8)
     if log:
         axis.set_xscale("log")

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.case import Edit
+from qwen_vision_bridge.specs import FAMILIES, TARGET_PX
 from qwen_vision_bridge.synthetic import cases as world
-from qwen_vision_bridge.synthetic import miniature
-from qwen_vision_bridge.synthetic import tokenizer as tokens
-from qwen_vision_bridge.synthetic.instructions import Edit
+from qwen_vision_bridge.synthetic import questions
 from qwen_vision_bridge.synthetic.scene import render
+
+from . import tokenizer as tokens
 
 IMAGE = 128  # px a side: what source, VAE and cases have
 CONDITION = isqrt(FAMILIES["miniature"].editor.condition_area or 0)  # px: to what the pipeline reduces it,
-SMALL = miniature.TARGET_PX  # and then the target's processor
+SMALL = TARGET_PX  # and then the target's processor
 PROMPT_TOKENS = 32  # the longest prompt with the template's end, padded
 TEXT_TOKENS = 64  # the same with the longest answer
 SEEN_AHEAD = 8  # of the nine tokens that end the template: they learn the answer's first tokens
@@ -87,7 +88,7 @@ def _small_type(rng: np.random.Generator) -> Edit:
 
 
 def _prompt(edit: Edit, rng: np.random.Generator) -> str:
-    return edit.outright if edit.outright and rng.random() < 0.25 else edit.prompt
+    return edit.explicit_prompt if edit.explicit_prompt and rng.random() < 0.25 else edit.prompt
 
 
 def images(split: str, first: int, count: int) -> np.ndarray:
@@ -140,16 +141,16 @@ def dialogues(
             edit = _edit(rng, shown, 1.0 if is_primer else 0.0)[1]
         scene = edit.before
         if read:
-            prompt, answer = world.read_question(scene)
+            prompt, answer = questions.read_question(scene)
         elif sought and rng.random() < 0.5:
-            prompt, answer = world.locate_question(scene, rng)
+            prompt, answer = questions.locate_question(scene, rng)
         elif sought:
             prompt, answer = edit.prompt, edit.answer
         elif is_primer:
-            prompt, answer = world.read_question(scene)
+            prompt, answer = questions.read_question(scene)
         elif shown == 1 and rng.random() < asked:
             scene = edit.after if rng.random() < 0.4 else edit.before
-            prompt, answer = world.ask(scene, rng)
+            prompt, answer = questions.ask(scene, rng)
         else:
             prompt, answer = _prompt(edit, rng), edit.answer
         seen = [render(other) for other in (*edit.references, scene)]

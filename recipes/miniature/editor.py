@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qwen_vision_bridge.synthetic import miniature
-from qwen_vision_bridge.synthetic import tokenizer as tokens
-
+from . import build as miniature
+from . import tokenizer as tokens
 from .data import PROMPT_TOKENS, closing, encode, opening
 from .fast import FastModel, compile_modules
 

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qwen_vision_bridge.synthetic.miniature import SOURCE_VISION, TARGET_VISION
-
+from .build import SOURCE_VISION, TARGET_VISION
 from .data import opening
 
 GRID = 8  # merged tokens a side
@@ -219,7 +218,7 @@ def build(role: str, seed: int, folder: str | None = None) -> FastModel:
     """
     import transformers
 
-    from qwen_vision_bridge.synthetic import miniature
+    from . import build as miniature
 
     processor = miniature.source_processor() if role == "source" else miniature.target_processor()
     kind = "Qwen3VL" if role == "source" else "Qwen2_5_VL"

@@ -2,34 +2,44 @@
 
     python -m recipes.miniature.measure --source weights/source --editor weights/editor --output card.json
 
-Edits go through the stock pipeline, 20 steps, baseline without any bridge. Records are kept beside the card
-as they come, so that a run that was stopped goes on.
+Edits go through the stock pipeline, 20 steps, without any bridge, as the baseline of an evaluation: a run
+that was stopped goes on. `accelerate launch` shares the cases among GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from qwen_vision_bridge.evaluation.statistics import bootstrap_interval
+from qwen_vision_bridge.case import Case
+from qwen_vision_bridge.evaluation.arms import Arm, Patch
+from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
+from qwen_vision_bridge.evaluation.statistics import BASELINE, bootstrap_interval
+from qwen_vision_bridge.injection import replace_vision
 from qwen_vision_bridge.io import write_json
 from qwen_vision_bridge.loading.memory import device_name
 from qwen_vision_bridge.patches import condition_size
 from qwen_vision_bridge.synthetic import cases as world
 
+if TYPE_CHECKING:
+    from qwen_vision_bridge import EnhancedQwenImageEdit
+
 PARTS = {"vae": "VAE:", "reading": "reading:", "cost": "cost:", "edits": ""}  # how their figures' names begin
-EXPLICIT = ("change_text",)
+AS_ASKED, EXPLICIT, SHUFFLED = "as-asked", "explicit-prompt", "shuffled-image"
+EXPLICIT_ID = "-explicit"  # ends the ids of cases with an explicit prompt
+CHANGED_TEXT = ("change_text",)
 PLACED = (
     "move_left",
     "move_right",
@@ -44,20 +54,23 @@ PLACED = (
 PAINTED = ("recolour_object", "remove_object", "recolour_background")
 
 
-class Job(NamedTuple):
-    """One edit to make and judge."""
+class Edited(NamedTuple):
+    """The verdict on one edit."""
 
+    case_id: str
     group: str
     kind: str
-    index: int
     arm: str
-    """`asked`; `outright`, with nothing left to see; `strange`, with the next case's vision."""
-    split: str
-    seed: int
+    """`as-asked`; `explicit-prompt`, nothing left to see; `shuffled-image`, another case's vision."""
+    right: float
 
-    @property
-    def key(self) -> str:
-        return "/".join(map(str, self))
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Edited:
+        """From an evaluation's record."""
+        case_id, arm = record["case_id"], AS_ASKED if record["arm"] == BASELINE else record["arm"]
+        if case_id.endswith(EXPLICIT_ID):
+            case_id, arm = case_id.removesuffix(EXPLICIT_ID), EXPLICIT
+        return cls(case_id, record["group"], record["kind"], arm, record["metrics"].get("right", 0.0))
 
 
 def main() -> None:
@@ -70,7 +83,7 @@ def main() -> None:
         "cost": lambda: cost_rows(arguments),
     }
     rows = [row for part in arguments.parts for row in parts[part]()]
-    made = {
+    about = {
         "device": device_name(arguments.device),
         "seed": arguments.seed,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -78,7 +91,7 @@ def main() -> None:
     }
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     kept = [row for row in kept if part_of(row["name"]) not in arguments.parts]
-    write_json(arguments.output, [*kept, *({**made, **row} for row in rows)])
+    write_json(arguments.output, [*kept, *({**about, **row} for row in rows)])
     for row in rows:
         print(
             f"{row['name']:44} {row['value']:7.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}] n {row['n']}"
@@ -98,7 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--editor", required=True, help="folder of the whole pipeline")
     parser.add_argument("--output", type=Path, required=True, help="card.json")
     parser.add_argument("--cases", type=int, default=512, help="at least so many a group")
-    parser.add_argument("--rarely", type=int, default=4, help="rounds from one with all arms to the next")
+    parser.add_argument("--rarely", type=int, default=4, help="take every so many-th hard case in all arms")
     parser.add_argument("--groups", nargs="+", choices=world.GROUPS, default=list(world.GROUPS))
     parser.add_argument(
         "--parts",
@@ -107,119 +120,72 @@ def _arguments() -> argparse.Namespace:
         default=list(PARTS),
         help="what to measure; the card keeps its other figures: new weights want a new card",
     )
-    parser.add_argument("--as-is", action="store_true", help="make no edit: figures of those that are there")
     parser.add_argument("--split", choices=world.SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=1, help="of the cases")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, help="guidance; default: the family's")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="processes that measure images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
-def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    """Every edit: all kinds as asked, hard ones also said outright and with strange encoder.
-
-    Kinds in turn, so that a run which was stopped has some of each. The other arms' differences are large and
-    take fewer cases to see: they come in every `--rarely`-th round.
-    """
-    needed = {group: -(-arguments.cases // len(world.KINDS[group])) for group in arguments.groups}  # a kind
-    for index in range(max(needed.values())):
-        for group in arguments.groups:
-            for kind in world.KINDS[group] if index < needed[group] else ():
-                with_all = kind in world.HARD[group] and index % arguments.rarely == 0
-                for arm in ("asked", "outright", "strange") if with_all else ("asked",):
-                    yield Job(group, kind, index, arm, arguments.split, arguments.seed)
+def cases_of(arguments: argparse.Namespace, kind: str, group: str) -> tuple[list[Case], dict[str, Case]]:
+    """Held-out cases of a kind, and for each hard one of every `--rarely`-th another case by its id."""
+    count = -(-arguments.cases // len(world.KINDS[group]))
+    cases = world.make_cases(group, count + 1, arguments.seed, split=arguments.split, kinds=(kind,))
+    if kind not in world.HARD[group]:
+        return cases[:-1], {}
+    others = {case.case_id: other for case, other in itertools.pairwise(cases)}
+    return cases[:-1], {case.case_id: others[case.case_id] for case in cases[: -1 : arguments.rarely]}
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All records, those of an earlier run included."""
-    from tqdm import tqdm
-
-    log = arguments.output.with_suffix(".records.jsonl")
-    done = {row["key"]: row for row in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
-    wanted = list(jobs(arguments))
-    if arguments.as_is:
-        return [done[job.key] for job in wanted if job.key in done]
-    missing = [job for job in wanted if job.key not in done]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with (
-        log.open("a") as file,
-        context.Pool(arguments.workers, _start, (arguments, context.Value("i", 0))) as processes,
-    ):
-        for row in tqdm(
-            processes.imap_unordered(_edit, missing, chunksize=4), total=len(missing), unit="edit"
-        ):
-            done[row["key"]] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    return [done[job.key] for job in wanted]
+def explicit_case(case: Case) -> Case:
+    """The same case with nothing left to see in its prompt."""
+    return replace(case, case_id=f"{case.case_id}{EXPLICIT_ID}", prompt=case.edit.explicit_prompt)
 
 
 def edits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The card's figures about edits, with the devices that made them."""
-    records = run(arguments)
-    devices = {"device": "; ".join(sorted({record["device"] for record in records}))}
-    return [{**row, **devices} for row in edit_rows(records)]
-
-
-@lru_cache(maxsize=1)
-def _editor(folder: str, device: str) -> Any:
+    """Measure edits as asked, and hard ones with an explicit prompt and with another image's vision too."""
     from qwen_vision_bridge import EnhancedQwenImageEdit
 
     pipeline = EnhancedQwenImageEdit(
-        "miniature", editor=folder, bridge="fresh", device=device, dtype=torch.float32
+        "miniature", editor=arguments.editor, bridge="fresh", device=arguments.device, dtype=torch.float32
     )
     pipeline.pipe.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-_settings: dict[str, Any] = {}
-
-
-def _start(arguments: argparse.Namespace, started: Any) -> None:
-    """Make a process ready: on CUDA each has one core, and all GPUs have as many processes."""
-    options = {"num_inference_steps": arguments.steps}
+    cases: list[Case] = []
+    others: dict[str, Case] = {}
+    for group in arguments.groups:
+        for kind in world.KINDS[group]:
+            some, of_kind = cases_of(arguments, kind, group)
+            cases, others = cases + some, others | of_kind
+    hard = [case for case in cases if case.case_id in others]
+    explicit = [explicit_case(case) for case in hard if case.edit.explicit_prompt is not None]
+    shuffled = Arm(SHUFFLED, patch=_see_others(others), patch_name="the next case of the kind")
+    options: dict[str, Any] = {"num_inference_steps": arguments.steps}
     if arguments.scale is not None:
         options["true_cfg_scale"] = arguments.scale
-    _settings.update(folder=arguments.editor, device=arguments.device, options=options)
-    if arguments.device == "cuda":
-        from .look import one_core
-
-        one_core()
-        torch.set_num_threads(1)
-        with started.get_lock():
-            torch.cuda.set_device(started.value % torch.cuda.device_count())
-            started.value += 1
+    options |= {"perception": False, "options": EvaluationOptions(workers=arguments.workers)}
+    folder, baseline = arguments.output.with_suffix(".edits"), Arm(BASELINE)
+    results = [evaluate(pipeline, [*cases, *explicit], folder, [baseline], arguments.seed, **options)]
+    if hard:
+        results.append(evaluate(pipeline, hard, folder, [baseline, shuffled], arguments.seed, **options))
+    records = {record["key"]: record for result in results if result for record in result.records}
+    return edit_rows(list(records.values()))
 
 
-def _edit(job: Job) -> dict[str, Any]:
-    from contextlib import nullcontext
+def _see_others(others: dict[str, Case]) -> Patch:
+    """Show the target's language model another case's vision, by the case's id."""
 
-    from qwen_vision_bridge.evaluation.correctness import judge
-    from qwen_vision_bridge.injection import replace_vision
+    @contextmanager
+    def patch(pipeline: EnhancedQwenImageEdit, case: Case) -> Iterator[None]:
+        with replace_vision(pipeline.pipe, _vision_of(pipeline, others[case.case_id])):
+            yield
 
-    pipeline = _editor(_settings["folder"], _settings["device"])
-    case, other = (
-        world.make_cases(job.group, 1, job.seed, split=job.split, kinds=(job.kind,), first=first)[0]
-        for first in (job.index, job.index + 1)
-    )
-    row = {"key": job.key, **job._asdict(), "right": None, "untouched_ssim": None}
-    row["device"] = device_name(_settings["device"])
-    if job.arm == "outright" and case.outright is None:
-        return row
-    prompt = case.outright if job.arm == "outright" else case.prompt
-    encoder = replace_vision(pipeline.pipe, _seen(pipeline, other)) if job.arm == "strange" else nullcontext()
-    with encoder:
-        shown = case.images if case.references else case.image
-        image = pipeline.generate(shown, prompt, False, seed=job.index, **_settings["options"])
-    verdict = judge(case, image)
-    return {**row, "right": verdict.right, "reason": verdict.reason, "untouched_ssim": verdict.untouched_ssim}
+    return patch
 
 
 @torch.no_grad()
-def _seen(pipeline: Any, case: world.Case) -> torch.Tensor:
+def _vision_of(pipeline: EnhancedQwenImageEdit, case: Case) -> torch.Tensor:
     """The target tower's features of a case's images, as the pipeline would take them."""
     pipe = pipeline.pipe
     width, height = condition_size(type(pipe), pipeline.family.editor, case.image)
@@ -238,39 +204,39 @@ def row_of(name: str, values: list[float] | np.ndarray) -> dict[str, Any]:
 
 def edit_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The card's figures about edits."""
+    edits = [Edited.of(record) for record in records if "right" in record["metrics"]]
 
-    def right(arm: str, pick: Callable[[dict[str, Any]], bool]) -> list[float]:
-        return [float(r["right"]) for r in records if r["arm"] == arm and r["right"] is not None and pick(r)]
+    def right(pick: Callable[[Edited], bool]) -> list[float]:
+        return [edit.right for edit in edits if pick(edit)]
 
     rows = []
     for name, kinds in (
-        ("edit: explicit text change, exact", EXPLICIT),
+        ("edit: explicit text change, exact", CHANGED_TEXT),
         ("edit: move, swap, align right", PLACED),
         ("edit: recolour, remove right", PAINTED),
     ):
-        if values := right("asked", lambda r, kinds=kinds: r["kind"] in kinds):
+        if values := right(lambda edit, kinds=kinds: edit.kind in kinds and edit.arm == AS_ASKED):
             rows.append(row_of(name, values))
-    if similar := [
-        r["untouched_ssim"] for r in records if r["arm"] == "asked" and r["untouched_ssim"] is not None
-    ]:
-        rows.append(row_of("edit: SSIM of the unedited region", similar))
-    for group, kind in dict.fromkeys((r["group"], r["kind"]) for r in records):
-        for arm in ("asked", "outright", "strange"):
-            if values := right(arm, lambda r, kind=kind: r["kind"] == kind):
+    similar = [r["metrics"].get("unedited_ssim") for r in records if Edited.of(r).arm == AS_ASKED]
+    if values := [value for value in similar if value is not None]:
+        rows.append(row_of("edit: SSIM of the unedited region", values))
+    for group, kind in dict.fromkeys((edit.group, edit.kind) for edit in edits):
+        for arm in (AS_ASKED, EXPLICIT, SHUFFLED):
+            if values := right(lambda edit, wanted=(kind, arm): (edit.kind, edit.arm) == wanted):
                 difficulty = "hard" if kind in world.HARD[group] else "easy"
                 rows.append(row_of(f"{difficulty} {group}/{kind}: {arm}", values))
-    return [*rows, *room_rows(records)]
+    return [*rows, *headroom_rows(edits)]
 
 
-def room_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Room and listening: paired differences over the hard kinds of a group."""
+def headroom_rows(edits: list[Edited]) -> list[dict[str, Any]]:
+    """Paired differences over the hard kinds of a group: what seeing could win, what vision is used for."""
     rows = []
-    for group in dict.fromkeys(r["group"] for r in records):
-        by_case: dict[tuple, dict[str, float]] = {}
-        for r in records:
-            if r["group"] == group and r["right"] is not None and r["kind"] in world.HARD[group]:
-                by_case.setdefault((r["kind"], r["index"]), {})[r["arm"]] = float(r["right"])
-        for name, first, second in (("room", "outright", "asked"), ("listening", "asked", "strange")):
+    for group in dict.fromkeys(edit.group for edit in edits):
+        by_case: dict[str, dict[str, float]] = {}
+        for edit in edits:
+            if edit.group == group and edit.kind in world.HARD[group]:
+                by_case.setdefault(edit.case_id, {})[edit.arm] = edit.right
+        for name, first, second in (("headroom", EXPLICIT, AS_ASKED), ("use of vision", AS_ASKED, SHUFFLED)):
             if pairs := [
                 arms[first] - arms[second] for arms in by_case.values() if {first, second} <= set(arms)
             ]:
@@ -308,8 +274,8 @@ def cost_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Loading, time and memory of an edit on two threads of this machine's processor."""
     from .cost import named, repeated
 
-    found = repeated(arguments.source, arguments.editor, arguments.steps)
-    return [row_of(name, values) for name, values in named(found).items()]
+    costs = repeated(arguments.source, arguments.editor, arguments.steps)
+    return [row_of(name, values) for name, values in named(costs).items()]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qwen_vision_bridge.synthetic import miniature
-
+from . import build as miniature
 from .single_frame import as_images
 
 RESAMPLES = 2000

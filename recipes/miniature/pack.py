@@ -10,7 +10,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from qwen_vision_bridge.synthetic import miniature
+from qwen_vision_bridge.loading.checkpoints import SHIPPED
+
+from . import build as miniature
 
 MOST, MOST_IN_FILE = 40e6, 15e6  # bytes
 
@@ -22,7 +24,7 @@ def main() -> None:
     )
     for name in ("source", "target", "vae", "transformer"):
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"folder of the trained {name}")
-    parser.add_argument("--output", type=Path, default=miniature.SHIPPED)
+    parser.add_argument("--output", type=Path, default=SHIPPED)
     arguments = parser.parse_args()
     root = arguments.output
     for place in ("source", "editor"):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qwen_vision_bridge.synthetic import miniature
+from . import build as miniature
 
 TOLERANCE = 1e-3
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vision_bridge.synthetic import miniature
-
+from . import build as miniature
 from . import peers
 from .data import edit_pairs
 from .editor import Editor, build_transformer, fast_transformer

@@ -21,10 +21,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from qwen_vision_bridge.case import Scene
 from qwen_vision_bridge.synthetic import cases as world
-from qwen_vision_bridge.synthetic import miniature
-from qwen_vision_bridge.synthetic import tokenizer as tokens
+from qwen_vision_bridge.synthetic import questions
+from qwen_vision_bridge.synthetic.scene import render
 
+from . import build as miniature
+from . import tokenizer as tokens
 from .data import CONDITION, IMAGE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
 from .fast import FastModel, build
 from .loop import Loop, plot_log
@@ -140,9 +143,9 @@ def read_letters(
     for index in range(cases):
         rng = np.random.default_rng([world.SPLITS.index(split), 77, index])
         scene = world.make_edit("ocr", kinds[index % len(kinds)], rng).before
-        wanted.append([block.text for block in world.words_of(scene)])
+        wanted.append([block.text for block in questions.words_of(scene)])
         images.append(_as_seen(scene, role, side))
-    said = decode(model, np.stack(images), world.read_question(scene)[0], 24, device)
+    said = decode(model, np.stack(images), questions.read_question(scene)[0], 24, device)
     rights = []
     for text, words in zip(said, wanted, strict=True):
         for heard, word in zip(text.split("/") + [""] * len(words), words, strict=False):
@@ -164,8 +167,8 @@ def letters_by_side(
     return found
 
 
-def _as_seen(scene: world.Scene, role: str, side: int = CONDITION) -> np.ndarray:
-    image = world.render(scene)
+def _as_seen(scene: Scene, role: str, side: int = CONDITION) -> np.ndarray:
+    image = render(scene)
     return (np.asarray(image) if role == "source" else small(image, side))[None]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from qwen_vision_bridge.batching import Prepared
 from qwen_vision_bridge.edit import Edit
 from qwen_vision_bridge.evaluation.arms import Arm
-from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 SHORT = {"num_inference_steps": 3}
@@ -120,7 +120,7 @@ def test_a_batched_run_has_equal_records_under_other_keys(
     monkeypatch.setattr(editor, "denoise", counted)
     alone = evaluate(editor, cases, tmp_path, arms, **SHORT)
     assert sizes == []
-    together = evaluate(editor, cases, tmp_path, arms, batch_arms=6, **SHORT)
+    together = evaluate(editor, cases, tmp_path, arms, options=EvaluationOptions(batch_arms=6), **SHORT)
     assert sorted(sizes) == [3, 6]
     edits = [[r for r in found.records if r["level"] == "edit"] for found in (alone, together)]
     assert together.done_before == len(alone.records) - len(edits[0])  # the questions alone
@@ -132,10 +132,10 @@ def test_a_batched_run_has_equal_records_under_other_keys(
         assert one["metrics"].keys() == other["metrics"].keys()
         difference = one["metrics"]["target_difference"] - other["metrics"]["target_difference"]
         assert abs(difference) < 0.1
-    again = evaluate(editor, cases, tmp_path, arms, batch_arms=6, **SHORT)
+    again = evaluate(editor, cases, tmp_path, arms, options=EvaluationOptions(batch_arms=6), **SHORT)
     assert again.done_before == len(again.records)
     with pytest.raises(ValueError, match="batch_arms is a whole number from 1"):
-        evaluate(editor, cases, tmp_path, arms, batch_arms=0, **SHORT)
+        evaluate(editor, cases, tmp_path, arms, options=EvaluationOptions(batch_arms=0), **SHORT)
 
 
 def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
@@ -150,24 +150,33 @@ def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
         return prepare(edit)
 
     arms = [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
-    same = {"arms": arms, "perception": False, "batch_arms": 4, "num_inference_steps": 5}
+    same = {"arms": arms, "perception": False, "num_inference_steps": 5}
+    batched = EvaluationOptions(batch_arms=4)
     with monkeypatch.context() as patch:
         patch.setattr(editor, "prepare", fail)
-        found = evaluate(editor, [good, bad], tmp_path, **same)
+        found = evaluate(editor, [good, bad], tmp_path, options=batched, **same)
     errors = {record["case_id"]: record["error"] for record in found.records}
     assert errors == {good.case_id: None, bad.case_id: "ValueError: no such edit"}
-    still = evaluate(editor, [good, bad], tmp_path, **same)
+    still = evaluate(editor, [good, bad], tmp_path, options=batched, **same)
     assert still.records == found.records  # what failed is not tried again unasked
-    tried = evaluate(editor, [good, bad], tmp_path, retry_errors=True, **same)
+    tried = evaluate(editor, [good, bad], tmp_path, options=replace(batched, retry_errors=True), **same)
     assert [record["error"] for record in tried.records] == [None] * 4
     assert tried.done_before == 2
-    assert evaluate(editor, [good, bad], tmp_path, **same).records == tried.records
+    assert evaluate(editor, [good, bad], tmp_path, options=batched, **same).records == tried.records
 
 
 def test_scoring_in_other_processes_gives_the_same_records(editor: Any, tmp_path: Path) -> None:
     cases, arms = make_cases("detail", 2), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
     found = [
-        evaluate(editor, cases, tmp_path / str(workers), arms, perception=False, workers=workers, **SHORT)
+        evaluate(
+            editor,
+            cases,
+            tmp_path / str(workers),
+            arms,
+            perception=False,
+            options=EvaluationOptions(workers=workers),
+            **SHORT,
+        )
         for workers in (0, 1)
     ]
     first, second = ([{**record, "seconds": 0} for record in run.records] for run in found)

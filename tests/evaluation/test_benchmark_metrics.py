@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vision_bridge.evaluation.benchmark_metrics import RegionScores, Word, masked_scores, region_scores
-from qwen_vision_bridge.evaluation.folder_dataset import FileCase
+from qwen_vision_bridge.case import Case
+from qwen_vision_bridge.evaluation.metrics.benchmarks import RegionScores, Word, masked_scores, region_scores
 from qwen_vision_bridge.evaluation.scoring import measure, unmeasured
 from qwen_vision_bridge.synthetic.multilingual import language_cases
 
@@ -17,7 +17,7 @@ def line(text: str, top: float, left: float = 0) -> Word:
     return Word(text, (left, top, left + 100, top + 20))
 
 
-def test_a_right_text_edit_scores_1_and_an_untouched_one_is_punished() -> None:
+def test_right_text_scores_1_and_untouched_text_less() -> None:
     before = [line("OPEN", 0), line("DAILY", 100)]
     assert region_scores(before, [line("SHUT", 0), line("DAILY", 100)], "OPEN", "SHUT") == (1, 1, 1, 1, 1)
     # Nothing of OPEN is in SHUT, so the accuracy is 0; the other line stays: 0.5 of 1.
@@ -40,7 +40,7 @@ def test_lines_that_had_to_stay_and_lines_that_were_added_count() -> None:
     assert elsewhere.target_accuracy == elsewhere.roi_ned == 0  # only where the old text was
 
 
-def test_a_text_in_two_boxes_is_one_line_and_unreadable_images_score_0() -> None:
+def test_two_boxes_are_a_line_and_unreadable_images_score_0() -> None:
     before = [Word("BIG SALE", (0, 0, 200, 20))]
     halves = [Word("DAY", (110, 2, 200, 20)), Word("LAST", (0, 0, 90, 20))]
     assert region_scores(before, halves, "BIG SALE", "LAST DAY").target_accuracy == 1
@@ -50,7 +50,7 @@ def test_a_text_in_two_boxes_is_one_line_and_unreadable_images_score_0() -> None
     assert region_scores(before, [], "BIG SALE", "B") == nothing
 
 
-def test_background_metrics_of_pie_bench_are_those_of_torchmetrics(photo: Image.Image) -> None:
+def test_pie_bench_metrics_are_those_of_torchmetrics(photo: Image.Image) -> None:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     other = photo.rotate(2)
@@ -75,9 +75,9 @@ def test_background_metrics_of_pie_bench_are_those_of_torchmetrics(photo: Image.
         masked_scores(photo, photo, mask[:-1])
 
 
-def test_file_cases_get_the_metrics_of_their_benchmark_and_what_is_missing_is_said() -> None:
+def test_file_cases_get_the_metrics_of_their_benchmark() -> None:
     (made,) = language_cases(1)[0]
-    case = FileCase(
+    case = Case(
         "t",
         "ocr",
         "own",
@@ -87,12 +87,12 @@ def test_file_cases_get_the_metrics_of_their_benchmark_and_what_is_missing_is_sa
         source_text=made.source_text,
         expected_text=made.expected_text,
         text_is_part=True,
-        benchmark="textedit",
+        dataset="textedit",
     )
     right, untouched = measure(case, case.target), measure(case, case.image)
     assert right["region_target_accuracy"] == right["region_f1"] == right["region_roi_ned"] == 1
     assert untouched["region_f1"] < 0.5
-    pie = FileCase("p", "detail", "type1", "x", made.image, edit_mask=made.edit_mask, benchmark="pie")
+    pie = Case("p", "detail", "type1", "x", made.image, edit_mask=made.edit_mask, dataset="pie")
     scores = measure(pie, pie.image)
     assert (scores["pie_ssim"], scores["pie_mse"]) == (1, 0)
     lines = " ".join(unmeasured([case, pie]))

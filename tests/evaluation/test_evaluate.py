@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vision_bridge.controls import find_partners, target_levels
 from qwen_vision_bridge.edit import Edit, EditResult
-from qwen_vision_bridge.evaluation.arms import Arm, default_arms, find_partners, parse_arm, target_levels
+from qwen_vision_bridge.evaluation.arms import Arm, default_arms, parse_arm
 from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.report.tables import as_table, write_results
-from qwen_vision_bridge.evaluation.scoring import METRICS, measure
+from qwen_vision_bridge.evaluation.scoring import measure, score_reply
 from qwen_vision_bridge.evaluation.tasks import Run, content_key
-from qwen_vision_bridge.evaluation.vqa import Question, questions_of, score
 from qwen_vision_bridge.synthetic.cases import GROUPS, make_cases
+from qwen_vision_bridge.synthetic.questions import Question, questions_of
 
 SHORT = {"num_inference_steps": 2}
 
@@ -36,7 +38,7 @@ def test_a_right_edit_scores_perfectly_in_every_group() -> None:
             assert scores.get("centroid_error_px", 0) < 2
 
 
-def test_doing_nothing_scores_worse_than_the_right_edit_where_it_matters() -> None:
+def test_doing_nothing_scores_worse_than_the_right_edit() -> None:
     for case in make_cases("ocr", 4, seed=3, kinds=("change_text", "remove_word")):
         assert measure(case, case.image)["exact_text"] == 0
     for case in make_cases("space", 4, seed=3, kinds=("move_left", "swap")):
@@ -97,7 +99,7 @@ def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_p
     assert {(row.difference, row.ci_low, row.ci_high) for row in found.rows} == {(0, 0, 0)}
 
 
-def test_a_record_cut_short_by_a_kill_is_run_again_and_the_others_are_kept(
+def test_a_record_cut_short_by_a_kill_is_run_again(
     editor: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cases = make_cases("detail", 2, seed=0)
@@ -111,7 +113,7 @@ def test_a_record_cut_short_by_a_kill_is_run_again_and_the_others_are_kept(
     assert again.done_before == 7
 
 
-def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
+def test_one_bad_case_is_an_error_and_the_others_go_on(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = make_cases("detail", 2, seed=0)
@@ -130,7 +132,7 @@ def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
     assert any("no such edit" in line for line in found.left_out)
 
 
-def test_an_edit_sees_every_image_of_its_prompt_and_one_seed_in_all_arms(
+def test_all_arms_see_every_image_and_one_seed(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[list[Image.Image], int]] = []
@@ -151,7 +153,7 @@ def test_an_edit_sees_every_image_of_its_prompt_and_one_seed_in_all_arms(
     assert (tmp_path / "consistency" / f"{case.case_id}_reference1.png").is_file()
 
 
-def test_partners_are_a_derangement_on_one_grid_whatever_the_order() -> None:
+def test_partners_are_a_derangement_on_one_grid() -> None:
     grids = {f"case{i}": ((8, 8),) if i % 3 else ((8, 6),) for i in range(20)} | {"alone": ((2, 2),)}
     partners = find_partners(grids, 0)
     assert partners["alone"] is None
@@ -217,7 +219,7 @@ def test_target_only_levels_are_the_targets_own_features_turned(editor: Any) -> 
 
 def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_path: Path) -> None:
     arm = parse_arm("half=random,strength=0.5,site=deepstack,features=shuffled", editor.family)
-    assert (arm.strength, arm.site, arm.features, arm.is_control) == (0.5, "deepstack", "shuffled", True)
+    assert (arm.strength, arm.site, arm.features, arm.is_baseline) == (0.5, "deepstack", "shuffled", False)
     for text, says in (
         ("half", "an arm is NAME=BRIDGE"),
         ("x=random,what=1", "an arm is"),
@@ -234,24 +236,28 @@ def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_pat
     with pytest.raises(ValueError, match="every case needs its own"):
         evaluate(editor, [case, case], tmp_path)
     with pytest.raises(ValueError, match="file name"):
-        evaluate(editor, [replace(case, case_id="../up")], tmp_path)
+        replace(case, case_id="../up")
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=f"seed is {seed}"):
             evaluate(editor, [case], tmp_path, seed=seed)
 
 
 def test_replies_are_scored_by_hand_computed_values() -> None:
-    assert score(Question("read", "", "CAFE"), " cafe")["answered"] == 1
-    assert score(Question("read", "", "CAFE"), "CUFE") == {"answered": 0.0, "reply_similarity": 0.75}
-    assert score(Question("locate", "", "aa"), "de")["location_error"] == pytest.approx(5 / 8)  # 3-4-5
-    assert score(Question("locate", "", "aa"), "left")["location_error"] == 2**0.5
-    assert score(Question("count", "", "3"), "5") == {"answered": 0.0, "count_error": 2.0}
-    assert score(Question("count", "", "3"), "many")["count_error"] == 8
+    assert score_reply(Question("read", "", "CAFE"), " cafe")["answered"] == 1
+    assert score_reply(Question("read", "", "CAFE"), "CUFE") == {
+        "answered": 0.0,
+        "letters": 0.75,
+        "reply_similarity": 0.75,
+    }
+    assert score_reply(Question("locate", "", "aa"), "de")["location_error"] == pytest.approx(5 / 8)  # 3-4-5
+    assert score_reply(Question("locate", "", "aa"), "left")["location_error"] == 2**0.5
+    assert score_reply(Question("count", "", "3"), "5") == {"answered": 0.0, "count_error": 2.0}
+    assert score_reply(Question("count", "", "3"), "many")["count_error"] == 8
     kinds = {question.kind for case in make_cases("ocr", 4) for question in questions_of(case)}
     assert kinds == {"read", "locate", "count"}
 
 
-def test_edits_of_another_size_than_the_case_are_refused_by_the_measure() -> None:
+def test_edits_of_another_size_than_the_case_are_refused() -> None:
     case = make_cases("ocr", 1)[0]
     with pytest.raises(ValueError, match=r"\(64, 64\) px.*\(128, 128\) px"):
         measure(case, Image.new("RGB", (64, 64)))

@@ -36,7 +36,7 @@ def write(folder: Path, *rows: Any) -> None:
     (folder / "cases.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def test_a_photograph_gets_the_metrics_that_need_no_truth_and_no_others(folder: Path) -> None:
+def test_a_photograph_gets_the_metrics_that_need_no_truth(folder: Path) -> None:
     write(folder, GOOD)
     (case,) = load_folder(folder)
     assert case.prompt == GOOD["prompt"]  # as it is: escaping is the page's work

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from qwen_vision_bridge.evaluation.metrics import objects, ocr, text
 from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import scene as scenes
@@ -41,30 +42,30 @@ def noisy(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def test_edit_similarity_matches_hand_computed_values() -> None:
-    assert metrics.edit_similarity("", "") == 1.0
-    assert metrics.edit_similarity("", "CAFE") == 0.0
-    assert metrics.edit_similarity("CAFE", "CAFE") == 1.0
-    assert metrics.edit_similarity("CAFE", "CUFE") == 0.75  # one replaced of four
-    assert metrics.edit_similarity("STONE", "TONE") == 0.8  # one deleted of five
-    assert metrics.edit_similarity("kitten", "sitting") == pytest.approx(4 / 7)  # Levenshtein distance 3 of 7
-    assert metrics.edit_similarity("AB", "BA") == 0.0  # a transposition is two replacements
-    assert metrics.edit_similarity("open", " O P E N ") == 1.0  # case and spaces do not count
+    assert text.edit_similarity("", "") == 1.0
+    assert text.edit_similarity("", "CAFE") == 0.0
+    assert text.edit_similarity("CAFE", "CAFE") == 1.0
+    assert text.edit_similarity("CAFE", "CUFE") == 0.75  # one replaced of four
+    assert text.edit_similarity("STONE", "TONE") == 0.8  # one deleted of five
+    assert text.edit_similarity("kitten", "sitting") == pytest.approx(4 / 7)  # Levenshtein distance 3 of 7
+    assert text.edit_similarity("AB", "BA") == 0.0  # a transposition is two replacements
+    assert text.edit_similarity("open", " O P E N ") == 1.0  # case and spaces do not count
 
 
 @given(WORDS, WORDS)
 @settings(max_examples=200, deadline=None)
-def test_edit_similarity_is_symmetric_bounded_and_one_only_for_equal_texts(a: str, b: str) -> None:
-    similarity = metrics.edit_similarity(a, b)
-    assert similarity == metrics.edit_similarity(b, a)
+def test_edit_similarity_is_symmetric_and_bounded(a: str, b: str) -> None:
+    similarity = text.edit_similarity(a, b)
+    assert similarity == text.edit_similarity(b, a)
     assert 0.0 <= similarity <= 1.0
-    assert (similarity == 1.0) == (metrics.exact_text(a, b) == 1.0)
+    assert (similarity == 1.0) == (text.exact_text(a, b) == 1.0)
 
 
 def test_exact_text_folds_case_spaces_and_width_only() -> None:
-    assert metrics.exact_text("Ｏpen  ", "OPEN") == 1.0
-    assert metrics.exact_text("OP EN", "OPEN") == 1.0
-    assert metrics.exact_text("0PEN", "OPEN") == 0.0
-    assert metrics.exact_text("", "") == 1.0
+    assert text.exact_text("Ｏpen  ", "OPEN") == 1.0
+    assert text.exact_text("OP EN", "OPEN") == 1.0
+    assert text.exact_text("0PEN", "OPEN") == 0.0
+    assert text.exact_text("", "") == 1.0
 
 
 def test_boxes_are_read_line_by_line_from_left_to_right() -> None:
@@ -73,19 +74,19 @@ def test_boxes_are_read_line_by_line_from_left_to_right() -> None:
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", 40)
     image = Image.new("RGB", (520, 240), "white")
     pencil = ImageDraw.Draw(image)
-    for text, corner in (
+    for word, corner in (
         ("RIVER", (20, 30)),
         ("STONE", (330, 38)),
         ("MUSIC", (40, 150)),
         ("LEMON", (320, 144)),
     ):
-        pencil.text(corner, text, "black", font)
-    assert metrics.read_text(image) == "RIVER STONE MUSIC LEMON"
+        pencil.text(corner, word, "black", font)
+    assert ocr.read_text(image) == "RIVER STONE MUSIC LEMON"
 
 
 def test_an_image_without_words_reads_empty_though_it_has_shapes() -> None:
     images = [case.image for case in world.make_cases("space", 6, seed=2)]
-    assert [metrics.read_text(image) for image in images] == [""] * 6
+    assert [ocr.read_text(image) for image in images] == [""] * 6
 
 
 # --- space ----------------------------------------------------------------------------------------------
@@ -93,12 +94,12 @@ def test_an_image_without_words_reads_empty_though_it_has_shapes() -> None:
 
 def test_find_objects_recovers_every_centre_within_two_pixels() -> None:
     for case in (case for group in world.GROUPS for case in world.make_cases(group, 24, seed=1)):
-        found = metrics.find_objects(case.target)
+        found = objects.find_objects(case.target)
         assert len(found) == len(case.expected_objects), case.case_id
         if (
             case.expected_objects and case.kind != "marked"
         ):  # a letter takes its part out of the shape beneath
-            assert metrics.centroid_error(case.target, case.expected_objects) < 2, case.case_id
+            assert objects.centroid_error(case.target, case.expected_objects) < 2, case.case_id
 
 
 def test_find_objects_survives_blur_and_noise() -> None:
@@ -106,16 +107,16 @@ def test_find_objects_survives_blur_and_noise() -> None:
         blurred = np.asarray(case.target.filter(ImageFilter.GaussianBlur(1)))
         noise = np.random.default_rng(0).normal(0, 6, blurred.shape)
         image = (blurred + noise).round().clip(0, 255).astype(np.uint8)
-        assert metrics.objects_lost(image, case.expected_objects) == 0, case.case_id
-        assert metrics.centroid_error(image, case.expected_objects) < 2, case.case_id
+        assert objects.objects_lost(image, case.expected_objects) == 0, case.case_id
+        assert objects.centroid_error(image, case.expected_objects) < 2, case.case_id
 
 
 def test_centroid_error_is_the_distance_of_the_move() -> None:
     item = scenes.SceneObject("circle", "red", (40.0, 50.0), 14.0)
     image = scenes.render(scenes.Scene(128, "checks", "beige", 1, (item,)))
-    assert metrics.centroid_error(image, [item]) < 0.5
+    assert objects.centroid_error(image, [item]) < 0.5
     moved = replace(item, centre=(70.0, 90.0))
-    assert metrics.centroid_error(image, [moved]) == pytest.approx(50, abs=0.5)  # a 3-4-5 triangle
+    assert objects.centroid_error(image, [moved]) == pytest.approx(50, abs=0.5)  # a 3-4-5 triangle
 
 
 def test_a_lost_object_counts_as_the_diagonal() -> None:
@@ -123,18 +124,18 @@ def test_a_lost_object_counts_as_the_diagonal() -> None:
     lost = scenes.SceneObject("star", "blue", (90.0, 80.0), 14.0)
     image = scenes.render(scenes.Scene(128, "dots", "rose", 1, (kept,)))
     diagonal = 128 * math.sqrt(2)
-    assert metrics.objects_lost(image, [kept]) == 0
-    assert metrics.objects_lost(image, [kept, lost]) == 1
-    assert metrics.centroid_error(image, [lost]) == pytest.approx(diagonal)
-    assert metrics.centroid_error(image, [kept, lost]) == pytest.approx(diagonal / 2, abs=0.5)
+    assert objects.objects_lost(image, [kept]) == 0
+    assert objects.objects_lost(image, [kept, lost]) == 1
+    assert objects.centroid_error(image, [lost]) == pytest.approx(diagonal)
+    assert objects.centroid_error(image, [kept, lost]) == pytest.approx(diagonal / 2, abs=0.5)
 
 
-def test_two_objects_of_a_colour_are_paired_for_the_least_distance() -> None:
+def test_objects_of_a_colour_pair_for_the_least_distance() -> None:
     pair = [scenes.SceneObject("square", "green", (x, 64.0), 14.0) for x in (30.0, 95.0)]
     image = scenes.render(scenes.Scene(128, "stripes", "brown", 1, tuple(pair)))
-    assert metrics.centroid_error(image, pair) < 0.5
-    assert metrics.centroid_error(image, pair[::-1]) < 0.5
-    assert metrics.objects_lost(image, [*pair, replace(pair[0], centre=(60.0, 20.0))]) == 1
+    assert objects.centroid_error(image, pair) < 0.5
+    assert objects.centroid_error(image, pair[::-1]) < 0.5
+    assert objects.objects_lost(image, [*pair, replace(pair[0], centre=(60.0, 20.0))]) == 1
 
 
 # --- detail ---------------------------------------------------------------------------------------------
@@ -144,9 +145,7 @@ def test_masked_ssim_is_one_for_identical_images(texture: np.ndarray, left_half:
     assert metrics.masked_ssim(texture, Image.fromarray(texture), left_half) == pytest.approx(1.0)
 
 
-def test_masked_ssim_falls_where_the_masked_part_changes_and_only_there(
-    texture: np.ndarray, left_half: np.ndarray
-) -> None:
+def test_masked_ssim_falls_only_where_the_mask_changes(texture: np.ndarray, left_half: np.ndarray) -> None:
     changed = noisy(texture, left_half)
     assert metrics.masked_ssim(texture, changed, left_half) < 0.8
     far_from_it = np.zeros_like(left_half)
@@ -154,7 +153,7 @@ def test_masked_ssim_falls_where_the_masked_part_changes_and_only_there(
     assert metrics.masked_ssim(texture, changed, far_from_it) == pytest.approx(1.0)
 
 
-def test_a_mask_loses_its_rim_and_one_that_would_vanish_is_left_as_it_is(left_half: np.ndarray) -> None:
+def test_a_mask_loses_its_rim_unless_it_would_vanish(left_half: np.ndarray) -> None:
     assert np.array_equal(metrics.shrink(left_half, 5)[:, :43], left_half[:, :43])
     assert not metrics.shrink(left_half, 5)[:, 43:].any()
     thin = np.zeros((20, 20), bool)
@@ -215,13 +214,13 @@ def test_a_mask_that_does_not_fit_is_refused(texture: np.ndarray, left_half: np.
 
 def test_an_image_that_is_none_is_refused(texture: np.ndarray, left_half: np.ndarray) -> None:
     with pytest.raises(ValueError, match="float32"):
-        metrics.read_text(texture.astype(np.float32))
+        ocr.read_text(texture.astype(np.float32))
     with pytest.raises(ValueError, match=r"\(96, 96\)"):
-        metrics.find_objects(texture[..., 0])
+        objects.find_objects(texture[..., 0])
     with pytest.raises(TypeError, match="str"):
         metrics.colour_error("image.png", left_half, (0, 0, 0))
     with pytest.raises(ValueError, match="at least one object"):
-        metrics.centroid_error(texture, [])
+        objects.centroid_error(texture, [])
     with pytest.raises(ValueError, match="11 × 11"):
         metrics.masked_ssim(texture[:8], texture[:8], left_half[:8])
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from qwen_vision_bridge.evaluation.evaluate import Evaluation
+from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.report.figures import SPREAD, case_differences, evaluation_figures
 from qwen_vision_bridge.evaluation.report.html import EACH, write_page
 from qwen_vision_bridge.evaluation.report.tables import write_results
-from qwen_vision_bridge.evaluation.scoring import METRICS
 from qwen_vision_bridge.evaluation.statistics import compare_arms
 
 FIGURES = ("differences", "wins", "expectations", "cases")
@@ -82,7 +82,7 @@ def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_the_page_is_one_file_that_asks_for_nothing_and_escapes_every_prompt(run_folder: Path) -> None:
+def test_the_page_is_one_file_and_escapes_every_prompt(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
     assert "<script>document" not in text

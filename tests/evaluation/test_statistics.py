@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vision_bridge.evaluation import statistics as comparisons
-from qwen_vision_bridge.evaluation.statistics import Metric, bootstrap_interval, compare_arms
+from qwen_vision_bridge.evaluation.metrics.registry import Metric
+from qwen_vision_bridge.evaluation.statistics import bootstrap_interval, compare_arms
 
-METRICS = {"right": Metric(True, True), "error_px": Metric(False)}
+METRICS = {
+    "right": Metric("right", (), None, True, is_share=True),
+    "error_px": Metric("error_px", (), None, False),
+}
 GROUPS = ("ocr", "space")
 
 
@@ -52,7 +56,7 @@ def test_identical_arms_differ_by_exactly_zero_in_every_number() -> None:
     assert (row.wins, row.ties, row.losses) == (0, 41, 0)
 
 
-def test_a_planted_gain_and_a_planted_loss_are_found_and_told_apart() -> None:
+def test_planted_gains_and_losses_are_told_apart() -> None:
     rng = np.random.default_rng(1)
     before = rng.random(80)
     for shift, wins in ((0.1, "losses"), (-0.1, "wins")):  # of an error: lower is better
@@ -63,7 +67,7 @@ def test_a_planted_gain_and_a_planted_loss_are_found_and_told_apart() -> None:
         assert getattr(row, wins) > 60
 
 
-def test_two_hundred_null_experiments_raise_about_5_percent_false_alarms() -> None:
+def test_null_experiments_raise_5_percent_false_alarms() -> None:
     alarms = {"interval": 0, "wilcoxon": 0, "sign": 0}
     for trial in range(200):
         rng = np.random.default_rng([7, trial])
@@ -123,7 +127,7 @@ def test_cases_without_a_partner_or_with_an_error_are_not_paired() -> None:
     assert row_of(made).n == 1
 
 
-def test_the_planned_number_of_cases_finds_five_points_four_times_in_five() -> None:
+def test_the_planned_cases_find_five_points_4_times_in_5() -> None:
     count = comparisons.cases_needed(0.05)
     assert 600 <= count <= 650
     found = 0

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen_vision_bridge.case import Scene
 from qwen_vision_bridge.synthetic import cases as world
-from qwen_vision_bridge.synthetic import miniature
-from qwen_vision_bridge.synthetic import tokenizer as tokens
+from qwen_vision_bridge.synthetic import questions
+from recipes.miniature import build as miniature
+from recipes.miniature import tokenizer as tokens
 
 
 @pytest.mark.parametrize("shown", [1, 2])
@@ -107,25 +109,49 @@ def test_reading_asks_for_the_words_of_every_image() -> None:
     from recipes.miniature import data
 
     rows = data.dialogues("test", 0, 3, reading=1.0)
-    asked = data.encode(world.read_question(world.Scene(128, "wood", "grey", 0))[0])
+    asked = data.encode(questions.read_question(Scene(128, "wood", "grey", 0))[0])
     assert all(row[: len(asked)].tolist() == asked for row in rows["text"])
 
 
-def test_a_measurement_that_is_stopped_has_some_of_every_kind() -> None:
+def test_hard_cases_are_measured_in_all_arms_now_and_then() -> None:
     from argparse import Namespace
 
     from recipes.miniature import measure
 
-    arguments = Namespace(groups=world.GROUPS, cases=40, rarely=4, split="test", seed=1)
-    jobs = list(measure.jobs(arguments))
-    kinds = {kind for group in world.GROUPS for kind in world.KINDS[group]}
-    first = [job for job in jobs if job.index == 0]
-    assert jobs[: len(first)] == first
-    assert {job.kind for job in first} == kinds
-    for group in world.GROUPS:
-        assert sum(job.group == group and job.arm == "asked" for job in jobs) >= 40
-    with_all = {job.index for job in jobs if job.arm == "strange"}
-    assert with_all == {job.index for job in jobs if job.arm == "outright"} == {0, 4, 8}
+    arguments = Namespace(cases=40, rarely=4, split="test", seed=1)
+    cases, others = measure.cases_of(arguments, "size", "space")
+    count = -(-40 // len(world.KINDS["space"]))
+    assert len(cases) == count
+    assert list(others) == [case.case_id for case in cases[::4]]
+    assert all(other.case_id != case_id and other.kind == "size" for case_id, other in others.items())
+    assert measure.cases_of(arguments, "swap", "space")[1] == {}
+    explicit = measure.explicit_case(cases[0])
+    assert explicit.prompt == cases[0].edit.explicit_prompt != cases[0].prompt
+
+
+def test_the_cards_figures_pair_the_arms_of_a_case() -> None:
+    from recipes.miniature import measure
+
+    def record(case_id: str, arm: str, right: float) -> dict[str, Any]:
+        metrics = {"right": right, "unedited_ssim": 0.5}
+        return {"case_id": case_id, "group": "space", "kind": "size", "arm": arm, "metrics": metrics}
+
+    rows = {
+        row["name"]: row["value"]
+        for row in measure.edit_rows(
+            [
+                record("a", "baseline", 0.0),
+                record("a-explicit", "baseline", 1.0),
+                record("a", "shuffled-image", 0.0),
+                record("b", "baseline", 1.0),
+                record("b-explicit", "baseline", 1.0),
+            ]
+        )
+    }
+    assert rows["hard space/size: as-asked"] == 0.5
+    assert rows["headroom: space, explicit-prompt minus as-asked"] == 0.5
+    assert rows["use of vision: space, as-asked minus shuffled-image"] == 0
+    assert rows["edit: SSIM of the unedited region"] == 0.5
 
 
 def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -24,9 +24,8 @@ import check_environment
 import example_end_to_end
 import example_extraction
 from qwen_vision_bridge.cli import run
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.specs import FAMILIES, TARGET_PX
 from qwen_vision_bridge.synthetic.cases import GROUPS
-from qwen_vision_bridge.synthetic.miniature import TARGET_PX
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")

@@ -13,11 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwen_vision_bridge.case import Case
+from qwen_vision_bridge.evaluation.metrics import objects, ocr, text
 from qwen_vision_bridge.evaluation.metrics import pixels as metrics
 from qwen_vision_bridge.specs import MAX_SEED
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import instructions as edits
-from qwen_vision_bridge.synthetic import referring
+from qwen_vision_bridge.synthetic import questions, referring
 from qwen_vision_bridge.synthetic import sampler as layout
 from qwen_vision_bridge.synthetic import scene as scenes
 from qwen_vision_bridge.synthetic.multilingual import language_cases
@@ -29,20 +31,20 @@ SEEDS = st.integers(0, MAX_SEED)
 SIDES = st.sampled_from((64, 128, 384, 448))  # px: the least, the two families' and the condition image's
 
 
-def bytes_of(cases: list[world.Case]) -> list[tuple]:
+def bytes_of(cases: list[Case]) -> list[tuple]:
     return [
         (c.case_id, c.prompt, c.image.tobytes(), c.target.tobytes(), c.edit_mask.tobytes()) for c in cases
     ]
 
 
 @pytest.fixture(scope="module")
-def cases() -> list[world.Case]:
+def cases() -> list[Case]:
     """Every kind six times, at 128 px."""
     return [case for group, kind in ALL for case in world.make_cases(group, A_KIND, seed=1, kinds=(kind,))]
 
 
 @pytest.fixture(scope="module")
-def novel() -> list[world.Case]:
+def novel() -> list[Case]:
     """Every kind twice, of what is held out."""
     return [
         case
@@ -51,7 +53,7 @@ def novel() -> list[world.Case]:
     ]
 
 
-def of(cases: list[world.Case], *kinds: str) -> list[world.Case]:
+def of(cases: list[Case], *kinds: str) -> list[Case]:
     return [case for case in cases if case.kind in kinds]
 
 
@@ -76,7 +78,11 @@ def test_another_size_shows_the_same_scenes(group: str) -> None:
     for small, large in zip(
         world.make_cases(group, count, seed=2), world.make_cases(group, count, seed=2, size=384), strict=True
     ):
-        assert (small.prompt, small.outright, small.answer) == (large.prompt, large.outright, large.answer)
+        assert (small.prompt, small.edit.explicit_prompt, small.edit.answer) == (
+            large.prompt,
+            large.edit.explicit_prompt,
+            large.edit.answer,
+        )
         assert small.expected_text == large.expected_text
         for a, b in zip(small.expected_objects, large.expected_objects, strict=True):
             assert (a.kind, a.colour) == (b.kind, b.colour)
@@ -95,7 +101,7 @@ def test_case_ids_are_unique_and_every_kind_comes_up() -> None:
         assert first != second
 
 
-def test_every_kind_is_asked_in_at_least_two_ways(cases: list[world.Case]) -> None:
+def test_every_kind_is_asked_in_at_least_two_ways(cases: list[Case]) -> None:
     assert all(len(set(ways)) >= 2 for ways in edits.PHRASINGS.values())
     for _, kind in ALL:
         made = of(cases, kind)
@@ -109,7 +115,7 @@ def test_every_kind_is_asked_in_at_least_two_ways(cases: list[world.Case]) -> No
         assert len(used) >= 2, kind
 
 
-def test_shapes_are_drawn_around_their_centre_within_their_radius() -> None:
+def test_shapes_lie_around_their_centre_within_their_radius() -> None:
     blank = scenes.Scene(128, "marble", "grey", 0)
     for kind in scenes.SHAPES:
         item = scenes.SceneObject(kind, "red", (60.25, 70.75), 20.0)
@@ -126,12 +132,12 @@ def test_a_texture_is_visible_and_no_object_is_found_in_it(texture: str, backdro
     for seed in range(3):
         image = scenes.render(scenes.Scene(128, texture, backdrop, seed))
         assert np.asarray(image).std(axis=(0, 1)).min() > 5
-        assert metrics.find_objects(image) == []
+        assert objects.find_objects(image) == []
 
 
 def test_drawing_a_word_imports_neither_pyplot_nor_torch() -> None:
     lines = (
-        "import sys; from qwen_vision_bridge.synthetic import cases; cases.make_cases('ocr', 1)",
+        "import sys; from qwen_vision_bridge.synthetic.cases import make_cases; make_cases('ocr', 1)",
         "assert not {'matplotlib.pyplot', 'torch', 'skimage', 'scipy'} & set(sys.modules)",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)
@@ -141,8 +147,8 @@ def test_test_image_shows_a_word_and_three_shapes() -> None:
     image = world.sample_image()
     assert (image.size, image.mode) == ((448, 448), "RGB")
     assert image.tobytes() == world.sample_image().tobytes()
-    assert metrics.read_text(image) in layout.WORDS
-    assert len(metrics.find_objects(image)) == 3
+    assert ocr.read_text(image) in layout.WORDS
+    assert len(objects.find_objects(image)) == 3
 
 
 def first_draw(seed: int) -> scenes.Scene:
@@ -154,7 +160,7 @@ def test_a_seed_whose_first_draw_has_no_room_draws_again(seed: int) -> None:
     with pytest.raises(layout.NoRoomError):
         first_draw(seed)
     drawn = world.sample_image(128, seed)
-    assert len(metrics.find_objects(drawn)) == 3
+    assert len(objects.find_objects(drawn)) == 3
     assert drawn.tobytes() == world.sample_image(128, seed).tobytes()
 
 
@@ -208,7 +214,7 @@ def test_other_seeds_are_refused_with_the_accepted_range(draw: Callable[[int], o
 # --- what changes ----------------------------------------------------------------------------------------
 
 
-def test_masks_hold_every_change_and_little_else(cases: list[world.Case]) -> None:
+def test_masks_hold_every_change_and_little_else(cases: list[Case]) -> None:
     for case in cases:
         differ = (np.asarray(case.image) != np.asarray(case.target)).any(axis=-1)
         assert (case.edit_mask.shape, case.edit_mask.dtype) == ((128, 128), bool)
@@ -223,7 +229,7 @@ def test_masks_hold_every_change_and_little_else(cases: list[world.Case]) -> Non
                 assert mask[-1] - mask[0] <= 1.6 * (seen[-1] - seen[0]) + 8, case.case_id
 
 
-def test_no_word_is_clipped_by_the_border(cases: list[world.Case]) -> None:
+def test_no_word_is_clipped_by_the_border(cases: list[Case]) -> None:
     """Every box lies inside the image, and its word inside the box."""
     for case in cases:
         for block in (*case.edit.before.texts, *case.edit.after.texts):
@@ -232,7 +238,7 @@ def test_no_word_is_clipped_by_the_border(cases: list[world.Case]) -> None:
             assert scenes.text_width([block.text or "I"], block.font, block.font_px) <= right - left
 
 
-def test_texts_after_follow_from_the_texts_before(cases: list[world.Case]) -> None:
+def test_texts_after_follow_from_the_texts_before(cases: list[Case]) -> None:
     rules = {
         "reverse_text": lambda word: word[::-1],
         "sort_letters": lambda word: "".join(sorted(word)),
@@ -256,10 +262,10 @@ def test_texts_after_follow_from_the_texts_before(cases: list[world.Case]) -> No
     for case in of(cases, "change_text"):
         assert f'"{case.expected_text}"' in case.prompt
     for case in of(cases, "same_text"):
-        assert metrics.exact_text(metrics.read_text(case.references[0]), case.expected_text) == 1
+        assert text.exact_text(ocr.read_text(case.references[0]), case.expected_text) == 1
 
 
-def test_a_moved_object_goes_to_the_named_place_and_the_others_stay(cases: list[world.Case]) -> None:
+def test_a_moved_object_goes_to_its_place_and_others_stay(cases: list[Case]) -> None:
     reached = {
         "move_left": lambda x, y: x < 0.25,
         "move_right": lambda x, y: x > 0.75,
@@ -272,19 +278,19 @@ def test_a_moved_object_goes_to_the_named_place_and_the_others_stay(cases: list[
         moved, *others = case.expected_objects
         assert reached[case.kind](*np.array(moved.centre) / 128), case.case_id
         assert moved.name in case.prompt
-        assert metrics.centroid_error(case.image, [moved]) > 0.3 * 128 - 1
-        assert metrics.centroid_error(case.image, others) < 1
+        assert objects.centroid_error(case.image, [moved]) > 0.3 * 128 - 1
+        assert objects.centroid_error(case.image, others) < 1
 
 
 # --- what is asked ---------------------------------------------------------------------------------------
 
 
-def test_a_hard_prompt_does_not_give_away_what_only_seeing_tells(cases: list[world.Case]) -> None:
+def test_a_hard_prompt_does_not_give_away_what_only_seeing_tells(cases: list[Case]) -> None:
     for case in cases:
-        assert (case.outright is None) == (case.difficulty == "easy"), case.case_id
+        assert (case.edit.explicit_prompt is None) == (case.difficulty == "easy"), case.case_id
         if case.difficulty == "easy":
             continue
-        assert case.outright != case.prompt
+        assert case.edit.explicit_prompt != case.prompt
         prompt = case.prompt.lower()
         if case.kind in referring._REFERRING_TARGETS:
             meant = case.edit.before.objects[0]
@@ -302,26 +308,26 @@ def test_a_hard_prompt_does_not_give_away_what_only_seeing_tells(cases: list[wor
             assert case.expected_text.lower() not in prompt, case.case_id
 
 
-def test_outright_names_exactly_what_is_meant(cases: list[world.Case]) -> None:
+def test_the_explicit_prompt_names_exactly_what_is_meant(cases: list[Case]) -> None:
     for case in of(cases, *referring._REFERRING_TARGETS):
         first, *others = case.edit.before.objects
-        assert first.name in case.outright, case.case_id
+        assert first.name in case.edit.explicit_prompt, case.case_id
         assert not any(item.name == first.name for item in others)
     for case in of(cases, *world.REFERRING_WORDS):
-        words = world.words_of(case.edit.before)
+        words = questions.words_of(case.edit.before)
         meant = next(i for i, block in enumerate(words) if f'"{block.text}"' in case.prompt)
-        assert referring.ROWS[len(words)][meant] in case.outright, case.case_id
+        assert referring.ROWS[len(words)][meant] in case.edit.explicit_prompt, case.case_id
     for case in of(cases, "same_text", "sort_letters", "spell_digit", "replace_letter", "reverse_text"):
-        assert f'"{case.expected_text}"' in case.outright, case.case_id
+        assert f'"{case.expected_text}"' in case.edit.explicit_prompt, case.case_id
     for case in of(cases, "match_colour", "same_colour"):
-        assert case.expected_objects[0].colour in case.outright, case.case_id
+        assert case.expected_objects[0].colour in case.edit.explicit_prompt, case.case_id
     for case in of(cases, "same_background"):
-        assert case.edit.after.backdrop in case.outright
+        assert case.edit.after.backdrop in case.edit.explicit_prompt
     for case in of(cases, "keep_object"):
-        assert all(item.name in case.outright for item in case.edit.before.objects[1:])
+        assert all(item.name in case.edit.explicit_prompt for item in case.edit.before.objects[1:])
 
 
-def test_what_is_described_is_true_of_one_thing_alone(cases: list[world.Case]) -> None:
+def test_what_is_described_is_true_of_one_thing_alone(cases: list[Case]) -> None:
     for case in of(cases, "size", "outermost", "odd_colour"):
         first, *others = case.edit.before.objects
         if case.kind == "size":
@@ -337,10 +343,10 @@ def test_what_is_described_is_true_of_one_thing_alone(cases: list[world.Case]) -
             assert min(reach[1:]) > reach[0], case.case_id
 
 
-def test_near_misses_are_present(cases: list[world.Case]) -> None:
+def test_near_misses_are_present(cases: list[Case]) -> None:
     close = []
     for case in of(cases, *world.REFERRING_WORDS):
-        named, others = case.prompt.split('"')[1], [b.text for b in world.words_of(case.edit.before)]
+        named, others = case.prompt.split('"')[1], [b.text for b in questions.words_of(case.edit.before)]
         one_off = [w for w in others if len(w) == len(named) and sum(map(str.__ne__, w, named)) == 1]
         close.append(bool(one_off))
     assert np.mean(close) > 0.5
@@ -354,42 +360,40 @@ def test_near_misses_are_present(cases: list[world.Case]) -> None:
         assert min(abs(first.centre[axis] - item.centre[axis]) for item in others) < 0.12 * 128
 
 
-def test_a_name_means_one_object_only(cases: list[world.Case]) -> None:
+def test_a_name_means_one_object_only(cases: list[Case]) -> None:
     for case in cases:
         for scene in (case.edit.before, case.edit.after):
             assert len({item.name for item in scene.objects}) == len(scene.objects), case.case_id
 
 
-def test_answers_give_the_squares_of_what_is_meant(cases: list[world.Case]) -> None:
+def test_answers_give_the_squares_of_what_is_meant(cases: list[Case]) -> None:
     for case in (c for c in cases if c.kind in referring._REFERRING_TARGETS or c.kind == "remove_object"):
         first = case.edit.before.objects[0]
-        column, row = ("abcdefgh".index(letter) for letter in case.answer[:2])
-        assert case.answer[2:] == f" {first.name}"
+        column, row = ("abcdefgh".index(letter) for letter in case.edit.answer[:2])
+        assert case.edit.answer[2:] == f" {first.name}"
         for index, value in ((column, first.centre[0]), (row, first.centre[1])):
             assert 16 * index <= value <= 16 * (index + 1), case.case_id
     for case in of(cases, *world.REFERRING_WORDS):
         meant = next(b for b in case.edit.before.texts if f'"{b.text}"' in case.prompt)
-        column, row = ("abcdefgh".index(letter) for letter in case.answer[:2])
+        column, row = ("abcdefgh".index(letter) for letter in case.edit.answer[:2])
         assert (column, row) == tuple(int(value // 16) for value in meant.centre)
 
 
-def test_questions_are_answered_by_the_scene(cases: list[world.Case]) -> None:
+def test_questions_are_answered_by_the_scene(cases: list[Case]) -> None:
     for case in cases[::5]:
         scene = case.edit.before
-        assert world.read_question(scene)[1].split("/") == (case.source_text or "nothing").split()
-        _, described = world.describe_question(scene)
+        assert questions.read_question(scene)[1].split("/") == (case.source_text or "nothing").split()
+        _, described = questions.describe_question(scene)
         assert all(item.name in described for item in scene.objects)
         assert described.startswith(f"{scene.texture} {scene.backdrop};")
-        kinds = {world.ask(scene, np.random.default_rng(seed))[0].split()[0] for seed in range(40)}
+        kinds = {questions.ask(scene, np.random.default_rng(seed))[0].split()[0] for seed in range(40)}
         assert {"What", "Where", "Describe"} <= kinds
 
 
 # --- splits ----------------------------------------------------------------------------------------------
 
 
-def test_novel_scenes_are_made_of_what_no_other_split_has(
-    cases: list[world.Case], novel: list[world.Case]
-) -> None:
+def test_novel_scenes_are_made_of_what_no_other_split_has(cases: list[Case], novel: list[Case]) -> None:
     for case in novel:
         assert layout.is_held_out(case.edit.before), case.case_id
         assert layout.PAIR_BACKDROPS[case.edit.before.texture] == case.edit.before.backdrop

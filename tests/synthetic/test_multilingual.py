@@ -10,35 +10,36 @@ import pytest
 
 from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.evaluate import evaluate
-from qwen_vision_bridge.evaluation.metrics import pixels as metrics
+from qwen_vision_bridge.evaluation.metrics import text
 from qwen_vision_bridge.evaluation.metrics.ocr import can_read
+from qwen_vision_bridge.evaluation.metrics.registry import is_readable
 from qwen_vision_bridge.evaluation.report.html import write_page
 from qwen_vision_bridge.evaluation.report.tables import kind_rows, write_results
-from qwen_vision_bridge.evaluation.scoring import measure
-from qwen_vision_bridge.evaluation.vqa import questions_of
+from qwen_vision_bridge.evaluation.scoring import measure, unmeasured
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic import multilingual as languages
 from qwen_vision_bridge.synthetic.multilingual import SCRIPTS, cases_for, find_font, language_cases
+from qwen_vision_bridge.synthetic.questions import questions_of
 
 READ = {"latin", "accented", "chinese", "japanese"}
 
 
-def test_the_reader_reads_every_script_that_it_says_it_can_and_the_others_get_no_verdict() -> None:
-    cases, left_out = language_cases(9)
+def test_only_scripts_that_can_be_read_get_a_verdict() -> None:
+    cases, _ = language_cases(9)
     drawn = {case.kind for case in cases}
     assert {name for name, script in SCRIPTS.items() if can_read("".join(script.words))} == READ
     assert drawn >= {"latin", "accented", "cyrillic", "greek"}  # matplotlib's fonts are always there
     for case in cases:
         scores = measure(case, case.target)
         assert scores["edited_ssim"] == pytest.approx(1)
-        assert case.readable == (case.kind in READ)
-        if case.readable:
+        assert is_readable(case) == (case.kind in READ)
+        if is_readable(case):
             assert scores["right"] == scores["exact_text"] == 1, case.case_id
             assert measure(case, case.image)["right"] == 0
         else:
             assert not {"right", "exact_text"} & scores.keys()
             assert measure(case, case.image)["edited_ssim"] < 0.9
-    assert any("no edit is judged" in line and "cyrillic" in line for line in left_out)
+    assert any("no edit is judged" in line and "cyrillic" in line for line in unmeasured(cases))
 
 
 def test_only_the_edited_word_changes_and_its_prompt_names_it() -> None:
@@ -61,9 +62,7 @@ def test_cases_depend_on_their_seed_and_number_alone() -> None:
     assert not np.array_equal(np.asarray(first[0].image), np.asarray(language_cases(1, seed=5)[0][0].image))
 
 
-def test_a_script_without_its_font_is_left_out_with_a_word_and_never_drawn(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_script_without_its_font_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find_font.cache_clear()
     monkeypatch.setattr(languages, "SYSTEM_FONTS", tmp_path)
     cases, left_out = language_cases(9)
@@ -80,7 +79,7 @@ def test_a_font_that_lacks_a_letter_is_not_taken(monkeypatch: pytest.MonkeyPatch
     find_font.cache_clear()
 
 
-def test_arabic_letters_are_joined_and_hindi_vowels_set_where_they_are_read() -> None:
+def test_arabic_letters_and_hindi_vowels_are_shaped() -> None:
     """A shaped word is narrower than its letters one by one, or not as wide: raqm is at work."""
     for name, word in (("arabic", "مكتبة"), ("hindi", "नदी")):
         if find_font(name) is not None:
@@ -89,13 +88,13 @@ def test_arabic_letters_are_joined_and_hindi_vowels_set_where_they_are_read() ->
             assert whole < 0.9 * apart
 
 
-def test_released_families_get_multi_lingual_cases_and_the_miniature_says_that_it_gets_none() -> None:
+def test_only_released_families_get_multilingual_cases() -> None:
     cases, _ = cases_for(FAMILIES["qwen"], "ocr", 8)
     assert len(cases) == 8
-    assert sum(hasattr(case, "readable") for case in cases) == 4
+    assert sum(bool(case.alphabet) for case in cases) == 4
     assert {case.image.size for case in cases} == {(448, 448)}
     small, says = cases_for(FAMILIES["miniature"], "ocr", 8)
-    assert not any(hasattr(case, "readable") for case in small)
+    assert not any(case.alphabet for case in small)
     assert "the miniature knows no other" in says[0]
     assert cases_for(FAMILIES["qwen"], "space", 2)[1] == []
     with pytest.raises(ValueError, match="count is 0"):
@@ -103,20 +102,20 @@ def test_released_families_get_multi_lingual_cases_and_the_miniature_says_that_i
 
 
 def test_words_read_in_another_unicode_form_are_the_same_words() -> None:
-    assert metrics.exact_text("Größe", "Gro\u0308ße") == 1
+    assert text.exact_text("Größe", "Gro\u0308ße") == 1
 
 
-def test_a_run_has_multi_lingual_cases_with_and_without_a_verdict(editor: Any, tmp_path: Path) -> None:
-    cases, left_out = language_cases(3, size=128)  # latin, accented, cyrillic
+def test_a_run_has_multilingual_cases_of_both_sorts(editor: Any, tmp_path: Path) -> None:
+    cases, _ = language_cases(3, size=128)  # latin, accented, cyrillic
     arms = [Arm("baseline"), Arm("on", editor.bridge, "random")]
-    found = evaluate(editor, cases, tmp_path, arms, notes=left_out, num_inference_steps=2)
+    found = evaluate(editor, cases, tmp_path, arms, num_inference_steps=2)
     write_results(tmp_path, found)
     write_page(tmp_path, found)
     assert not [record["error"] for record in found.records if record["error"]]
     metric = {row.kind: row.metric for row in kind_rows(found) if row.level == "edit"}
     assert metric == {"latin": "right", "accented": "right", "cyrillic": "edited_ssim"}
     asked = [record for record in found.records if record["level"] == "perception"]
-    assert {record["answer"] for record in asked} == {case.whole_text for case in cases}
+    assert {record["answer"] for record in asked} == {case.reply_text for case in cases}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "no edit is judged right or wrong" in page
     assert cases[2].expected_text in page

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ...synthetic.cases import Case, words_of
-from ...synthetic.scene import Scene, SceneObject, corners_of
-from . import pixels as metrics
+from ...case import Case, Scene, SceneObject
+from ...synthetic.questions import words_of
+from ...synthetic.scene import corners_of
+from .objects import found_places
 from .ocr import ImageOrArray, pixels_of
+from .text import edit_similarity
 
 VISIBLE = 24  # grey levels in some channel: less is no change, but the codec's
 
@@ -39,10 +41,10 @@ def agreement(case: Case, image: Image.Image, read: str | None = None) -> dict[s
     Args:
         case: of `consistency`, with its scenes.
         image: the edit, RGB, of the case's size.
-        read: what `metrics.read_text` gives for it, where the case is about words.
+        read: what `ocr.read_text` gives for it, where the case is about words.
 
     Returns:
-        `agrees_text` (`metrics.edit_similarity` with the reference's words), `agrees_colour_off` (CIEDE2000
+        `agrees_text` (`text.edit_similarity` with the reference's words), `agrees_colour_off` (CIEDE2000
         of the mean colours of both things, or both backgrounds) and `agrees_place_off` (distance of both
         middles in sides of the image, 1 where the thing is not found), each where the instruction asks it.
     """
@@ -52,19 +54,19 @@ def agreement(case: Case, image: Image.Image, read: str | None = None) -> dict[s
     reference = case.references[-1]
     if case.kind == "same_text":
         words = " ".join(block.text for block in words_of(model))
-        return {} if read is None else {"agrees_text": metrics.edit_similarity(read, words)}
+        return {} if read is None else {"agrees_text": edit_similarity(read, words)}
     if case.kind == "same_background":
         edited, shown = (_bare(scene, case.image.size) for scene in (after, model))
         return {"agrees_colour_off": colour_off(image, edited, reference, shown)}
-    given = model.objects[0]
-    taken = next(item for item in after.objects if (item.kind, item.colour) == (given.kind, given.colour))
+    original = model.objects[0]
+    taken = next(item for item in after.objects if item.name == original.name)
     values = {
         "agrees_colour_off": colour_off(
-            image, inside(taken, image.size), reference, inside(given, reference.size)
+            image, inside(taken, image.size), reference, inside(original, reference.size)
         )
     }
     if case.kind == "same_object":
-        places = [metrics.found_places(shown, [given])[0] for shown in (image, reference)]
+        places = [found_places(shown, [original])[0] for shown in (image, reference)]
         apart = 1.0
         if None not in places:
             apart = float(np.hypot(*np.subtract(*places)) / image.width)
@@ -109,19 +111,20 @@ def edit_agreement(
 
 
 def pair_records(
-    cases: Sequence[Any], records: Sequence[Mapping[str, Any]], folder: Path
+    cases: Sequence[Case], records: Sequence[Mapping[str, Any]], folder: Path
 ) -> list[dict[str, Any]]:
     """A record for each two cases with one prompt, in every arm: `edit_agreement` of their images.
 
     Args:
-        cases: those whose instructions mean the same wherever they are given; each goes with the next by id.
+        cases: those from files are paired, each with the next by id: their instructions mean the same
+            wherever they are original.
         records: of the run, with the images that lie in `folder`.
     """
     edits = {(r["case_id"], r["arm"]): r for r in records if r["level"] == "edit" and not r["error"]}
-    by_prompt: dict[tuple[str, str], list[Any]] = {}
-    for case in sorted(cases, key=lambda case: case.case_id):
+    by_prompt: dict[tuple[str, str], list[Case]] = {}
+    for case in sorted((case for case in cases if case.dataset), key=lambda case: case.case_id):
         by_prompt.setdefault((case.group, case.prompt), []).append(case)
-    found = []
+    agreements = []
     for (_, prompt), alike in by_prompt.items():
         for first, second in itertools.pairwise(alike):
             for arm in dict.fromkeys(record["arm"] for record in records):
@@ -131,7 +134,7 @@ def pair_records(
                 after = [Image.open(folder / record["image"]) for record in both]
                 agreed = edit_agreement(first.image, after[0], second.image, after[1])
                 values = {} if agreed is None else agreed._asdict()
-                found.append(
+                agreements.append(
                     {
                         **both[0],
                         "key": f"{both[0]['key']}+{both[1]['key']}",
@@ -142,7 +145,7 @@ def pair_records(
                         "metrics": {f"pair_{name}": round(value, 6) for name, value in values.items()},
                     }
                 )
-    return found
+    return agreements
 
 
 def inside(item: SceneObject, size: tuple[int, int]) -> np.ndarray:

@@ -35,22 +35,22 @@ def evaluation_figures(
         expected: gains that were expected, beside the measured ones.
         records: of the whole run.
     """
-    found = {}
+    figures = {}
     if rows:
-        found["differences.png"] = (
+        figures["differences.png"] = (
             "Paired differences with their 95 % intervals, by group and arm",
             difference_figure(rows),
         )
-        found["wins.png"] = ("Cases won, tied and lost against the baseline", wins_figure(rows))
+        figures["wins.png"] = ("Cases won, tied and lost against the baseline", wins_figure(rows))
     spread = case_differences(records)
     if spread:
-        found["cases.png"] = ("Differences case by case, with mean and 95 % interval", cases_figure(spread))
+        figures["cases.png"] = ("Differences case by case, with mean and 95 % interval", cases_figure(spread))
     if expected:
-        found["expectations.png"] = (
+        figures["expectations.png"] = (
             "Measured gains with their intervals, and what was expected (shaded)",
             expectations_figure(expected),
         )
-    return found
+    return figures
 
 
 def difference_figure(rows: Sequence[Difference]) -> Image.Image:
@@ -65,13 +65,11 @@ def difference_figure(rows: Sequence[Difference]) -> Image.Image:
 
 def expectations_figure(rows: Sequence[Expectation]) -> Image.Image:
     """What was expected as a shaded range, what was measured as a point with its interval."""
-    figure, axis, places = _lines(
-        [f"{r.level} · {r.group} · {r.arm} (n={r.n})\n{r.verdict}" for r in rows], 0.5
-    )
-    for place, row in zip(places, rows, strict=True):
-        width = max(row.expected_high - row.expected_low, 0.004)
-        axis.barh(place, width, 0.7, row.expected_low, color="#f3d9a4", zorder=0)
-        _interval(axis, place, row.difference, row.ci_low, row.ci_high)
+    labels = [f"{of.level} · {of.group} · {of.arm} (n={of.n})\n{verdict}" for of, *_, verdict in rows]
+    figure, axis, places = _lines(labels, 0.5)
+    for place, (of, low, high, _) in zip(places, rows, strict=True):
+        axis.barh(place, max(high - low, 0.004), 0.7, low, color="#f3d9a4", zorder=0)
+        _interval(axis, place, of.difference, of.ci_low, of.ci_high)
     axis.axvline(0, color="0.7", linewidth=1, zorder=0)
     axis.set_xlabel("gain over the baseline, share that is right; shaded: expected", fontsize=9)
     return to_image(figure)
@@ -103,15 +101,15 @@ def case_differences(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
         value = record["metrics"].get(SPREAD.get(record["group"], ""))
         if record["level"] == "edit" and value is not None:
             table.setdefault(record["group"], {}).setdefault(record["arm"], {})[record["case_id"]] = value
-    found: dict[str, dict[str, np.ndarray]] = {}
+    by_group: dict[str, dict[str, np.ndarray]] = {}
     for group, arms in table.items():
         known = arms.get(BASELINE, {})
         for arm, values in arms.items():
             both = sorted(values.keys() & known.keys())
             if arm != BASELINE and both:
                 differences = np.array([values[case] - known[case] for case in both])
-                found.setdefault(group, {})[arm] = differences
-    return found
+                by_group.setdefault(group, {})[arm] = differences
+    return by_group
 
 
 def cases_figure(spread: Mapping[str, Mapping[str, np.ndarray]]) -> Image.Image:

@@ -1,7 +1,7 @@
 """Metrics of public benchmarks by their own definitions, beside those that every case gets.
 
 They follow the definitions of the repositories that are named, not their code, and their figures are no entry
-of a leaderboard: TextEdit reads with PaddleOCR's English models, this with `reading`.
+of a leaderboard: TextEdit reads with PaddleOCR's English models, this with `ocr`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .metrics.ocr import ImageOrArray, pixels_of
-from .metrics.pixels import edit_similarity
+from ...case import Box
+from .ocr import ImageOrArray, pixels_of
+from .text import edit_similarity
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom, px
 SAME_LINE = 10.0  # px between the middles of neighbours on a line
 IN_REGION = 0.5  # IoU with the edited region
 AT_SOURCE = 0.3  # IoU with the box of the old text
@@ -54,13 +54,13 @@ def region_scores(before: Sequence[Word], after: Sequence[Word], source: str, ta
         before, after: what is read in the image and in its edit, of one size.
     """
     lines, source, target = _lines(before), _plain(source), _plain(target)
-    alike = [1.0 if source in _said(line) else edit_similarity(source, _said(line)) for line in lines]
+    alike = [1.0 if source in _text(line) else edit_similarity(source, _text(line)) for line in lines]
     if not lines or max(alike) < 0.5 or not after:
         return RegionScores(0.0, 0.0, 0.0, 0.0, 0.0)
     edited = lines[int(np.argmax(alike))]
     region = _union([word.box for word in edited])
     within = [w for w in after if _iou(w.box, region) > IN_REGION or _holds(region, w.box)]
-    accuracy = max((edit_similarity(target, said) for said in _readings(within)), default=0.0)
+    accuracy = max((edit_similarity(target, read) for read in _readings(within)), default=0.0)
     everything = _plain("".join(word.text for word in after))
     if source in everything and target not in everything:
         accuracy *= STAYED
@@ -111,9 +111,9 @@ def _roi_ned(before: Sequence[Word], after: Sequence[Word], source: str, target:
     there = [word for word in after if _iou(word.box, best.box) > AT_SOURCE]
     if not there:
         return 0.0
-    said = _plain("".join(word.text for word in sorted(there, key=lambda word: word.box[0])))
-    score = edit_similarity(target, said)
-    stayed = edit_similarity(source, said) > 0.9 and edit_similarity(source, target) < 0.5
+    read = _plain("".join(word.text for word in sorted(there, key=lambda word: word.box[0])))
+    score = edit_similarity(target, read)
+    stayed = edit_similarity(source, read) > 0.9 and edit_similarity(source, target) < 0.5
     return score * STAYED if stayed else score
 
 
@@ -123,7 +123,7 @@ def _kept(stay: Sequence[list[Word]], others: Sequence[list[Word]]) -> float:
     total = 0.0
     for line in stay:
         scores = {
-            index: edit_similarity(_said(line), _said(other))
+            index: edit_similarity(_text(line), _text(other))
             for index, other in enumerate(others)
             if index not in taken
         }
@@ -136,7 +136,7 @@ def _kept(stay: Sequence[list[Word]], others: Sequence[list[Word]]) -> float:
 
 def _readings(words: Sequence[Word]) -> list[str]:
     """Each word alone, and each line of words."""
-    return [_plain(word.text) for word in words] + [_said(line) for line in _lines(words)]
+    return [_plain(word.text) for word in words] + [_text(line) for line in _lines(words)]
 
 
 def _lines(words: Sequence[Word]) -> list[list[Word]]:
@@ -154,7 +154,7 @@ def _middle(word: Word) -> float:
     return (word.box[1] + word.box[3]) / 2
 
 
-def _said(line: Sequence[Word]) -> str:
+def _text(line: Sequence[Word]) -> str:
     return _plain("".join(word.text for word in line))
 
 

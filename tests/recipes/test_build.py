@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_vision_bridge.synthetic import miniature
-from qwen_vision_bridge.synthetic import tokenizer as tokens
+from qwen_vision_bridge.loading import checkpoints
+from qwen_vision_bridge.loading.checkpoints import SHIPPED, locate
+from recipes.miniature import build as miniature
+from recipes.miniature import tokenizer as tokens
 
 
 def test_the_template_prefix_is_exactly_64_tokens(shared_pipe: Any) -> None:
@@ -55,8 +57,7 @@ def test_the_package_ships_trained_weights_with_their_card(source_folder: Path, 
     from qwen_vision_bridge.evaluation.metrics.pixels import masked_psnr
     from qwen_vision_bridge.synthetic.cases import make_cases
 
-    assert miniature.is_shipped()
-    assert {source_folder.parent, editor_folder.parent} == {miniature.SHIPPED}
+    assert {source_folder.parent, editor_folder.parent} == {SHIPPED}
     image = np.asarray(make_cases("space", 1, split="novel")[0].image)
     vae = AutoencoderKLQwenImage.from_pretrained(editor_folder / "vae")
     x = torch.from_numpy(image).permute(2, 0, 1)[None, :, None] / 127.5 - 1
@@ -67,7 +68,7 @@ def test_the_package_ships_trained_weights_with_their_card(source_folder: Path, 
 
 
 def test_every_figure_of_the_card_says_how_it_was_made() -> None:
-    rows = json.loads((miniature.SHIPPED / "card.json").read_text())
+    rows = json.loads((SHIPPED / "card.json").read_text())
     assert {"VAE: PSNR, dB", "reading: letters right, source"} <= {row["name"] for row in rows}
     for row in rows:
         assert {"name", "value", "n", "ci_low", "ci_high", "seed", "command", "date", "device"} == set(row)
@@ -82,9 +83,7 @@ def test_the_builder_is_seeded(tmp_path: Path) -> None:
     assert one == same != other
 
 
-def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(folder: Path, seed: int) -> None:
         folder.mkdir()
         (folder / "half").touch()
@@ -98,8 +97,8 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(
     assert (miniature.build(tmp_path, "source") / "model.safetensors").is_file()
 
 
-def test_the_target_tower_listens_to_the_image_and_the_dit_to_the_prompt(pipe: Any, photo: Any) -> None:
-    """Models this small go unsupported at transformers' own initialisation; see `randomise`."""
+def test_target_features_depend_on_image_and_prompt(pipe: Any, photo: Any) -> None:
+    """Models this small hardly react at transformers' own initialisation; see `randomise`."""
     from qwen_vision_bridge.patches import mrope_positions
 
     with torch.no_grad(), mrope_positions(pipe):
@@ -110,13 +109,18 @@ def test_the_target_tower_listens_to_the_image_and_the_dit_to_the_prompt(pipe: A
     assert (one[:, -8:] - words[:, -8:]).abs().mean() > 0.01 * one.abs().mean()
 
 
-def test_other_locations_pass_unchanged() -> None:
-    assert miniature.locate("Qwen/Qwen3-VL-8B-Instruct") == "Qwen/Qwen3-VL-8B-Instruct"
+def test_other_locations_pass_and_missing_weights_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert locate("Qwen/Qwen3-VL-8B-Instruct") == "Qwen/Qwen3-VL-8B-Instruct"
+    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path)
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        locate("builtin:editor")
 
 
 @pytest.mark.parametrize("kind", ["ocr/change_text", "space/move_corner", "detail/recolour_object"])
 def test_the_shipped_miniature_does_what_it_is_told(kind: str, pipe: Any) -> None:
-    from qwen_vision_bridge.evaluation.correctness import judge
+    from qwen_vision_bridge.evaluation.metrics.correctness import judge
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
     from qwen_vision_bridge.synthetic.cases import make_cases
 

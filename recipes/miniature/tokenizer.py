@@ -6,7 +6,9 @@ import json
 import re
 from typing import Any
 
-TEMPLATE_PREFIX_TOKENS = 64  # what the edit pipelines cut off the front of every prompt
+from qwen_vision_bridge.training.frozen_lm import TEMPLATE_PREFIX as TEMPLATE_PREFIX
+from qwen_vision_bridge.training.frozen_lm import TEMPLATE_PREFIX_TOKENS as TEMPLATE_PREFIX_TOKENS
+
 SPECIAL_TOKENS = tuple(
     f"<|{name}|>"
     for name in [
@@ -26,19 +28,12 @@ SPECIAL_TOKENS = tuple(
         "video_pad",
     ]
 )
-# The edit pipelines' template up to the images. Its words and the world's are the tokenizer's whole corpus:
-# each becomes one token, which is what makes the prefix come out at exactly 64. Other text, and so every word
-# in quotes, falls into letters.
-TEMPLATE_PREFIX = (
-    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
-    "background), then explain how the user's text instruction should alter or modify the image. Generate a "
-    "new image that meets the user's requirements while maintaining consistency with the original input "
-    "where appropriate.<|im_end|>\n<|im_start|>user\n"
-)
 PRETOKENIZE_REGEX = (  # Qwen2's, as transformers has it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+# The words of the template and of the world are the tokenizer's whole corpus: each becomes one token, which
+# is what makes the prefix come out at exactly 64. Other text, such as every word in quotes, becomes letters.
 STARTING_WORDS = """
 Add Align Append Bring Change Copy Delete Describe Double Draw Drop Erase Exchange Give How Keep Let Line Make
 Move Order Paint Picture Place Put Recolour Remove Repeat Replace Reverse Sort Spell Swap Take Use What Where

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..synthetic.cases import Case
-from ..synthetic.instructions import Edit
-from ..synthetic.scene import COLOURS, Scene, SceneObject, TextBlock, render
-from .metrics import pixels as metrics
+from ...case import Case, Edit, Scene, SceneObject, TextBlock
+from ...synthetic.scene import COLOURS, render
+from . import pixels as metrics
+from .objects import find_objects, place_distances
+from .ocr import read_text
+from .text import exact_text, letters_of
 
 # Kinds whose result is read, and kinds whose result is a background; the others show by their scenes.
 WRITTEN = (
@@ -47,23 +49,15 @@ Part = SceneObject | TextBlock
 
 
 class Verdict(NamedTuple):
-    """Whether an edit is right, why not, and the numbers behind it: None where a kind does not ask."""
+    """Whether an edit is right, and why not."""
 
     right: bool
     reason: str
     """"" where it is right."""
+    judged_by: Literal["words", "places", "background", "regions"]
+    """What the kind of instruction changes."""
     text_right: bool | None = None
-    places_right: bool | None = None
-    undone: float | None = None
-    """Largest share of an asked change that is missing, see MISSING."""
-    lost: float | None = None
-    """Largest share that is gone of anything that had to stay, see MISSING."""
-    colour_off: float | None = None
-    """Largest distance of a shape from its colour, CIEDE2000."""
-    background_off: float | None = None
-    texture_kept: float | None = None
-    untouched_ssim: float | None = None
-    """Against the input, where nothing was to change; no part of the verdict."""
+    """Of words: whether they are right, whatever else is wrong."""
 
 
 def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict:
@@ -72,7 +66,7 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
     Args:
         case: with its scenes.
         image: RGB, of the target's size.
-        reading: what `metrics.read_text` gives for the image, where that is known already.
+        reading: what `ocr.read_text` gives for the image, where that is known already.
 
     Raises:
         ValueError: a case without scenes, an image of another size.
@@ -82,19 +76,19 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
     if image.size != case.target.size:
         raise ValueError(f"the edit is {image.size} px, the case {case.case_id} is {case.target.size} px")
     if is_move(case.edit):
-        verdict = _judge_places(case, image)
-    elif case.kind in BACKGROUND:
-        verdict = _judge_background(case, image)
-    elif case.kind in WRITTEN:
-        read = metrics.read_text(image) if reading is None else reading
-        verdict = _judge_words(case, image, read)
-    else:
-        verdict = _judge_regions(case, image)
-    untouched = ~case.edit_mask
-    if untouched.any():
-        similarity = metrics.masked_ssim(image, case.image, metrics.shrink(untouched))
-        verdict = verdict._replace(untouched_ssim=similarity)
-    return verdict
+        reason = _misplaced(case, image)
+        return Verdict(not reason, reason, "places")
+    if case.kind in WRITTEN:
+        read = read_text(image) if reading is None else reading
+        right = bool(exact_text(letters_of(read), case.expected_text or ""))
+        reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
+        reason = reason or _damaged(case, image)
+        return Verdict(not reason, reason, "words", right)
+    if case.kind in BACKGROUND:
+        reason = _wrong_background(case, image) or _damaged(case, image)
+        return Verdict(not reason, reason, "background")
+    reason = _unchanged(case, image) or _damaged(case, image)
+    return Verdict(not reason, reason, "regions")
 
 
 def is_move(edit: Edit) -> bool:
@@ -106,36 +100,22 @@ def is_move(edit: Edit) -> bool:
     return first == second and set(before) != set(after)
 
 
-# --- words -----------------------------------------------------------------------------------------------
+# Each of the following says what is wrong, "" where nothing is.
 
 
-def _judge_words(case: Case, image: Image.Image, read: str) -> Verdict:
-    # Letters and digits alone: the rim of a plate is now and then read as a bracket, a shape as a plus.
-    letters = "".join(filter(str.isalnum, read))
-    right = bool(metrics.exact_text(letters, case.expected_text or ""))
-    lost, gone, off, recoloured = _stayed(case, image)
-    reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
-    reason = reason or gone or recoloured
-    return Verdict(not reason, reason, text_right=right, lost=lost, colour_off=off)
-
-
-# --- places ----------------------------------------------------------------------------------------------
-
-
-def _judge_places(case: Case, image: Image.Image) -> Verdict:
+def _misplaced(case: Case, image: Image.Image) -> str:
+    """A shape that is lost or in the wrong place, or one too many."""
     expected = case.expected_objects
-    reason = ""
-    for item, distance in zip(expected, metrics.place_distances(image, expected), strict=True):
+    for item, distance in zip(expected, place_distances(image, expected), strict=True):
         if distance is None:
-            reason = reason or f"the {item.name} is lost"
-        elif distance > PLACE_OFF * image.width:
-            reason = reason or f"the {item.name} is {distance:.0f} px from its place"
-    reason = reason or _surplus(case, image)
-    return Verdict(not reason, reason, places_right=not reason)
+            return f"the {item.name} is lost"
+        if distance > PLACE_OFF * image.width:
+            return f"the {item.name} is {distance:.0f} px from its place"
+    return _surplus(case, image)
 
 
 def _surplus(case: Case, image: Image.Image) -> str:
-    """A shape too many of a colour that the scene has, in words; "" where there is none."""
+    """A shape too many of a colour that the scene has."""
     by_colour: dict[str, list[SceneObject]] = {}
     for item in case.expected_objects:
         by_colour.setdefault(item.colour, []).append(item)
@@ -143,7 +123,7 @@ def _surplus(case: Case, image: Image.Image) -> str:
         colour: SCRAP * min(float(_flat(case.target, item).sum()) for item in items)
         for colour, items in by_colour.items()
     }
-    for patch in metrics.find_objects(image, min_area=min(least.values())):
+    for patch in find_objects(image, min_area=min(least.values())):
         if patch.area < least.get(patch.colour, np.inf):
             continue
         # A wide letter cuts a square in two, so halves at a shape's own place are no second shape.
@@ -156,28 +136,19 @@ def _surplus(case: Case, image: Image.Image) -> str:
     return ""
 
 
-# --- regions ---------------------------------------------------------------------------------------------
-
-
-def _judge_regions(case: Case, image: Image.Image) -> Verdict:
+def _unchanged(case: Case, image: Image.Image) -> str:
+    """A change that was asked for and does not show."""
     before, after = _parts(case.edit.before), _parts(case.edit.after)
     visible = _differ(case.image, case.target)
     undone = max(
         _share(image, case.target, case.image, visible & _region(part, visible.shape))
         for part in set(before) ^ set(after)
     )
-    lost, gone, off, recoloured = _stayed(case, image)
-    reason = f"{undone:.0%} of the change is missing" if undone > MISSING else gone or recoloured
-    return Verdict(not reason, reason, undone=undone, lost=lost, colour_off=off)
+    return f"{undone:.0%} of the change is missing" if undone > MISSING else ""
 
 
-def _stayed(case: Case, image: Image.Image) -> tuple[float, str, float | None, str]:
-    """What both scenes share must show as in the target, and every shape in its colour.
-
-    Returns:
-        The largest share of a thing that is lost and what is wrong with it, the largest distance of a colour
-        and what is wrong with that; nothing wrong is "".
-    """
+def _damaged(case: Case, image: Image.Image) -> str:
+    """Something that both scenes share and does not show as in the target, or a shape in another colour."""
     before = set(_parts(case.edit.before))
     parts = _parts(case.edit.after)
     shares = [(0.0, "")]
@@ -188,16 +159,31 @@ def _stayed(case: Case, image: Image.Image) -> tuple[float, str, float | None, s
             if visible.any():  # a thing that another covers wholly cannot be lost
                 shares.append((_share(image, case.target, without, visible), _name(part)))
     lost, name = max(shares)
-    colours = [
-        (metrics.colour_error(image, metrics.shrink(_flat(case.target, item), 1), COLOURS[item.colour]), item)
-        for item in case.edit.after.objects
-    ]
-    gone = f"{lost:.0%} of {name} is gone" if lost > MISSING else ""
-    if not colours:
-        return lost, gone, None, ""
-    off, item = max(colours, key=lambda colour: colour[0])
-    recoloured = f"the {item.name} is {off:.0f} CIEDE2000 off its colour" if off > COLOUR_OFF else ""
-    return lost, gone, off, recoloured
+    if lost > MISSING:
+        return f"{lost:.0%} of {name} is gone"
+    for item in case.edit.after.objects:
+        inside = metrics.shrink(_flat(case.target, item), 1)
+        off = metrics.colour_error(image, inside, COLOURS[item.colour])
+        if off > COLOUR_OFF:
+            return f"the {item.name} is {off:.0f} CIEDE2000 off its colour"
+    return ""
+
+
+def _wrong_background(case: Case, image: Image.Image) -> str:
+    """A background of another colour, or without its texture."""
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    bare = np.asarray(render(_scene(case.edit.after, [])))
+    # One px more than what is drawn: images are resized on their way, which smears edges.
+    where = metrics.shrink((bare == np.asarray(case.target)).all(-1), 1)
+    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (image, case.target))  # (P, 3)
+    off = float(deltaE_ciede2000(edited.mean(0), wanted.mean(0)))
+    if off > BACKGROUND_OFF:
+        return f"the background is {off:.0f} CIEDE2000 off its colour"
+    spread = float(edited[:, 0].std() * wanted[:, 0].std())
+    both = float(np.mean((edited[:, 0] - edited[:, 0].mean()) * (wanted[:, 0] - wanted[:, 0].mean())))
+    texture_kept = both / spread if spread > 0 else 0.0  # a plain area has no texture to agree
+    return f"the texture agrees by {texture_kept:.2f} only" if texture_kept < TEXTURE_KEPT else ""
 
 
 def _parts(scene: Scene) -> list[Part]:
@@ -249,33 +235,3 @@ def _share(image: Image.Image, wanted: Image.Image, unwanted: Image.Image, where
     blur = ImageFilter.GaussianBlur(FOCUS * wanted.width)
     seen, right, wrong = (shown.filter(blur) for shown in (image, wanted, unwanted))
     return metrics.mean_abs_difference(seen, right, where) / metrics.mean_abs_difference(wrong, right, where)
-
-
-# --- background ------------------------------------------------------------------------------------------
-
-
-def _judge_background(case: Case, image: Image.Image) -> Verdict:
-    from skimage.color import deltaE_ciede2000, rgb2lab
-
-    bare = np.asarray(render(_scene(case.edit.after, [])))
-    # One px more than what is drawn: images are resized on their way, which smears edges.
-    where = metrics.shrink((bare == np.asarray(case.target)).all(-1), 1)
-    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (image, case.target))  # (P, 3)
-    background_off = float(deltaE_ciede2000(edited.mean(0), wanted.mean(0)))
-    spread = float(edited[:, 0].std() * wanted[:, 0].std())
-    both = float(np.mean((edited[:, 0] - edited[:, 0].mean()) * (wanted[:, 0] - wanted[:, 0].mean())))
-    texture_kept = both / spread if spread > 0 else 0.0  # a plain area has no texture to agree
-    lost, gone, off, recoloured = _stayed(case, image)
-    reason = gone or recoloured
-    if texture_kept < TEXTURE_KEPT:
-        reason = f"the texture agrees by {texture_kept:.2f} only"
-    if background_off > BACKGROUND_OFF:
-        reason = f"the background is {background_off:.0f} CIEDE2000 off its colour"
-    return Verdict(
-        not reason,
-        reason,
-        lost=lost,
-        colour_off=off,
-        background_off=background_off,
-        texture_kept=texture_kept,
-    )

@@ -1,9 +1,7 @@
-"""The miniature family: the released models' own classes at small size, in the hub's layout.
+"""Build the miniature family with random weights: the released models' own classes at small size.
 
 `source/` is a Qwen3-VL and `editor/` a Qwen-Image-Edit-Plus pipeline whose `text_encoder/` is the target
-Qwen2.5-VL. Shipped weights are used where the package carries them; otherwise a seeded builder makes random
-ones in seconds and keeps them under `specs.cache_home()`. Random weights run every line of code, and their
-images are noise.
+Qwen2.5-VL, in the hub's layout. Training starts from these weights; the package ships the trained ones.
 """
 
 from __future__ import annotations
@@ -17,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..specs import BUILTIN, cache_home
+from qwen_vision_bridge.specs import TARGET_PX
+
 from .tokenizer import CHAT_TEMPLATE, VOCABULARY, build_tokenizer
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEED = 0
-SHIPPED = Path(__file__).parents[1] / "weights" / "miniature"
 MAX_SHARD = "12MB"
 
 # fmt: off
@@ -47,7 +45,6 @@ TARGET_VISION = {
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 224, "window_size": 32,
     "fullatt_block_indexes": [1, 3], "tokens_per_second": 2,
 }
-TARGET_PX = 64  # a side of what its tower takes, 8 px a token; the pipeline reduces images further before
 TARGET_TEXT = {
     "hidden_size": 224, "intermediate_size": 448, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
@@ -67,34 +64,6 @@ SCHEDULER = {  # the released scheduler's settings
     "use_dynamic_shifting": True,
 }
 # fmt: on
-
-
-def is_shipped() -> bool:
-    """Whether the package carries trained weights; if not, they are random and edits are noise."""
-    return (SHIPPED / "editor" / "model_index.json").is_file()
-
-
-def locate(repo: str) -> str:
-    """Turn a `builtin:` location into a folder, building random weights on first use; others pass unchanged.
-
-    Several processes may call this at once: each part is written beside and renamed into place.
-    """
-    if not repo.startswith(BUILTIN):
-        return repo
-    part = repo.removeprefix(BUILTIN)
-    if is_shipped():
-        return str(SHIPPED / ("source" if part == "source" else "editor"))
-    return str(build(cache_home() / f"miniature-{fingerprint()}", part))
-
-
-def fingerprint() -> str:
-    """Short digest of everything the random weights depend on."""
-    made_of = [SEED, SOURCE_VISION, SOURCE_TEXT, TARGET_VISION, TARGET_TEXT, VAE, TRANSFORMER, SCHEDULER]
-    made_of += [
-        Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("miniature.py", "tokenizer.py")
-    ]
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def build(root: Path, part: str, seed: int = SEED) -> Path:
@@ -157,10 +126,10 @@ def target_processor() -> Any:
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Seeded weights under which a small model listens: matrices at std 1/√fan-in, the rest neutral.
+    """Seed weights under which a small model reacts to its input: matrices at std 1/√fan-in, others neutral.
 
     Each tensor has a stream of its own, keyed by its name, so that adding a layer changes no other.
-    transformers' own std of 0.02 leaves a model of this width nearly unsupported to images and prompts.
+    At transformers' own std of 0.02 images and prompts hardly move the output of a model of this width.
     """
     import torch
 

@@ -1,0 +1,213 @@
+"""Where the flat shapes of a synthetic scene are in an image, found by colour alone.
+
+Positions are pixels, (x, y) from the top left corner: the centre of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ...case import RGB, Box, SceneObject
+from ...synthetic.scene import COLOURS
+from .ocr import ImageOrArray, pixels_of
+from .pixels import same_size
+
+
+class FoundObject(NamedTuple):
+    """A flat patch of one colour: the colour's name, centre of area (x, y) in pixels, area in pixels."""
+
+    colour: str
+    centroid: tuple[float, float]
+    area: float
+
+
+def colour_map(
+    image: ImageOrArray, colours: Mapping[str, RGB] = COLOURS, tolerance: float = 25.0
+) -> np.ndarray:
+    """Index of the nearest colour in CIELAB (CIE76) of every pixel, int (H, W); -1 where all are farther than
+    `tolerance`."""
+    from skimage.color import rgb2lab
+
+    palette = rgb2lab(np.array(list(colours.values()), dtype=np.uint8)[None])[0]  # (C, 3)
+    distances = np.linalg.norm(rgb2lab(pixels_of(image))[..., None, :] - palette, axis=-1)  # (H, W, C)
+    return np.where(distances.min(-1) <= tolerance, distances.argmin(-1), -1)
+
+
+def find_objects(
+    image: ImageOrArray,
+    colours: Mapping[str, RGB] = COLOURS,
+    tolerance: float = 25.0,
+    min_area: float | None = None,
+) -> list[FoundObject]:
+    """The patches of the given colours, largest first.
+
+    A pixel belongs to its nearest colour in CIELAB (CIE76) when that is within `tolerance`. An opening with
+    a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 % of the image)
+    are dropped too.
+    """
+    from scipy import ndimage
+
+    nearest = colour_map(image, colours, tolerance)
+    least = 0.003 * nearest.size if min_area is None else min_area
+    objects = []
+    for index, colour in enumerate(colours):
+        patches, count = ndimage.label(ndimage.binary_opening(nearest == index, np.ones((3, 3))))
+        areas = np.bincount(patches.ravel(), minlength=count + 1)
+        for patch in np.flatnonzero(areas[1:] >= max(least, 1)) + 1:
+            y, x = np.nonzero(patches == patch)
+            objects.append(
+                FoundObject(colour, (float(x.mean()) + 0.5, float(y.mean()) + 0.5), float(areas[patch]))
+            )
+    return sorted(objects, key=lambda item: -item.area)
+
+
+def place_distances(image: ImageOrArray, expected: Sequence[SceneObject]) -> list[float | None]:
+    """How far each expected object is from the patch assigned to it, px; None where it is lost."""
+    places = found_places(image, expected)
+    return [
+        None if place is None else float(np.hypot(*np.subtract(place, item.centre)))
+        for item, place in zip(expected, places, strict=True)
+    ]
+
+
+def found_places(image: ImageOrArray, expected: Sequence[SceneObject]) -> list[tuple[float, float] | None]:
+    """Where the patch assigned to each expected object is, (x, y) px; None where it is lost."""
+    from scipy.optimize import linear_sum_assignment
+
+    places: list[tuple[float, float] | None] = [None] * len(expected)
+    # A tenth of the surrounding disc is about a quarter of the slimmest shape: less is a scrap.
+    least = min((0.1 * np.pi * item.radius**2 for item in expected), default=None)
+    patches = find_objects(image, min_area=least)
+    for colour in {item.colour for item in expected}:
+        wanted = [index for index, item in enumerate(expected) if item.colour == colour]
+        centres = np.array([expected[index].centre for index in wanted])  # (wanted, 2)
+        centroids = np.array([patch.centroid for patch in patches if patch.colour == colour]).reshape(-1, 2)
+        lengths = np.linalg.norm(centres[:, None] - centroids, axis=-1)  # (wanted, centroids)
+        for row, column in zip(*linear_sum_assignment(lengths), strict=True):
+            places[wanted[row]] = (float(centroids[column, 0]), float(centroids[column, 1]))
+    return places
+
+
+def centroid_error(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
+    """Mean distance in pixels between where objects should be and where patches of their colours are.
+
+    Objects and patches of a colour are paired for the least total distance (Kuhn, "The Hungarian method",
+    1955). A lost object counts as the image's diagonal, the largest distance there is: losing an object
+    never improves the score, and means and intervals stay finite; `objects_lost` tells such cases apart.
+    The image must have the size of the scene that the objects are from.
+    """
+    if not expected_objects:
+        raise ValueError("expected_objects is empty; needed: at least one object to look for")
+    diagonal = float(np.hypot(*pixels_of(image).shape[:2]))
+    distances = place_distances(image, expected_objects)
+    return float(np.mean([diagonal if distance is None else distance for distance in distances]))
+
+
+def objects_lost(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
+    """How many of the expected objects have no patch of their colour in the image."""
+    return float(sum(distance is None for distance in place_distances(image, expected_objects)))
+
+
+def objects_invented(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
+    """How many patches of shapes' colours there are beyond one for each expected object of that colour.
+
+    Patches below a quarter of the smallest expected object's disc are scraps and do not count.
+    """
+    least = min((0.25 * np.pi * item.radius**2 for item in expected_objects), default=None)
+    seen = Counter(patch.colour for patch in find_objects(image, min_area=least))
+    wanted = Counter(item.colour for item in expected_objects)
+    return float((seen - wanted).total())
+
+
+def object_iou(image: ImageOrArray, target: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
+    """Mean intersection over union of the areas that the expected objects' colours cover in image and
+    target, in [0, 1]: Jaccard, "The distribution of the flora in the alpine zone", 1912."""
+    if not expected_objects:
+        raise ValueError("expected_objects is empty; needed: at least one object to look for")
+    first, second = (colour_map(shown) for shown in same_size(image, target))
+    indices = [list(COLOURS).index(name) for name in sorted({item.colour for item in expected_objects})]
+    areas = [(first == index, second == index) for index in indices]
+    return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in areas]))
+
+
+def iou_by_object(
+    image: ImageOrArray, target: ImageOrArray, expected_objects: Sequence[SceneObject]
+) -> float:
+    """Mean over the target's objects of each one's own intersection over union with the patch assigned to it.
+
+    Patches of a colour are paired for the greatest total (Kuhn 1955); a lost object counts as 0, and so does
+    one that stands wholly elsewhere, so this asks for each object what `object_iou` asks for a colour.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if not expected_objects:
+        raise ValueError("expected_objects is empty; needed: at least one object to look for")
+    seen, wanted = (colour_map(shown) for shown in same_size(image, target))
+    least = 0.1 * np.pi * min(item.radius for item in expected_objects) ** 2
+    overlaps: list[float] = []
+    for colour in sorted({item.colour for item in expected_objects}):
+        index = list(COLOURS).index(colour)
+        truth, patches = (_patches(shown == index, least) for shown in (wanted, seen))
+        table = np.array([[(a & b).sum() / (a | b).sum() for b in patches] for a in truth])
+        own = np.zeros(len(truth))
+        if len(patches):
+            rows, columns = linear_sum_assignment(table, maximize=True)
+            own[rows] = table[rows, columns]
+        overlaps += own.tolist()
+    return float(np.mean(overlaps))
+
+
+def _patches(where: np.ndarray, least: float) -> list[np.ndarray]:
+    """Connected parts of at least so many px, bool (H, W) each, with what they enclose, such as a letter."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(ndimage.binary_opening(where, np.ones((3, 3))))
+    parts = (ndimage.binary_fill_holes(labels == number) for number in range(1, count + 1))
+    return [part for part in parts if part.sum() >= least]
+
+
+def relations_kept(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float | None:
+    """Share of the relations left of / above between expected objects that the found ones satisfy.
+
+    Pairs less than an eighth of the side apart along an axis have no relation there; a pair with a lost
+    object satisfies none. None where there is no relation to satisfy. After SpatialSense and VISOR (Gokhale
+    et al. 2022), which ask the same of detected objects.
+    """
+    size = pixels_of(image).shape[1]
+    places = found_places(image, expected_objects)
+    kept = []
+    for (item, place), (other, beside) in itertools.combinations(
+        zip(expected_objects, places, strict=True), 2
+    ):
+        for axis in (0, 1):
+            wanted = other.centre[axis] - item.centre[axis]
+            if abs(wanted) >= size / 8:
+                both = place is not None and beside is not None
+                kept.append(both and (beside[axis] - place[axis]) * wanted > 0)
+    return float(np.mean(kept)) if kept else None
+
+
+def box_iou(image: ImageOrArray, boxes: Sequence[tuple[str, Box]]) -> float:
+    """Mean IoU of each expected box (colour and place) with its colour's best patch."""
+    from scipy.ndimage import find_objects as boxes_of
+    from scipy.ndimage import label
+
+    nearest = colour_map(image)
+    best = []
+    for colour, (left, top, right, bottom) in boxes:
+        patches, _ = label(nearest == list(COLOURS).index(colour))
+        overlaps = [0.0]
+        for down, across in boxes_of(patches):
+            width = min(right, across.stop) - max(left, across.start)
+            height = min(bottom, down.stop) - max(top, down.start)
+            shared = max(width, 0) * max(height, 0)
+            areas = (right - left) * (bottom - top)
+            areas += (across.stop - across.start) * (down.stop - down.start)
+            overlaps.append(shared / (areas - shared))
+        best.append(max(overlaps))
+    return float(np.mean(best))

@@ -1,0 +1,24 @@
+"""The registry names every metric once, and each is measured where its needs are met."""
+
+from __future__ import annotations
+
+from qwen_vision_bridge.evaluation.metrics.registry import HEADLINES, METRICS, EditedImage, facts_of, measured
+from qwen_vision_bridge.synthetic.cases import GROUPS, make_cases
+from qwen_vision_bridge.synthetic.questions import REPLY_FORMS
+
+OTHERS = {"question", *REPLY_FORMS, "another edit", "boxes", "text region", "unknown text", "unknown result"}
+
+
+def test_every_need_is_a_fact_of_some_case() -> None:
+    facts = {fact for group in GROUPS for case in make_cases(group, 2) for fact in facts_of(case)}
+    needs = {need for metric in METRICS.values() for need in metric.needs}
+    assert needs <= facts | OTHERS | {"pie"}
+    assert set(HEADLINES.values()) <= set(METRICS)
+
+
+def test_an_edit_gets_the_metrics_whose_needs_are_met_alone() -> None:
+    (case,) = make_cases("space", 1, kinds=("swap",))
+    edit = EditedImage(case, case.target)
+    assert set(measured(edit, frozenset({"target"}))) == {"target_difference"}
+    assert measured(edit, frozenset()) == {}
+    assert "exact_text" not in measured(edit, facts_of(case))
