@@ -17,6 +17,7 @@ from qwen_vision_bridge.images import list_images
 
 if TYPE_CHECKING:
     from qwen_vision_bridge.cache import VisionCache
+    from qwen_vision_bridge.specs import Family
 
 PROMPT = "Describe the picture."
 ROLES = {"source": "qwen3", "target": "qwen25"}
@@ -71,7 +72,7 @@ def extract_one(arguments: argparse.Namespace) -> int:
     print(f"  Dimension ratio: {comparison.dimension_ratio:.2f}\n")
 
     count = count_parameters(VisionBridge(BridgeConfig.for_family(family)))
-    print(f"Total bridge parameters: {in_millions(count)}" + released_size(family.name))
+    print(f"Total bridge parameters: {in_millions(count)}" + released_size(family))
     print("\nLevel        mean   spread  CKA with baseline (shuffled)  outlier channels")
     for name, level in comparison.levels.items():
         cka = f"{level.cka:.3f} ({level.cka_shuffled:.3f})"
@@ -118,9 +119,9 @@ def in_millions(count: int) -> str:
     return f"~{count / 1e6:.1f}M" if count >= 100_000 else f"~{count / 1e6:.2f}M"
 
 
-def released_size(family: str) -> str:
-    """For the miniature, the bridge's size at the released shapes."""
-    if family != "miniature":
+def released_size(family: Family) -> str:
+    """For models smaller than the released ones, the bridge's size at the released shapes too."""
+    if family.editor.transformer_params:
         return ""
     from qwen_vision_bridge.bridge import VisionBridge, count_parameters
 

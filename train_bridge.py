@@ -3,8 +3,8 @@
     uv run python train_bridge.py --models miniature --method perceive --output_dir bridge
     uv run accelerate launch train_bridge.py --models qwen --method perceive --train_data_dir data --dry-run
 
-Without data of your own it learns from the synthetic world. `--dry-run` says what would be loaded and how
-much memory that takes, and downloads nothing. Every flag is taken with hyphens too.
+Without data of your own it trains on the synthetic world. `--dry-run` prints the models that a run would load
+and their memory, and downloads nothing. Every flag may be written with hyphens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from qwen_vision_bridge import cli as commands
 from qwen_vision_bridge.training.cli import parse, run_config_of, settings_of
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Check, plan or train."""
-    arguments = parse(sys.argv[1:] if given is None else given, __doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the flags, then print the plan or train."""
+    arguments = parse(sys.argv[1:] if argv is None else argv, __doc__)
     settings = settings_of(arguments)
     run = run_config_of(arguments)
     if arguments.dry_run:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .calls import LevelAttention
-from .loading.checkpoints import not_finite
+from .injection import LevelAttention
+from .loading.checks import not_finite
 from .loading.locks import exclusive, replaced
 
 if TYPE_CHECKING:
@@ -113,10 +113,10 @@ def denoise(pipe: DiffusionPipeline, edits: Sequence[Prepared]) -> list[Image.Im
 
     stock_parts = replaced(pipe, encode_prompt=next_prompt, prepare_latents=all_latents)
     with stock_parts, replaced(pipe.vae, use_slicing=sliced):
-        return finished(pipe, **first.call)
+        return run_stock(pipe, **first.call)
 
 
-def finished(pipe: DiffusionPipeline, **call: Any) -> list[Image.Image]:
+def run_stock(pipe: DiffusionPipeline, **call: Any) -> list[Image.Image]:
     """Run the stock call and return its images, unless a NaN would have turned them black.
 
     Raises:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from .loading.checkpoints import broken_weight
+from .loading.checks import broken_weight
 from .loading.hub import folder_or_hub_file
 from .loading.locks import exclusive
 from .specs import LEVEL_NAMES, Family, check_seed

@@ -11,8 +11,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from .images import load_images
+from .loading.families import resolve_family
 from .loading.memory import is_out_of_memory
-from .specs import FAMILIES, Family, check_seed, resolve_family
+from .specs import FAMILIES, Family, check_seed
 
 OUTPUT = Path("examples_output")
 RANDOM_NOTE = "Note: the miniature's weights are random here, so its images are noise; every step is real."
@@ -87,7 +88,7 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     }
     family = resolve_family(name, **replaced)
     print(line)
-    if name == "miniature":
+    if family.synthetic_only:
         if not is_shipped():
             print(RANDOM_NOTE)
         if arguments.image is not None:
@@ -99,7 +100,7 @@ def quieten_libraries() -> None:
     """Show warnings in one line, hide bars for files of a few MB, switch telemetry off."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qwen_vision_bridge.loading.towers").setLevel(logging.INFO)  # how many bytes were read
-    logging.getLogger("qwen_vision_bridge.loading.placement").setLevel(logging.INFO)  # what will lie where
+    logging.getLogger("qwen_vision_bridge.loading.memory").setLevel(logging.INFO)  # what will lie where
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

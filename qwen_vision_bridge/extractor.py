@@ -15,12 +15,13 @@ from PIL import Image
 from .cache import CacheComparison, VisionCache, compare
 from .features import FeatureCache
 from .images import ImageLike, image_digest, load_images, on_grids
-from .loading.checkpoints import not_finite, open_checkpoint
+from .loading.checkpoints import open_checkpoint
+from .loading.checks import not_finite
+from .loading.families import resolve_family
 from .loading.locks import exclusive, model_lock
-from .loading.processors import load_processor
 from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
-from .loading.towers import compile_blocks, load_tower, load_whole, require_cuda_for_8bit
-from .specs import LEVEL_NAMES, Family, ModelSpec, resolve_family
+from .loading.towers import compile_blocks, load_processor, load_tower, load_whole, require_cuda_for_8bit
+from .specs import LEVEL_NAMES, Family, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedModel

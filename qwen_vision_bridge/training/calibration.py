@@ -1,14 +1,14 @@
-"""A bridge in closed form: reduced-rank ridge regression from source levels to target features, no gradients.
+"""A bridge in closed form: reduced-rank ridge regression from source levels to target features.
 
-Second moments are summed over a stream of tokens, so memory does not grow with their number, and kept apart
-by fold, so that cross-validation costs no second pass. Levels and features are first taken to a basis of
+Second moments are summed over a stream of tokens, so memory does not grow with their number, and separately
+for each fold, so that cross-validation needs no second pass. Levels and features are first projected onto
 their principal components (Halko, Martinsson and Tropp 2011, arXiv 0909.4061): at the released shapes the
-moments of 12 288 channels over 10⁶ tokens would cost 3·10¹⁴ operations, those of 3 × 512 cost 5·10¹². What
-the bases leave out is measured along the stream and reported. Reduced rank: Izenman 1975.
+moments of 12 288 channels over 10⁶ tokens would cost 3·10¹⁴ operations, those of 3 × 512 cost 5·10¹². The
+energy outside the bases is measured along the stream and reported. Reduced rank: Izenman 1975.
 
-What is regressed on decides what the update means. `target`: the levels' account of the target's own
-features, so what the source cannot confirm is averaged out. `teacher`: features of the same image seen
-finer, pooled to the same grid, so the update is what the target would see with better vision.
+The regression target decides what the update means. The target's own features: the update is what the levels
+confirm of them, and the rest is averaged out. Features of the same image at a higher resolution, pooled to
+the same grid: the update is what the target would see with better vision.
 """
 
 from __future__ import annotations
@@ -21,39 +21,42 @@ import torch
 from torch import Tensor
 
 from ..bridge import BridgeConfig, VisionBridge
+from .packs import Pack
+from .trainable import TrainableBridge
 
 COMPONENTS = 512  # of each level's basis and of the features'
-SUBSET = 16_384  # tokens that the bases are found from
+BASIS_TOKENS = 16_384  # tokens that the bases are computed from
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal of the levels' moments
 FOLDS = 5
-NOTED = 8  # of so many chunks one is looked at for what the levels' bases leave out
-SWEEPS = 3  # over the levels, each refitted to what the others leave
+CHUNK = 4096  # tokens
+MEASURE_EVERY = 8  # chunks, for the levels' energy inside their bases
+SWEEPS = 3  # over the levels, each refitted to the residual of the others
 
 
 class Tokens(NamedTuple):
-    """One chunk of a stream of cached tokens, in any dtype; the tokens of an image stay together."""
+    """One chunk of a stream of tokens, in any dtype; the tokens of an image stay together."""
 
     levels: Sequence[Tensor]
     """L × (n, source_dim)."""
     baseline: Tensor
     """(n, target_dim): the target's features."""
-    teacher: Tensor | None = None
-    """(n, target_dim): what the target should have seen."""
+    highres: Tensor | None = None
+    """(n, target_dim): the target's features of the image at a higher resolution."""
 
 
 class Calibration(NamedTuple):
-    """A fitted bridge and how well it fits tokens that it was not fitted to."""
+    """A fitted bridge and how well it fits held-out tokens."""
 
     bridge: VisionBridge
     explained: float
-    """Share of the wanted update's energy that is explained, held out; of the features themselves for
-    `target`. Channels weigh alike."""
+    """Share of the regression target's energy that is explained on held-out folds; all channels have equal
+    weight."""
     ridge: float
     rank: int
     by_rank: dict[int, float]
     """Rank → explained, at the chosen ridge."""
     kept: dict[str, float]
-    """Share of the energy inside each basis: one a level, and `features`."""
+    """Share of the energy inside the basis of each level and of `features`."""
     tokens: int
 
 
@@ -64,41 +67,52 @@ def calibrate(
     ridges: Sequence[float] = RIDGES,
     components: int = COMPONENTS,
 ) -> Calibration:
-    """Fit a bridge to a stream of tokens; with a teacher in it to the teacher, else to the target itself.
+    """Fit a bridge to the high-resolution features of a token stream, or to the target's where it has none.
 
-    The bridge's gate is 1, the whole regression; how much of it the language model can use is another
-    question, see `examining.choose_gate`.
+    The bridge's gate is 1, the whole regression; `validation.choose_gate` finds how much of it helps.
 
     Args:
-        config: shapes and names; `rank` is the largest tried, and `blend` follows from what fits better.
-        stream: starts the stream anew each time; chunks go to the folds in turn.
+        config: shapes and names; `rank` is the largest to try, and the better of both `blend`s is taken.
+        stream: returns a new stream at each call; chunks go to the folds in turn.
         ranks: None is a quarter, a half and all of the config's rank.
 
     Raises:
-        ValueError: no tokens, fewer chunks than folds, a bridge without rank, or shapes that do not fit.
+        ValueError: no tokens, fewer chunks than folds, a bridge without rank, or wrong widths.
     """
     if config.rank is None:
         raise ValueError("calibration gives a bridge of low rank: give the config a rank")
-    bases = find_bases(config, stream(), components)
-    sums = Sums(bases)
+    moments = Moments(compute_bases(config, stream(), components))
     for number, chunk in enumerate(stream()):
-        sums.add(chunk, number % FOLDS)
-    if not all(sums.counts):
-        raise ValueError(f"cross-validation needs at least {FOLDS} chunks of tokens, got {sum(sums.counts)}")
-    wanted = ("add", "replace") if sums.taught else ("replace",)
+        moments.add(chunk, number % FOLDS)
+    if not all(moments.counts):
+        tokens = sum(moments.counts)
+        raise ValueError(f"cross-validation needs at least {FOLDS} chunks of tokens, got {tokens} tokens")
+    blends = ("add", "replace") if moments.has_highres else ("replace",)
     ranks = ranks or sorted({max(config.rank // part, config.heads) for part in (4, 2, 1)})
     ranks = [rank for rank in ranks if rank % config.heads == 0]
-    found = {blend: _search(replace(config, blend=blend), sums, ranks, ridges) for blend in wanted}
+    fits = {blend: _search(replace(config, blend=blend), moments, ranks, ridges) for blend in blends}
 
-    def error(blend: str) -> float:  # the same distance, to the teacher or the target, for both
-        return (1 - found[blend].explained) * float(sums.wanted(blend)[1].sum())
+    def error(blend: str) -> float:  # in the same unit for both blends
+        return (1 - fits[blend].explained) * float(moments.regression_target(blend)[1].sum())
 
-    return found[min(found, key=error)]
+    return fits[min(fits, key=error)]
+
+
+def token_stream(pack: Pack, trainable: TrainableBridge) -> Iterator[Tokens]:
+    """All tokens of a pack, in chunks of whole images, with the levels that a bridge sees."""
+    for members in pack.layouts.values():
+        rows, columns = pack.grid_of(members)
+        images = min(CHUNK // (rows * columns), len(members) // (2 * FOLDS))
+        for samples in members.split(max(images, 1)):
+            baseline = pack.rows("vision", samples)
+            levels = [level.flatten(0, 1).cpu() for level in trainable.levels(pack, samples, baseline)]
+            highres = pack.rows("highres", samples).flatten(0, 1).cpu() if "highres" in pack.fields else None
+            yield Tokens(levels, baseline.flatten(0, 1).cpu(), highres)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal directions of channels that are scaled to equal size."""
+    """Orthonormal directions of channels that are scaled to an RMS of 1."""
 
     scale: Tensor
     """(D,): RMS of each channel."""
@@ -106,7 +120,7 @@ class Basis:
     """(D, K)."""
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(n, D) to (n, K)."""
+        """Project (n, D) to (n, K)."""
         return (features / self.scale) @ self.directions
 
 
@@ -118,18 +132,18 @@ class Bases:
     features: Basis
 
 
-def find_bases(config: BridgeConfig, stream: Iterable[Tokens], components: int = COMPONENTS) -> Bases:
-    """Principal components of the first `SUBSET` tokens; all directions where there are not more.
+def compute_bases(config: BridgeConfig, stream: Iterable[Tokens], components: int = COMPONENTS) -> Bases:
+    """Compute the principal components of the first `BASIS_TOKENS` tokens; at most as many as channels.
 
     Raises:
-        ValueError: no tokens, or shapes that do not fit the config.
+        ValueError: no tokens, or wrong widths.
     """
     chunks, count = [], 0
     for chunk in stream:
         _check(config, chunk)
         chunks.append(chunk)
         count += len(chunk.baseline)
-        if count >= SUBSET:
+        if count >= BASIS_TOKENS:
             break
     if not count:
         raise ValueError("there are no tokens to calibrate on")
@@ -137,78 +151,74 @@ def find_bases(config: BridgeConfig, stream: Iterable[Tokens], components: int =
     for number in range(len(config.levels)):
         rows = torch.cat([normalised(chunk.levels[number]) for chunk in chunks])
         levels.append(_principal(rows, components))
-    rows = torch.cat([_over(chunk.baseline, _rms(chunk.baseline)) for chunk in chunks])
+    rows = torch.cat([chunk.baseline.float() / _rms(chunk.baseline) for chunk in chunks])
     return Bases(tuple(levels), _principal(rows, components))
 
 
-class Sums:
-    """Second moments of levels and wanted features in their bases, fold by fold, in float64."""
+class Moments:
+    """Second moments of levels and regression targets in their bases, fold by fold, in float64."""
 
     def __init__(self, bases: Bases) -> None:
         self.bases = bases
         width = sum(basis.directions.shape[1] for basis in bases.levels)
-        wide = bases.features.directions.shape[1]
+        outputs = bases.features.directions.shape[1]
         self.levels = torch.zeros(FOLDS, width, width, dtype=torch.float64)
-        self.own = torch.zeros(FOLDS, width, wide, dtype=torch.float64)  # levels with the baseline
-        self.seen = torch.zeros(FOLDS, width, wide, dtype=torch.float64)  # levels with the teacher
-        self.energy = torch.zeros(FOLDS, 3, dtype=torch.float64)  # of baseline, teacher, their difference
-        self.inside = torch.zeros(len(bases.levels) + 1, 2, dtype=torch.float64)  # in the basis, in all
+        self.with_baseline = torch.zeros(FOLDS, width, outputs, dtype=torch.float64)
+        self.with_highres = torch.zeros(FOLDS, width, outputs, dtype=torch.float64)
+        self.energy = torch.zeros(FOLDS, 3, dtype=torch.float64)  # baseline, high resolution, difference
+        self.basis_energy = torch.zeros(len(bases.levels) + 1, 2, dtype=torch.float64)  # inside, total
         self.counts = [0] * FOLDS
+        self.has_highres = False
         self._chunks = 0
-        self.taught = False
 
     def add(self, chunk: Tokens, fold: int) -> None:
         """Add a chunk's moments to a fold's."""
-        x = torch.cat(
-            [self._project(number, level) for number, level in enumerate(chunk.levels)], dim=1
-        )  # (n, L·K)
+        x = torch.cat([self._project(n, level) for n, level in enumerate(chunk.levels)], dim=1)  # (n, L·K)
         basis, rms = self.bases.features, _rms(chunk.baseline)
-        rows = _over(chunk.baseline, rms).div_(basis.scale)
-        own = rows @ basis.directions
+        baseline = (chunk.baseline.float() / rms).div_(basis.scale)
+        projected = baseline @ basis.directions
         self.levels[fold] += (x.T @ x).double()
-        self.own[fold] += (x.T @ own).double()
-        self.energy[fold, 0] += rows.square().sum().double()
-        self._note(-1, own, rows)
-        if chunk.teacher is not None:
-            self.taught = True
-            finer = _over(chunk.teacher, rms).div_(basis.scale)
-            self.seen[fold] += (x.T @ (finer @ basis.directions)).double()
-            self.energy[fold, 1] += finer.square().sum().double()
-            self.energy[fold, 2] += (finer - rows).square().sum().double()
+        self.with_baseline[fold] += (x.T @ projected).double()
+        self.energy[fold, 0] += baseline.square().sum().double()
+        self._measure_basis(-1, projected, baseline)
+        if chunk.highres is not None:
+            self.has_highres = True
+            highres = (chunk.highres.float() / rms).div_(basis.scale)
+            self.with_highres[fold] += (x.T @ (highres @ basis.directions)).double()
+            self.energy[fold, 1] += highres.square().sum().double()
+            self.energy[fold, 2] += (highres - baseline).square().sum().double()
         self.counts[fold] += len(x)
         self._chunks += 1
 
     def _project(self, number: int, level: Tensor) -> Tensor:
-        """A level in its basis; its norm and scale are applied where that touches the fewest numbers."""
+        """A level in its basis; norm and scale are applied on whichever side has fewer numbers."""
         basis = self.bases.levels[number]
-        if self._chunks % NOTED == 0:
+        if self._chunks % MEASURE_EVERY == 0:
             rows = normalised(level).div_(basis.scale)
             projected = rows @ basis.directions
-            self._note(number, projected, rows)
+            self._measure_basis(number, projected, rows)
             return projected
         rows = level.float()
         rms = (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         return (rows @ (basis.directions / basis.scale[:, None])) / rms
 
-    def _note(self, number: int, projected: Tensor, rows: Tensor) -> None:
-        self.inside[number, 0] += projected.square().sum().double()
-        self.inside[number, 1] += rows.square().sum().double()
+    def _measure_basis(self, number: int, projected: Tensor, rows: Tensor) -> None:
+        self.basis_energy[number, 0] += projected.square().sum().double()
+        self.basis_energy[number, 1] += rows.square().sum().double()
 
-    def wanted(self, blend: str) -> tuple[Tensor, Tensor]:
-        """Levels with what is wanted, (F, L·K, K), and its energy (F,)."""
-        if not self.taught:
-            return self.own, self.energy[:, 0]
-        return (
-            (self.seen, self.energy[:, 1])
-            if blend == "replace"
-            else (self.seen - self.own, self.energy[:, 2])
-        )
+    def regression_target(self, blend: str) -> tuple[Tensor, Tensor]:
+        """Moments of levels and regression target (F, L·K, K), and the target's energy (F,)."""
+        if not self.has_highres:
+            return self.with_baseline, self.energy[:, 0]
+        if blend == "replace":
+            return self.with_highres, self.energy[:, 1]
+        return self.with_highres - self.with_baseline, self.energy[:, 2]
 
 
 def fit(
     moments: Tensor, cross: Tensor, sizes: Sequence[int], rank: int, ridge: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """Reduced-rank ridge regression with a rank for each block of inputs.
+    """Reduced-rank ridge regression with the same rank for each block of inputs.
 
     Args:
         moments: (W, W) of all inputs. cross: (W, K) of inputs and outputs. sizes: widths of the blocks.
@@ -218,107 +228,110 @@ def fit(
         (down (size, rank), up (rank, K)) of each block; outputs are the sum of x_l @ down @ up.
     """
     moments = _with_ridge(moments, ridge)
-    blocks = torch.linalg.solve(moments, cross).split(list(sizes))
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    factors = [
-        torch.linalg.cholesky(moments[a : a + n, a : a + n]) for a, n in zip(starts, sizes, strict=True)
+    blocks = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    factors = [torch.linalg.cholesky(moments[block, block]) for block in blocks]
+    solution = torch.linalg.solve(moments, cross)
+    pairs = [
+        _reduced(factor, factor.T @ solution[block], rank)
+        for factor, block in zip(factors, blocks, strict=True)
     ]
-    pairs = [_reduced(factor, factor.T @ block, rank) for factor, block in zip(factors, blocks, strict=True)]
     for _ in range(SWEEPS):
-        for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-            left = cross[start : start + size].clone()
-            for other, (at, wide) in enumerate(zip(starts, sizes, strict=True)):
+        for number, (block, factor) in enumerate(zip(blocks, factors, strict=True)):
+            residual = cross[block].clone()
+            for other, (down, up) in enumerate(pairs):
                 if other != number:
-                    down, up = pairs[other]
-                    left -= moments[start : start + size, at : at + wide] @ down @ up
-            factor = factors[number]
-            pairs[number] = _reduced(factor, torch.linalg.solve_triangular(factor, left, upper=False), rank)
+                    residual -= moments[block, blocks[other]] @ down @ up
+            whitened = torch.linalg.solve_triangular(factor, residual, upper=False)
+            pairs[number] = _reduced(factor, whitened, rank)
     return pairs
 
 
-def normalised(levels: Tensor) -> Tensor:
-    """A level as the bridge's norm leaves it, (n, D) in float32."""
-    rows = levels.float()
+def normalised(level: Tensor) -> Tensor:
+    """A level after the bridge's norm, (n, D) in float32."""
+    rows = level.float()
     return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def chunks_of(tokens: Tokens, size: int) -> Iterator[Tokens]:
-    """A stream of chunks from tokens that are all in memory or mapped from disk."""
+    """A stream of chunks from tokens that are in memory or mapped from disk."""
     for start in range(0, len(tokens.baseline), size):
         part = slice(start, start + size)
-        teacher = None if tokens.teacher is None else tokens.teacher[part]
-        yield Tokens([level[part] for level in tokens.levels], tokens.baseline[part], teacher)
+        highres = None if tokens.highres is None else tokens.highres[part]
+        yield Tokens([level[part] for level in tokens.levels], tokens.baseline[part], highres)
 
 
-def _search(config: BridgeConfig, sums: Sums, ranks: Sequence[int], ridges: Sequence[float]) -> Calibration:
-    """Ridge by cross-validation at full rank, then rank at that ridge."""
-    cross, energy = sums.wanted(config.blend)
-    sizes = [basis.directions.shape[1] for basis in sums.bases.levels]
+def _search(
+    config: BridgeConfig, moments: Moments, ranks: Sequence[int], ridges: Sequence[float]
+) -> Calibration:
+    """Choose the ridge by cross-validation at full rank, then the rank at that ridge."""
+    cross, energy = moments.regression_target(config.blend)
+    sizes = [basis.directions.shape[1] for basis in moments.bases.levels]
 
     def held_out(solve: Callable[[Tensor, Tensor], Tensor]) -> float:
-        errors = 0.0
+        """Explained share of the energy of each fold by the weights of the others."""
+        error = 0.0
         for fold in range(FOLDS):
-            moments = sums.levels.sum(0) - sums.levels[fold]
-            weights = solve(moments, cross.sum(0) - cross[fold])
-            gained = 2 * (weights * cross[fold]).sum() - (weights * (sums.levels[fold] @ weights)).sum()
-            errors += float(energy[fold] - gained)
-        return 1 - errors / float(energy.sum())
+            weights = solve(moments.levels.sum(0) - moments.levels[fold], cross.sum(0) - cross[fold])
+            gained = 2 * (weights * cross[fold]).sum() - (weights * (moments.levels[fold] @ weights)).sum()
+            error += float(energy[fold] - gained)
+        return 1 - error / float(energy.sum())
 
-    def full(ridge: float) -> float:
-        return held_out(lambda moments, wanted: torch.linalg.solve(_with_ridge(moments, ridge), wanted))
+    def explained_at_full_rank(ridge: float) -> float:
+        return held_out(lambda inputs, outputs: torch.linalg.solve(_with_ridge(inputs, ridge), outputs))
 
-    def reduced(rank: int) -> float:
+    def explained(rank: int) -> float:
         return held_out(
-            lambda moments, wanted: torch.cat(
-                [down @ up for down, up in fit(moments, wanted, sizes, rank, ridge)]
+            lambda inputs, outputs: torch.cat(
+                [down @ up for down, up in fit(inputs, outputs, sizes, rank, ridge)]
             )
         )
 
-    ridge = max(ridges, key=full)
-    by_rank = {rank: reduced(rank) for rank in ranks}
-    rank = max(by_rank, key=lambda rank: by_rank[rank])
-    pairs = fit(sums.levels.sum(0), cross.sum(0), sizes, rank, ridge)
-    shares = (sums.inside[:, 0] / sums.inside[:, 1]).tolist()
+    ridge = max(ridges, key=explained_at_full_rank)
+    by_rank = {rank: explained(rank) for rank in ranks}
+    rank = max(by_rank, key=by_rank.__getitem__)
+    pairs = fit(moments.levels.sum(0), cross.sum(0), sizes, rank, ridge)
+    kept = (moments.basis_energy[:, 0] / moments.basis_energy[:, 1]).tolist()
     return Calibration(
-        _bridge_of(replace(config, rank=rank), sums, pairs),
+        _bridge_of(replace(config, rank=rank), moments, pairs),
         by_rank[rank],
         ridge,
         rank,
         by_rank,
-        dict(zip((*config.levels, "features"), shares, strict=True)),
-        sum(sums.counts),
+        dict(zip((*config.levels, "features"), kept, strict=True)),
+        sum(moments.counts),
     )
 
 
-def _bridge_of(config: BridgeConfig, sums: Sums, pairs: Sequence[tuple[Tensor, Tensor]]) -> VisionBridge:
+def _bridge_of(
+    config: BridgeConfig, moments: Moments, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> VisionBridge:
     """The bridge that computes the regression: keys of zero weigh all levels alike.
 
-    `fit` makes latents whose squares sum to one over all tokens; here they get the size that those of a new
-    bridge have, about one a token, so that training can go on from it.
+    The squares of `fit`'s latents sum to 1 over all tokens; here they get the size of a new bridge's, about 1
+    a token, so that training can continue from it.
     """
     bridge = VisionBridge(replace(config, init="zero"))
-    bases, size = sums.bases, sum(sums.counts) ** 0.5
-    features = bases.features
+    features, size = moments.bases.features, sum(moments.counts) ** 0.5
     with torch.no_grad():
         bridge.gate.fill_(1.0)
-        for number, (basis, (down, up)) in enumerate(zip(bases.levels, pairs, strict=True)):
+        for number, (basis, (down, up)) in enumerate(zip(moments.bases.levels, pairs, strict=True)):
             bridge.keys[number].weight.zero_()
-            narrow = basis.directions @ (size * down).float() / basis.scale[:, None]  # (source_dim, rank)
-            bridge.downs[number].weight.copy_(narrow.T)
-            wide = ((up / size).float() @ features.directions.T) * features.scale  # (rank, target_dim)
-            bridge.ups[number].weight.copy_(len(pairs) * wide.T)
+            down = basis.directions @ (size * down).float() / basis.scale[:, None]  # (source_dim, rank)
+            bridge.downs[number].weight.copy_(down.T)
+            up = ((up / size).float() @ features.directions.T) * features.scale  # (rank, target_dim)
+            bridge.ups[number].weight.copy_(len(pairs) * up.T)
     return bridge.eval()
 
 
 def _reduced(factor: Tensor, whitened: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best (down, up) of a rank for outputs whose cross moments, whitened by Cholesky, are given."""
+    """The best (down, up) of a rank for outputs whose cross moments were whitened by the Cholesky factor."""
     left, values, right = torch.linalg.svd(whitened, full_matrices=False)
-    rank_there = min(rank, len(values))
-    down = torch.linalg.solve_triangular(factor.T, left[:, :rank_there], upper=True)
-    up = values[:rank_there, None] * right[:rank_there]
-    missing = rank - rank_there
-    down = torch.nn.functional.pad(down, (0, missing))
-    return down, torch.nn.functional.pad(up, (0, 0, 0, missing))
+    kept = min(rank, len(values))
+    down = torch.linalg.solve_triangular(factor.T, left[:, :kept], upper=True)
+    up = values[:kept, None] * right[:kept]
+    pad = torch.nn.functional.pad
+    return pad(down, (0, rank - kept)), pad(up, (0, 0, 0, rank - kept))
 
 
 def _with_ridge(moments: Tensor, ridge: float) -> Tensor:
@@ -326,7 +339,7 @@ def _with_ridge(moments: Tensor, ridge: float) -> Tensor:
 
 
 def _principal(rows: Tensor, components: int) -> Basis:
-    """Channels at equal size, and their leading directions, uncentred."""
+    """Channels at an RMS of 1, and their leading directions, without centring."""
     scale = rows.square().mean(0).sqrt().clamp_min(1e-6)
     rows = rows / scale
     width = rows.shape[1]
@@ -344,12 +357,8 @@ def _rms(features: Tensor) -> Tensor:
     return features.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-def _over(features: Tensor, rms: Tensor) -> Tensor:
-    return features.float() / rms
-
-
 def _check(config: BridgeConfig, chunk: Tokens) -> None:
-    wanted = [config.source_dim] * len(config.levels) + [config.target_dim]
-    given = [tensor.shape[-1] for tensor in (*chunk.levels, chunk.baseline)]
-    if given != wanted:
-        raise ValueError(f"the bridge takes features of widths {wanted}, the tokens have {given}")
+    expected = [config.source_dim] * len(config.levels) + [config.target_dim]
+    widths = [tensor.shape[-1] for tensor in (*chunk.levels, chunk.baseline)]
+    if widths != expected:
+        raise ValueError(f"the bridge takes features of widths {expected}, the tokens have {widths}")

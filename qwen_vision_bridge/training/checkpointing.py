@@ -1,7 +1,7 @@
 """Checkpoints of a training run: folders that appear whole or not at all, and nothing pickled.
 
-`checkpoint-<step>/` holds what was learnt in its own loadable form, `state.safetensors` with the exact
-parameters, the optimiser's moments and their average, and `state.json`.
+`checkpoint-<step>/` holds the model in its own loadable form, `state.safetensors` with the exact parameters,
+their average and the optimiser's moments, and `state.json`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..io import write_json
-from ..runs import STATE, TrainingRun, checkpoints, run_of
 from ..specs import read_json
+from .run_folder import STATE, TrainingRun, checkpoints, run_of
 
 TENSORS = "state.safetensors"
 
@@ -32,70 +32,70 @@ def save_checkpoint(
     state: dict[str, Any],
     limit: int | None = None,
 ) -> Path:
-    """Write a checkpoint beside its place and rename it in; then remove the run's oldest beyond `limit`.
+    """Write a checkpoint into a temporary folder and rename it; then remove the oldest beyond `limit`.
 
     Raises:
-        OSError: it could not be written, a full disk say. Every earlier checkpoint is still there.
-        FileExistsError: another run's is in its place.
+        OSError: it could not be written, because the disk is full say. Earlier checkpoints stay.
+        FileExistsError: another run has a checkpoint of this name.
     """
-    place = run.folder / f"checkpoint-{step}"
-    if os.path.lexists(place) and run_of(place) != run.run_id:
-        raise FileExistsError(f"{place} is not of this run: move it away, then resume")
-    workshop = run.workshop() / place.name
+    path = run.folder / f"checkpoint-{step}"
+    if os.path.lexists(path) and run_of(path) != run.run_id:
+        raise FileExistsError(f"{path} is not of this run: move it away, then resume")
+    temporary = run.temporary_folder() / path.name
     try:
         try:
-            workshop.mkdir()
-            write(workshop)
+            temporary.mkdir()
+            write(temporary)
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(plain, workshop / TENSORS)
-            about = {"run": run.run_id, "fingerprint": run.fingerprint, **state, "step": step}
-            write_json(workshop / STATE, about)
+            save_file(plain, temporary / TENSORS)
+            data = {"run": run.run_id, "fingerprint": run.fingerprint, **state, "step": step}
+            write_json(temporary / STATE, data)
         except (OSError, SafetensorError) as error:
-            kept = checkpoints(run.folder, run.run_id)
-            last = f"the last one is {kept[-1]}" if kept else "there is none before it"
+            earlier = checkpoints(run.folder, run.run_id)
+            last = f"the last one is {earlier[-1]}" if earlier else "there is none before it"
             raise OSError(
-                f"the checkpoint of step {step} could not be written ({error}); {last}: make room and go on "
-                "with --resume_from_checkpoint latest"
+                f"the checkpoint of step {step} could not be written ({error}); {last}: make room and "
+                "continue with --resume_from_checkpoint latest"
             ) from error
-        if place.exists():
-            run.discard(place)  # the run was resumed from before it
-        os.rename(workshop, place)
+        if path.exists():
+            run.discard(path)  # the run was resumed from an earlier one
+        os.rename(temporary, path)
     finally:
-        shutil.rmtree(workshop.parent, ignore_errors=True)
+        shutil.rmtree(temporary.parent, ignore_errors=True)
     for old in checkpoints(run.folder, run.run_id)[: -limit if limit else 0]:
         run.discard(old)
-    return place
+    return path
 
 
 def save_result(folder: str | Path, write: Callable[[Path], None], run: TrainingRun | None = None) -> None:
-    """Let `write` fill a folder beside, and move its files in once all are whole.
+    """Let `write` fill a temporary folder, and move its files into `folder` once all are complete.
 
     Args:
-        run: whose files they are; None replaces what is there.
+        run: the owner of the files; None replaces any file.
 
     Raises:
-        OSError: it could not be written; what was there is as it was.
-        FileExistsError: a file of that name is there and not the run's.
+        OSError: it could not be written; the folder is unchanged.
+        FileExistsError: a file of that name exists and is not the run's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    workshop = run.workshop() if run else Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
+    temporary = run.temporary_folder() if run else Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
     try:
-        write(workshop)
+        write(temporary)
         if run is not None:
-            run.claim(*sorted(path.name for path in workshop.iterdir()))
-        for path in sorted(workshop.iterdir()):
+            run.claim(*sorted(path.name for path in temporary.iterdir()))
+        for path in sorted(temporary.iterdir()):
             path.chmod(0o644)
             os.replace(path, folder / path.name)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """State and tensors of a checkpoint.
+    """Read the state and tensors of a checkpoint.
 
     Raises:
-        OSError: damaged.
+        OSError: it is damaged.
     """
     try:
         return read_json(checkpoint / STATE), load_file(checkpoint / TENSORS)

@@ -1,4 +1,4 @@
-"""The flags of `train_bridge.py`, named as in diffusers' training scripts, and what they mean."""
+"""Flags of `train_bridge.py`, named as in diffusers' training scripts where those have them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
-from ..specs import FAMILIES, LEVEL_NAMES, resolve_family
+from ..loading.families import resolve_family
+from ..specs import FAMILIES, LEVEL_NAMES
+from .config import Control, Method, RunConfig, Schedule, TrainingSettings, check_data_folder
 
-METADATA = "metadata.jsonl"  # as in `samples`, which imports torch
+PARSERS = {"int": int, "float": float, "int | None": int, "Schedule": str}
+COPIED = (  # flags that are fields of `RunConfig` as they are
+    *("method", "output_dir", "features", "highres_target", "train_data_dir", "dataset_name"),
+    *("max_train_samples", "validation_samples", "cache_dir", "dataloader_num_workers"),
+    *("load_in_8bit", "gradient_checkpointing", "overwrite_output_dir"),
+)
 
-if TYPE_CHECKING:
-    from .config import TrainingSettings
-    from .run import RunConfig
 
-
-def parse(given: Sequence[str], description: str | None) -> argparse.Namespace:
-    """The flags; `--train-batch-size` is `--train_batch_size`."""
-    return _parser(description).parse_args([_underscored(word) for word in given])
+def parse(arguments: Sequence[str], description: str | None) -> argparse.Namespace:
+    """Parse the flags; `--train-batch-size` is `--train_batch_size`."""
+    return _parser(description).parse_args([_underscored(word) for word in arguments])
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
@@ -29,74 +32,45 @@ def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
     Raises:
         ValueError: a number out of its range.
     """
-    from .config import TrainingSettings
-
-    given = {item.name: getattr(arguments, item.name, None) for item in fields(TrainingSettings)}
-    return TrainingSettings(**{name: value for name, value in given.items() if value is not None})
+    values = {field.name: getattr(arguments, field.name) for field in fields(TrainingSettings)}
+    return TrainingSettings(**{name: value for name, value in values.items() if value is not None})
 
 
 def run_config_of(arguments: argparse.Namespace) -> RunConfig:
-    """What to train, from what; the data are looked at when the run is run.
+    """What to train, from which data; the samples are checked when the run starts.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: what is wrong with a flag, a model or a bridge.
-        FileExistsError: `--output_dir` holds another run or somebody else's files.
+        ValueError, FileNotFoundError, OSError: a wrong flag, model, bridge or data folder.
+        FileExistsError: `--output_dir` holds another run or foreign files.
     """
-    _check_folder(arguments.train_data_dir)  # before torch is imported
+    if arguments.train_data_dir is not None:  # the cheap checks come before torch is imported
+        check_data_folder(arguments.train_data_dir)
     if not arguments.dry_run:
-        from ..runs import check_output_dir
+        from .run_folder import check_output_dir
 
         check_output_dir(
             arguments.output_dir, arguments.resume_from_checkpoint, arguments.overwrite_output_dir
         )
-    from ..bridge import BridgeConfig, check_strength, resolve_bridge
-    from .run import RunConfig
-
     if arguments.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise ValueError(
             "--report_to tensorboard needs the package `tensorboard`, which is not installed: `uv run --with "
             "tensorboard python train_bridge.py …`; the figures are in log.jsonl anyway"
         )
-    replaced = {role: getattr(arguments, role) for role in ("source", "target", "editor")}
-    family = resolve_family(arguments.models, **replaced)
-    changes = {
-        "levels": tuple(arguments.levels),
-        "blend": arguments.blend,
-        **({"rank": arguments.rank, "query_dim": arguments.rank} if arguments.rank else {}),
-    }
-    names = (
-        "method",
-        "output_dir",
-        "features",
-        "rival",
-        "teacher",
-        "train_data_dir",
-        "dataset_name",
-        "max_train_samples",
-        "validation_samples",
-        "cache_dir",
-        "dataloader_num_workers",
-        "load_in_8bit",
-        "gradient_checkpointing",
-        "overwrite_output_dir",
-    )
+    from ..bridge import BridgeConfig, check_strength, resolve_bridge
+
+    models = {role: getattr(arguments, role) for role in ("source", "target", "editor")}
+    family = resolve_family(arguments.models, **models)
+    changes = {"levels": tuple(arguments.levels), "blend": arguments.blend}
+    if arguments.rank:
+        changes |= {"rank": arguments.rank, "query_dim": arguments.rank}
     return RunConfig(
         family=family,
         bridge=resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
         config=BridgeConfig.for_family(family, **changes),
         strength=check_strength(arguments.strength),
-        **{name: getattr(arguments, name) for name in names},
+        lora_baseline=arguments.lora_baseline == "lora",
+        **{name: getattr(arguments, name) for name in COPIED},
     )
-
-
-def _check_folder(folder: Path | None) -> None:
-    if folder is not None and not (folder / METADATA).is_file():
-        what = (
-            f"{folder} has no {METADATA}" if folder.is_dir() else f"no such folder of training data: {folder}"
-        )
-        raise FileNotFoundError(
-            f"{what}; a line of it has image, question, answer or image, instruction, target"
-        )
 
 
 def _underscored(word: str) -> str:
@@ -107,75 +81,84 @@ def _underscored(word: str) -> str:
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    _add_what(made.add_argument_group("what"))
-    _add_data(made.add_argument_group("data"))
-    _add_how(made.add_argument_group("how"))
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return made
+    _add_run(parser.add_argument_group("run"))
+    _add_bridge(parser.add_argument_group("bridge"))
+    _add_data(parser.add_argument_group("data"))
+    _add_settings(parser.add_argument_group("training"))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
-def _add_what(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--models", choices=sorted(FAMILIES), default="miniature", help="which family")
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--models", choices=sorted(FAMILIES), default="miniature", help="model family")
     for role in ("source", "target", "editor"):
-        group.add_argument(f"--{role}", help="another registered model, hub id or local folder for the role")
-    group.add_argument(
+        add(f"--{role}", help="another registered model, hub id or local folder for this role")
+    add(
         "--method",
-        choices=["calibrate", "perceive", "edit", "perceive+edit"],
+        choices=get_args(Method),
         default="perceive",
-        help="by closed form, or by the loss of answers, of edits, or of both",
+        help="closed form, or the loss to train with",
     )
-    group.add_argument("--output_dir", type=Path, required=True, help="bridge, checkpoints and log")
-    group.add_argument(
+    add("--output_dir", type=Path, required=True, help="folder of bridge, checkpoints and log")
+    add(
         "--overwrite_output_dir",
         action="store_true",
-        help="replace the run that --output_dir holds; only its own checkpoints and files are removed",
+        help="replace the run in --output_dir; only its own files are removed",
     )
-    group.add_argument("--bridge", help="continue from this bridge: folder or hub id")
-    group.add_argument("--rank", type=int, help="of a new bridge; default: the family's")
-    group.add_argument("--levels", nargs="+", choices=LEVEL_NAMES, default=LEVEL_NAMES)
-    group.add_argument("--blend", choices=["add", "replace"], default="add", help="see BridgeConfig")
-    group.add_argument(
-        "--features",
-        choices=["own", "shuffled", "target"],
-        default="own",
-        help="what the bridge sees; the others are controls",
-    )
-    group.add_argument("--rival", choices=["lora"], help="train a LoRA of the bridge's size instead")
-    group.add_argument("--strength", type=float, default=1.0, help="of the update while training")
-    group.add_argument("--teacher", action="store_true", help="calibrate: to the image seen finer")
-    group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
-
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--train_data_dir", type=Path, help="folder with metadata.jsonl, see samples.py")
-    group.add_argument("--dataset_name", help="Hugging Face dataset with the same columns")
-    group.add_argument("--max_train_samples", type=int)
-    group.add_argument("--validation_samples", type=int, default=256)
-    group.add_argument("--cache_dir", type=Path, help="where features are kept")
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images")
-
-
-def _add_how(group: argparse._ArgumentGroup) -> None:
-    from .config import SCHEDULES, TrainingSettings
-
-    chosen = {"lr_scheduler": SCHEDULES}
-    for item in fields(TrainingSettings):
-        if item.type == "bool":
-            group.add_argument(f"--{item.name}", action="store_true", default=None)
-            continue
-        kind = {"int": int, "float": float, "str": str, "int | None": int}[item.type]
-        group.add_argument(
-            f"--{item.name}", type=kind, choices=chosen.get(item.name), help=f"default: {item.default}"
-        )
-    group.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on CUDA")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
-    group.add_argument("--load_in_8bit", action="store_true", help="the frozen models; needs CUDA")
-    group.add_argument(
+    add(
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
         help="continue the run in --output_dir: path, name or `latest`",
     )
-    group.add_argument("--report_to", choices=["tensorboard"], help="beside log.jsonl")
+    add("--dry_run", action="store_true", help="print the plan and stop")
+
+
+def _add_bridge(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--bridge", help="continue from this bridge: folder or hub id")
+    add("--rank", type=int, help="rank of a new bridge; default: the family's")
+    add("--levels", nargs="+", choices=LEVEL_NAMES, default=LEVEL_NAMES, help="source levels of a new bridge")
+    add("--blend", choices=["add", "replace"], default="add", help="see BridgeConfig")
+    add(
+        "--features",
+        choices=get_args(Control),
+        default="own",
+        help="what the bridge sees; `shuffled` and `target` are controls",
+    )
+    add("--rival", choices=["lora"], dest="lora_baseline", help="train a LoRA of the bridge's size instead")
+    add("--strength", type=float, default=1.0, help="strength of the update while training")
+    add(
+        "--teacher",
+        action="store_true",
+        dest="highres_target",
+        help="calibrate to the target's features of the image at a higher resolution",
+    )
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--train_data_dir", type=Path, help="folder with metadata.jsonl, see training/data.py")
+    add("--dataset_name", help="Hugging Face dataset with the same columns")
+    add("--max_train_samples", type=int, help="default: all of the data, 12000 of the synthetic world")
+    add("--validation_samples", type=int, default=256, help="samples to hold out, at most")
+    add("--cache_dir", type=Path, help="folder of cached features")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read images")
+
+
+def _add_settings(group: argparse._ArgumentGroup) -> None:
+    for field in fields(TrainingSettings):
+        if field.type == "bool":
+            group.add_argument(f"--{field.name}", action="store_true", default=None)
+            continue
+        choices = get_args(Schedule) if field.type == "Schedule" else None
+        group.add_argument(
+            f"--{field.name}", type=PARSERS[field.type], choices=choices, help=f"default: {field.default}"
+        )
+    group.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on CUDA")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    group.add_argument("--load_in_8bit", action="store_true", help="quantise the frozen models; needs CUDA")
+    group.add_argument("--report_to", choices=["tensorboard"], help="tracker beside log.jsonl")

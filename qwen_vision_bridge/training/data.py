@@ -1,7 +1,7 @@
-"""What a bridge learns from: questions about images with their answers, and edits with their results.
+"""Training samples: questions about images with their answers, and edits with their results.
 
-From the synthetic world, from a folder of the user's own, or from a Hugging Face dataset. Everything that can
-be wrong with a user's data is found before a model is loaded, each fault with its file and line.
+They come from the synthetic world, a user's folder or a Hugging Face dataset. A user's data is checked before
+a model is loaded; every fault is reported with its file and line.
 
 A folder holds `metadata.jsonl`, one object a line: `image` (or `file_name`, as in the `imagefolder`
 convention) with `question` and `answer`, or with `instruction` and `target`, an image of the same size.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -22,31 +22,30 @@ from ..evaluation.vqa import EXPLAINED
 from ..images import load_images
 from ..io import digest_of
 from ..synthetic import cases as world
+from .config import METADATA, WORLD_SAMPLES, Kind, RunConfig, check_data_folder
 
-Kind = Literal["perceive", "edit"]
-METADATA = "metadata.jsonl"
-COLUMNS: dict[str, tuple[str, str]] = {"perceive": ("question", "answer"), "edit": ("instruction", "target")}
-SHOWN_FAULTS = 20
-# How often a taught model is asked what an instruction means, and what else a question is about.
-INSTRUCTED = 0.3
-ASKED = {"read": 0.45, "locate": 0.2, "count": 0.05, "describe": 0.3}
-EXPLAINABLE = ("read", "locate", "count")  # what a model that was not taught the world can be asked
+COLUMNS: dict[Kind, tuple[str, str]] = {"perceive": ("question", "answer"), "edit": ("instruction", "target")}
+MAX_FAULTS = 20  # that a message lists
+# A model that knows the world is asked what an instruction means; other questions have these shares.
+INSTRUCTION_SHARE = 0.3
+QUESTION_SHARES = {"read": 0.45, "locate": 0.2, "count": 0.05, "describe": 0.3}
+EXPLAINABLE = ("read", "locate", "count")  # questions for models that were not trained on the world
 ONE_IMAGE = tuple((group, kind) for group in ("ocr", "space", "detail") for kind in world.KINDS[group])
 
 
 class Sample(NamedTuple):
-    """One image with something to say or to make of it."""
+    """One image with a question and its answer, or with an instruction and its result."""
 
     image: Image.Image
     prompt: str
     answer: str | None = None
-    """What the language model should reply; None for an edit."""
+    """The language model's answer; None for an edit."""
     after: Image.Image | None = None
-    """What the edit should give, as large as `image`; None for a question."""
+    """The edited image, as large as `image`; None for a question."""
 
 
 class Samples(Protocol):
-    """A list of samples that are made or read one at a time, in any process."""
+    """A list of samples that are rendered or read one at a time, in any process."""
 
     digest: str
     """Changes whenever a sample does."""
@@ -57,26 +56,29 @@ class Samples(Protocol):
 
 
 class SampleFileError(ValueError):
-    """Faults in a user's data, a line each with file and line number."""
+    """Faults in a user's data, each on a line with file and line number."""
 
 
 class WorldSamples:
-    """Sample i of a split of `world.py`, the same on every machine.
+    """Samples of a split of the synthetic world, the same on every machine.
 
     Args:
-        taught: whether the model that is asked was trained on the world and knows its forms of reply; others
-            are asked to read, locate and count alone, with the form explained.
+        knows_world: whether the target was trained on the world and knows its forms of answers; others are
+            only asked to read, locate and count, with the form explained.
         size: px of an image's side.
+        first: index in the split of the first sample.
     """
 
     def __init__(
-        self, kind: Kind, split: str, count: int, taught: bool = True, size: int = 128, first: int = 0
+        self, kind: Kind, split: str, count: int, knows_world: bool = True, size: int = 128, first: int = 0
     ) -> None:
         if kind not in get_args(Kind) or split not in world.SPLITS:
             raise ValueError(f"samples are of a kind and a split of the world, not {kind!r}, {split!r}")
-        self.kind, self.split, self.count, self.taught = kind, split, count, taught
-        self.size, self.first = size, first
-        self.digest = digest_of(["world", kind, split, first, count, taught, size, ASKED, INSTRUCTED])
+        self.kind, self.split, self.count = kind, split, count
+        self.knows_world, self.size, self.first = knows_world, size, first
+        self.digest = digest_of(
+            ["world", kind, split, first, count, knows_world, size, QUESTION_SHARES, INSTRUCTION_SHARE]
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -89,10 +91,10 @@ class WorldSamples:
         edit = world.make_edit(group, kind, rng, self.size, self.split == "novel")
         if self.kind == "edit":
             return Sample(world.render(edit.before), edit.prompt, after=world.render(edit.after))
-        if self.taught and rng.random() < INSTRUCTED:
+        if self.knows_world and rng.random() < INSTRUCTION_SHARE:
             return Sample(world.render(edit.before), edit.prompt, edit.answer)
         scene = edit.after if rng.random() < 0.4 else edit.before
-        return Sample(world.render(scene), *_question(scene, rng, self.taught))
+        return Sample(world.render(scene), *_question(scene, rng, self.knows_world))
 
 
 class FolderSamples:
@@ -105,20 +107,14 @@ class FolderSamples:
 
     def __init__(self, folder: str | Path, kind: Kind) -> None:
         root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(f"no such folder of training data: {root}")
-        if not (root / METADATA).is_file():
-            raise FileNotFoundError(
-                f"{root} has no {METADATA}: one line a sample, with image, question, answer or with image, "
-                "instruction, target"
-            )
+        check_data_folder(root)
         self.kind, self.root = kind, root
         self.rows = _checked_rows(root, kind)
-        stamps = [
+        rows_and_bytes = [
             [row, [(root / row[name]).stat().st_size for name in ("image", "target") if name in row]]
             for row in self.rows
         ]
-        self.digest = digest_of(["folder", kind, stamps])
+        self.digest = digest_of(["folder", kind, rows_and_bytes])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -172,7 +168,7 @@ class DatasetSamples:
         return Sample(image, row["instruction"], after=after)
 
 
-class Part:
+class Subset:
     """Some of the samples of a list, by index."""
 
     def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
@@ -180,7 +176,7 @@ class Part:
 
     @property
     def digest(self) -> str:
-        """Of the whole list and the indices."""
+        """Digest of the whole list and the indices."""
         return digest_of([self.samples.digest, self.indices])
 
     def __len__(self) -> int:
@@ -190,78 +186,99 @@ class Part:
         return self.samples[self.indices[index]]
 
 
-def held_out(samples: Samples, most: int, share: float = 0.1) -> tuple[Part, Part]:
-    """Samples to learn from, and others, evenly spread, to validate on: at most `most` and `share` of all.
+def load_samples(run: RunConfig, kind: Kind) -> tuple[Samples, Samples]:
+    """Samples to train on and to validate on, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: missing or faulty data.
+    """
+    if run.is_world:
+        knows_world, size = run.family.synthetic_only, run.family.image_size
+        count = run.max_train_samples or WORLD_SAMPLES
+        return (
+            WorldSamples(kind, "train", count, knows_world, size),
+            WorldSamples(kind, "validation", run.validation_samples, knows_world, size),
+        )
+    samples: Samples = (
+        FolderSamples(run.train_data_dir, kind)
+        if run.train_data_dir is not None
+        else DatasetSamples(run.dataset_name, kind)
+    )
+    train, validation = split_samples(samples, run.validation_samples)
+    return Subset(samples, train.indices[: run.max_train_samples]), validation
+
+
+def split_samples(samples: Samples, max_held_out: int, share: float = 0.1) -> tuple[Subset, Subset]:
+    """Split off evenly spread samples to validate on, at most `max_held_out` and `share` of all.
 
     Raises:
         ValueError: a single sample, which cannot be split.
     """
     if len(samples) < 2:
-        raise ValueError(
-            f"training needs at least two samples, one of them to validate on; got {len(samples)}"
-        )
-    count = max(1, min(most, int(share * len(samples))))
-    aside = {round(number * (len(samples) - 1) / count) for number in range(count)}
-    return Part(samples, sorted(set(range(len(samples))) - aside)), Part(samples, sorted(aside))
+        raise ValueError(f"training needs at least two samples, one to validate on; got {len(samples)}")
+    count = max(1, min(max_held_out, int(share * len(samples))))
+    held_out = {round(number * (len(samples) - 1) / count) for number in range(count)}
+    rest = sorted(set(range(len(samples))) - held_out)
+    return Subset(samples, rest), Subset(samples, sorted(held_out))
 
 
-def _question(scene: world.Scene, rng: np.random.Generator, taught: bool) -> tuple[str, str]:
-    kinds = [kind for kind in ASKED if taught or kind in EXPLAINABLE]
-    if not taught and not world.words_of(scene):
+def _question(scene: world.Scene, rng: np.random.Generator, knows_world: bool) -> tuple[str, str]:
+    kinds = [kind for kind in QUESTION_SHARES if knows_world or kind in EXPLAINABLE]
+    if not knows_world and not world.words_of(scene):
         kinds.remove("read")
-    shares = np.array([ASKED[kind] for kind in kinds])
+    shares = np.array([QUESTION_SHARES[kind] for kind in kinds])
     kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
     if kind == "read":
-        asked = world.read_question(scene)
+        question, answer = world.read_question(scene)
     elif kind == "locate":
-        asked = world.locate_question(scene, rng)
-        kind = "locate" if asked[0].startswith("Where") else "count"
+        question, answer = world.locate_question(scene, rng)
+        kind = "locate" if question.startswith("Where") else "count"
     elif kind == "count":
-        asked = "How many shapes are there?", str(len(scene.objects))
+        question, answer = "How many shapes are there?", str(len(scene.objects))
     else:
-        asked = world.describe_question(scene)
-    return asked if taught else (f"{asked[0]} {EXPLAINED[kind]}", asked[1])
+        question, answer = world.describe_question(scene)
+    return question if knows_world else f"{question} {EXPLAINED[kind]}", answer
 
 
-def _checked_rows(root: Path, kind: str) -> list[dict[str, str]]:
+def _checked_rows(root: Path, kind: Kind) -> list[dict[str, str]]:
     """The rows of a kind, or every fault in any row."""
     rows, faults = [], []
     for number, line in enumerate((root / METADATA).read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            found_kind, row = _checked_row(root, line)
+            row_kind, row = _checked_row(root, line)
         except (ValueError, OSError) as error:
             faults.append(f"{root / METADATA}:{number}: {error}")
             continue
-        if found_kind == kind:
+        if row_kind == kind:
             rows.append(row)
     if faults:
-        more = f"\n… and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise SampleFileError("\n".join(faults[:SHOWN_FAULTS]) + more)
+        more = f"\n… and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise SampleFileError("\n".join(faults[:MAX_FAULTS]) + more)
     if not rows:
         first, second = COLUMNS[kind]
         raise SampleFileError(f"{root / METADATA} has no line with image, {first} and {second}")
     return rows
 
 
-def _checked_row(root: Path, line: str) -> tuple[str, dict[str, str]]:
+def _checked_row(root: Path, line: str) -> tuple[Kind, dict[str, str]]:
     try:
-        given: Any = json.loads(line)
+        data = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"a {type(given).__name__}, needed is an object")
-    if "file_name" in given:
-        given = {"image": given["file_name"], **given}
-    kinds = [kind for kind, columns in COLUMNS.items() if set(columns) & set(given)]
+    if not isinstance(data, dict):
+        raise ValueError(f"a {type(data).__name__}, needed is an object")
+    if "file_name" in data:
+        data = {"image": data["file_name"], **data}
+    kinds = [kind for kind, columns in COLUMNS.items() if set(columns) & set(data)]
     if len(kinds) != 1:
         raise ValueError("needs question and answer, or instruction and target")
-    row = {}
-    for name in ("image", *COLUMNS[kinds[0]]):
-        if not isinstance(given.get(name), str) or not given[name].strip():
+    names = ("image", *COLUMNS[kinds[0]])
+    for name in names:
+        if not isinstance(data.get(name), str) or not data[name].strip():
             raise ValueError(f"{name} is missing or empty")
-        row[name] = given[name]
+    row = {name: data[name] for name in names}
     sizes = [_size(root / row[name]) for name in ("image", "target") if name in row]
     if len(set(sizes)) > 1:
         raise ValueError(f"the target is {sizes[1]} px, the image {sizes[0]}: make them equal")
@@ -269,7 +286,7 @@ def _checked_row(root: Path, line: str) -> tuple[str, dict[str, str]]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """px of an image whose bytes are whole."""
+    """Size in px of an image file that is complete."""
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
     try:

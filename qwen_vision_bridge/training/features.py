@@ -1,4 +1,4 @@
-"""What both towers see of many images, as an edit pipeline would show them, several at a time."""
+"""Batch feature extraction with both towers, on images as the edit pipeline shows them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..specs import LEVEL_NAMES, Family
 from .data import Sample
 from .packs import Seen
 
-FINER = 2  # times the grid a side: what a teacher sees
+HIGHRES = 2  # times the grid a side
 
 
 class FeatureEncoder:
     """Both towers over samples: the source's levels and the target's features, on one grid.
 
     Args:
-        teacher: also the target's features of the image seen finer: as large as its own processor takes it,
-            where only the pipeline reduces it and the grid stays; else at `FINER` times the grid, averaged
-            over the tokens that share a place.
-        load_in_8bit: of the towers; needs CUDA.
+        highres_target: add the target's features of the image at a higher resolution: at the size that its
+            own processor allows where that keeps the grid, since only the pipeline reduces the image; else
+            at `HIGHRES` times the grid, averaged over the tokens that share a place.
+        load_in_8bit: quantise the towers; needs CUDA.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class FeatureEncoder:
         family: Family,
         device: torch.device | str,
         dtype: torch.dtype,
-        teacher: bool = False,
+        highres_target: bool = False,
         load_in_8bit: bool = False,
     ) -> None:
-        self.family, self.teacher = family, teacher
+        self.family, self.highres_target = family, highres_target
         self.extractor = VisionCacheExtractor(
             family, load_in_8bit, device=device, dtype=dtype, feature_cache=False, keep_models=True
         )
 
     def key(self) -> str:
-        """Changes whenever the features of an equal image would."""
+        """Key of everything that decides an image's features."""
         extractor = self.extractor
         return digest_of(
             [
@@ -55,30 +55,29 @@ class FeatureEncoder:
                 self.family.editor.pipeline_class,
                 self.family.editor.condition_area,
                 self.family.editor.condition_step,
-                self.teacher,
+                self.highres_target,
             ]
         )
 
-    def see(self, samples: Sequence[Sample]) -> list[Seen]:
-        """The fields `early`, `mid`, `late`, `vision` and perhaps `teacher`, and each sample's `grid`."""
+    def encode(self, samples: Sequence[Sample]) -> list[Seen]:
+        """The fields `early`, `mid`, `late`, `vision` and perhaps `highres`, and each sample's `grid`."""
         images = [sample.image for sample in samples]
-        target = self.extractor.extract_qwen25_vision([self._shown(image) for image in images])
+        target = self.extractor.extract_qwen25_vision([self._as_shown(image) for image in images])
         source = self.extractor.extract_qwen3_vision(images, grids=target.grids)
-        finer = self._finer(images, target.grids) if self.teacher else None
-        seen = []
-        for number, (one, other) in enumerate(zip(source.split(), target.split(), strict=True)):
-            fields = {name: one.features[name][0] for name in LEVEL_NAMES}
-            fields["vision"] = other.vision_features[0]
-            if finer is not None:
-                fields["teacher"] = finer[number]
-            seen.append({**fields, "grid": list(other.grid)})
-        return seen
+        encoded = []
+        for one, other in zip(source.split(), target.split(), strict=True):
+            levels = {name: one.features[name][0] for name in LEVEL_NAMES}
+            encoded.append({**levels, "vision": other.vision_features[0], "grid": list(other.grid)})
+        if self.highres_target:
+            for fields, highres in zip(encoded, self._highres(images, target.grids), strict=True):
+                fields["highres"] = highres
+        return encoded
 
     def close(self) -> None:
         """Free both towers."""
         self.extractor.unload()
 
-    def _shown(self, image: Image.Image) -> Image.Image:
+    def _as_shown(self, image: Image.Image) -> Image.Image:
         """The image as the pipeline gives it to the target's processor."""
         import diffusers
 
@@ -86,21 +85,21 @@ class FeatureEncoder:
         width, height = condition_size(getattr(diffusers, editor.pipeline_class), editor, image)
         return image.resize((width, height), Image.Resampling.LANCZOS)
 
-    def _finer(self, images: list[Image.Image], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        whole = [self.extractor.target_grid(one) == grid for one, grid in zip(images, grids, strict=True)]
-        seen = [
-            (rows, columns) if stays else (FINER * rows, FINER * columns)
-            for stays, (rows, columns) in zip(whole, grids, strict=True)
+    def _highres(self, images: list[Image.Image], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        same = [self.extractor.target_grid(image) == grid for image, grid in zip(images, grids, strict=True)]
+        highres_grids = [
+            (rows, columns) if keeps else (HIGHRES * rows, HIGHRES * columns)
+            for keeps, (rows, columns) in zip(same, grids, strict=True)
         ]
-        parts = self.extractor.extract_qwen25_vision(images, grids=seen).split()
+        caches = self.extractor.extract_qwen25_vision(images, grids=highres_grids).split()
         return [
-            part.vision_features[0] if stays else pooled(part.vision_features[0], part.grid)
-            for stays, part in zip(whole, parts, strict=True)
+            cache.vision_features[0] if keeps else pooled(cache.vision_features[0], cache.grid)
+            for keeps, cache in zip(same, caches, strict=True)
         ]
 
 
 def pooled(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean over FINER × FINER neighbours: (FINER²·N, D) on `grid` to (N, D)."""
+    """Mean over HIGHRES × HIGHRES neighbours: (HIGHRES²·N, D) on `grid` to (N, D)."""
     rows, columns = grid
     planes = features.float().T.view(1, -1, rows, columns)
-    return F.avg_pool2d(planes, FINER).flatten(2)[0].T.to(features.dtype)
+    return F.avg_pool2d(planes, HIGHRES).flatten(2)[0].T.to(features.dtype)

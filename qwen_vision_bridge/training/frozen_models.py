@@ -1,88 +1,72 @@
-"""The frozen models of a training run, each loaded when it is first needed and by the stock ways."""
+"""The frozen models of a training run, each loaded when it is first needed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..loading.towers import load_processor, load_whole
+from ..pipeline import EnhancedQwenImageEdit
+from .config import Kind, RunConfig
+from .features import FeatureEncoder
+from .flow_matching import FlowMatching
+from .frozen_lm import FrozenLanguageModel
 from .packs import See
 
 if TYPE_CHECKING:
-    from .features import FeatureEncoder
-    from .flow_matching import Flow
-    from .frozen_lm import Reader
-    from .run import RunConfig
+    from diffusers import QwenImageEditPlusPipeline
+    from transformers import PreTrainedModel
 
 
 class FrozenModels:
-    """The frozen models of a run, each loaded when it is first needed."""
+    """The frozen models of a run."""
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         self.run, self.device = run, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._encoder: Any = None
-        self._pipeline: Any = None
-        self._target: Any = None
 
-    @property
+    @cached_property
     def encoder(self) -> FeatureEncoder:
         """Both vision towers."""
-        from .features import FeatureEncoder
+        return FeatureEncoder(self.run.family, self.device, self.dtype, self.run.highres_target)
 
-        if self._encoder is None:
-            self._encoder = FeatureEncoder(self.run.family, self.device, self.dtype, self.run.teacher)
-        return self._encoder
+    @cached_property
+    def pipe(self) -> QwenImageEditPlusPipeline:
+        """The stock edit pipeline, needed for edits only."""
+        run = self.run
+        pipeline = EnhancedQwenImageEdit(
+            run.family, "fresh", run.load_in_8bit, device=self.device, dtype=self.dtype
+        )
+        return pipeline.pipe
 
-    def free_encoder(self) -> None:
-        """Free the towers, where they were loaded."""
-        if self._encoder is not None:
-            self._encoder.close()
-
-    @property
-    def pipe(self) -> Any:
-        """The stock edit pipeline, for edits alone."""
-        from ..pipeline import EnhancedQwenImageEdit
-
-        if self._pipeline is None:
-            self._pipeline = EnhancedQwenImageEdit(
-                self.run.family, "fresh", self.run.load_in_8bit, device=self.device, dtype=self.dtype
-            )
-        return self._pipeline.pipe
-
-    @property
-    def target(self) -> Any:
-        """The target with its language model; the pipeline's own where edits are learnt too."""
+    @cached_property
+    def target(self) -> PreTrainedModel:
+        """The target with its language model; the pipeline's own where edits are trained too."""
         if "edit" in self.run.kinds:
             return self.pipe.text_encoder
-        if self._target is None:
-            from ..loading.towers import load_whole
+        return load_whole(self.run.family.target, self.device, self.dtype, self.run.load_in_8bit)
 
-            self._target = load_whole(self.run.family.target, self.device, self.dtype, self.run.load_in_8bit)
-        return self._target
-
-    def reader(self) -> Reader:
-        """What reads features: the target's language model."""
-        from ..loading.processors import load_processor
-        from .frozen_lm import Reader
-
+    @cached_property
+    def language_model(self) -> FrozenLanguageModel:
+        """The target's language model, which reads the features."""
         spec, run = self.run.family.target, self.run
         processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
-        checkpointing, learning = run.gradient_checkpointing, run.rival is not None
-        return Reader(self.target, processor, run.family, checkpointing, learning)
+        return FrozenLanguageModel(
+            self.target, processor, run.family, run.gradient_checkpointing, run.lora_baseline
+        )
 
-    def flow(self) -> Flow:
-        """What edits are learnt through: the pipeline's transformer."""
-        from .flow_matching import Flow
+    @cached_property
+    def flow(self) -> FlowMatching:
+        """The pipeline's transformer, through which edits are trained."""
+        return FlowMatching(self.pipe, self.run.family.editor, self.run.gradient_checkpointing)
 
-        return Flow(self.pipe, self.run.family.editor, self.run.gradient_checkpointing)
-
-    def see(self, kind: str) -> See:
-        """What the frozen models make of samples of a kind."""
-        encoder = self.encoder
+    def encode_function(self, kind: Kind) -> See:
+        """The function that turns samples of a kind into the fields of a pack."""
         if kind == "perceive":
-            return encoder.see
-        flow = self.flow()
+            return self.encoder.encode
         return lambda samples: [
-            one | other for one, other in zip(encoder.see(samples), flow.see(samples), strict=True)
+            features | latents
+            for features, latents in zip(self.encoder.encode(samples), self.flow.encode(samples), strict=True)
         ]

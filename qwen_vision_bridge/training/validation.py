@@ -1,146 +1,174 @@
-"""How well held-out questions are answered through a learner: by greedy replies, many images at a time."""
+"""Validation on held-out samples: losses, and greedy answers to many questions at a time."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..evaluation.metrics import pixels as metrics
-from .config import TrainingSettings
-from .frozen_lm import Reader
+from .config import Kind, TrainingSettings
+from .frozen_lm import FrozenLanguageModel
 from .losses import Batch, TrainData
 from .packs import Pack
-from .trainable import BridgeLearner, Learner
+from .trainable import Trainable, TrainableBridge
 
 GATES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 BATCH = {"cpu": 64, "cuda": 512}  # images
+USER_QUESTIONS = 64  # held-out questions of a user's own data that are answered in a validation
+QUESTION_KINDS = {"What does it say": "read", "Where is": "locate", "How many": "count"}
 
 
 class Answer(NamedTuple):
-    """One reply to one held-out question."""
+    """A generated answer to one held-out question."""
 
     sample: int
     prompt: str
-    wanted: str
-    said: str
+    expected: str
+    generated: str
 
     @property
     def kind(self) -> str:
         """`read`, `locate`, `count`, or `other`."""
-        starts = {"What does it say": "read", "Where is": "locate", "How many": "count"}
-        return next((kind for start, kind in starts.items() if self.prompt.startswith(start)), "other")
+        return next((k for start, k in QUESTION_KINDS.items() if self.prompt.startswith(start)), "other")
 
     @property
     def right(self) -> float:
-        """1.0 where the reply is exact, spaces and case aside."""
-        return metrics.exact_text(self.said, self.wanted)
+        """1.0 where the answer is exact, up to spaces and case."""
+        return metrics.exact_text(self.generated, self.expected)
 
     @property
     def letters(self) -> list[list[bool]]:
-        """Of a reading: for each word that is there, which letters are said at their place."""
-        if self.wanted == "nothing":
+        """Of a reading: for each expected word, which of its letters are right."""
+        if self.expected == "nothing":
             return []
-        words = self.wanted.split("/")
-        heard = self.said.split("/") + [""] * len(words)
+        words = self.expected.split("/")
+        generated = self.generated.split("/") + [""] * len(words)
         return [
-            [a == b for a, b in zip(said.ljust(len(word)), word, strict=False)]
-            for said, word in zip(heard, words, strict=False)
+            [a == b for a, b in zip(word.ljust(len(expected)), expected, strict=False)]
+            for word, expected in zip(generated, words, strict=False)
         ]
 
 
-@torch.no_grad()
-def examine(
-    learner: Learner | None, reader: Reader, pack: Pack, only: str | None = None, most: int | None = None
-) -> list[Answer]:
-    """Greedy replies to a pack's questions; without a learner those of the baseline.
+def validate(
+    trainable: Trainable, train_data: TrainData, held_out: dict[Kind, Pack], is_world: bool
+) -> dict[str, float]:
+    """Figures on held-out samples.
 
     Args:
-        only: a kind of question, see `Answer.kind`. most: the first so many alone.
+        is_world: answer the reading questions of the synthetic world, else the first of the user's own.
     """
-    asked: dict[tuple, list[int]] = defaultdict(list)
-    lengths = reader.rows([(prompt, None) for prompt, _ in pack.texts()]).lengths.tolist()
-    layout_of = {int(i): name for name, members in pack.layouts.items() for i in members}
+    figures: dict[str, float] = {}
+    if "perceive" in held_out:
+        kind, limit = ("read", None) if is_world else (None, USER_QUESTIONS)
+        figures |= answer_loss(trainable, train_data, held_out["perceive"])
+        answers = answer_questions(trainable, train_data.language_model, held_out["perceive"], kind, limit)
+        figures |= summarize(answers)
+    if "edit" in held_out:
+        edits = TrainData(train_data.language_model, None, held_out["edit"], train_data.flow)
+        figures["edit"] = edit_loss(trainable, edits)
+    return figures
+
+
+@torch.no_grad()
+def answer_questions(
+    trainable: Trainable | None,
+    language_model: FrozenLanguageModel,
+    pack: Pack,
+    kind: str | None = None,
+    limit: int | None = None,
+) -> list[Answer]:
+    """Greedy answers to a pack's questions; without a trainable those of the baseline.
+
+    Args:
+        kind: answer questions of this kind only, see `Answer.kind`. limit: the first so many only.
+    """
     texts = pack.texts()
-    chosen = [i for i, text in enumerate(texts) if only in (None, Answer(i, *text, "").kind)]
-    for index in chosen[:most]:
-        asked[layout_of[index], lengths[index]].append(index)
-    answers, size = [], BATCH[reader.device.type]
-    for members in asked.values():
-        for first in range(0, len(members), size):
-            samples = torch.tensor(members[first : first + size])
-            shown = features_of(learner, pack, samples)
-            said = reader.reply(shown, [texts[index][0] for index in samples.tolist()], pack.grid_of(samples))
+    lengths = language_model.tokenize([(prompt, None) for prompt, _ in texts]).prompt_lengths.tolist()
+    layout_of = {int(i): layout for layout, members in pack.layouts.items() for i in members}
+    chosen = [i for i, text in enumerate(texts) if kind in (None, Answer(i, *text, "").kind)]
+    batches: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for index in chosen[:limit]:
+        batches[layout_of[index], lengths[index]].append(index)
+    answers = []
+    for members in batches.values():
+        for samples in torch.tensor(members).split(BATCH[language_model.device.type]):
+            features = vision_features(trainable, pack, samples)
+            prompts = [texts[index][0] for index in samples.tolist()]
+            generated = language_model.generate(features, prompts, pack.grid_of(samples))
             answers += [
-                Answer(index, *texts[index], reply)
-                for index, reply in zip(samples.tolist(), said, strict=True)
+                Answer(index, *texts[index], answer)
+                for index, answer in zip(samples.tolist(), generated, strict=True)
             ]
     return sorted(answers)
 
 
-def features_of(learner: Learner | None, pack: Pack, samples: Tensor) -> Tensor:
-    """What the language model is shown of samples, (B, N, D)."""
-    return pack.rows("vision", samples).float() if learner is None else learner.see(pack, samples)[0]
+def vision_features(trainable: Trainable | None, pack: Pack, samples: Tensor) -> Tensor:
+    """Features (B, N, D) for the language model; without a trainable the target's own."""
+    if trainable is None:
+        return pack.rows("vision", samples).float()
+    return trainable.vision_features(pack, samples)
 
 
 @torch.no_grad()
-def predict(
-    learner: Learner | None, train_data: TrainData, pack: Pack, most: int | None = None
+def answer_loss(
+    trainable: Trainable | None, train_data: TrainData, pack: Pack, limit: int | None = None
 ) -> dict[str, float]:
-    """Cross-entropy of a pack's replies, and the share of their tokens that is predicted right.
+    """Cross-entropy of a pack's answers, and the share of their tokens that is predicted right.
 
     Args:
-        most: of each layout only the first so many.
+        limit: the first so many samples of each layout only.
     """
-    rows = train_data.reader.rows(pack.texts())
+    language_model = train_data.language_model
+    texts = language_model.tokenize(pack.texts())
     sums = torch.zeros(3)
-    for members in (members[:most] for members in pack.layouts.values()):
-        for samples in members.split(BATCH[train_data.reader.device.type]):
-            part = rows.at(samples).shortened().to(train_data.reader.device)
-            features = features_of(learner, pack, samples)
-            found = train_data.reader.cross_entropy(features, part, pack.grid_of(samples))
-            sums += torch.stack(found).float().cpu()
+    for members in pack.layouts.values():
+        for samples in members[:limit].split(BATCH[language_model.device.type]):
+            part = texts.select(samples).trimmed().to(language_model.device)
+            features = vision_features(trainable, pack, samples)
+            totals = language_model.cross_entropy(features, part, pack.grid_of(samples))
+            sums += torch.stack(totals).float().cpu()
     return {"loss": float(sums[0] / sums[2]), "right": float(sums[1] / sums[2])}
 
 
 @torch.no_grad()
-def choose_gate(learner: BridgeLearner, train_data: TrainData, samples: int = 512) -> float:
-    """Set a calibrated bridge's gate to the value of `GATES` under which the language model answers best.
+def choose_gate(trainable: TrainableBridge, train_data: TrainData, samples: int = 512) -> float:
+    """Set a calibrated bridge's gate to the value of `GATES` with the lowest answer loss.
 
-    Regression knows nothing of the model that reads the features: replacing them whole does harm where a
-    small share of it helps. The first so many samples of the train_data are asked, none that validates.
+    The regression ignores the model that reads the features: replacing them whole can do harm where a small
+    share of the update helps. Only training samples are used.
     """
     losses = {}
     for gate in GATES:
-        learner.bridge.gate.fill_(gate)
-        losses[gate] = predict(learner, train_data, train_data.perceive, samples)["loss"]
-    best = min(losses, key=lambda gate: losses[gate])
-    learner.bridge.gate.fill_(best)
+        trainable.bridge.gate.fill_(gate)
+        losses[gate] = answer_loss(trainable, train_data, train_data.perceive, samples)["loss"]
+    best = min(GATES, key=losses.__getitem__)
+    trainable.bridge.gate.fill_(best)
     return best
 
 
 @torch.no_grad()
-def edit_error(learner: Learner, train_data: TrainData, batch: int = 32) -> float:
-    """The flow-matching loss of the edits, prompts never left out; the same noise in every call."""
+def edit_loss(trainable: Trainable, train_data: TrainData, batch_size: int = 32) -> float:
+    """Flow-matching loss of the edits, without dropout of prompts and with the same noise in every call."""
     settings = TrainingSettings(condition_dropout=0.0, edit_weight=1.0)
-    count, error = -(-len(train_data.edit) // batch), 0.0
-    for turn in range(count):
-        plan = Batch(train_data, "edit", turn, batch, settings)
-        losses, _ = plan.losses(learner, slice(0, batch))
-        error += float(losses["edit"]) / count
-    return error
+    count, total = -(-len(train_data.edit) // batch_size), 0.0
+    for step in range(count):
+        batch = Batch(train_data, "edit", step, batch_size, settings)
+        losses, _ = batch.losses(trainable, slice(0, batch_size))
+        total += float(losses["edit"]) / count
+    return total
 
 
-def summary(answers: list[Answer]) -> dict[str, Any]:
-    """Shares right by kind of question, and of readings the share of letters and of words."""
-    found: dict[str, Any] = {}
+def summarize(answers: list[Answer]) -> dict[str, float]:
+    """Share of right answers by kind of question, and of readings the share of right letters and words."""
+    figures: dict[str, float] = {}
     for kind in sorted({answer.kind for answer in answers}):
-        rights = [answer.right for answer in answers if answer.kind == kind]
-        found[f"answered/{kind}"] = sum(rights) / len(rights)
+        right = [answer.right for answer in answers if answer.kind == kind]
+        figures[f"answered/{kind}"] = sum(right) / len(right)
     words = [word for answer in answers if answer.kind == "read" for word in answer.letters]
     if words:
-        found["letters"] = sum(map(sum, words)) / sum(map(len, words))
-        found["words"] = sum(map(all, words)) / len(words)
-    return found
+        figures["letters"] = sum(map(sum, words)) / sum(map(len, words))
+        figures["words"] = sum(map(all, words)) / len(words)
+    return figures

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.evaluation.vqa import score
 from qwen_vision_bridge.io import write_whole
-from qwen_vision_bridge.training.trainable import BridgeLearner
-from qwen_vision_bridge.training.validation import Answer, examine
+from qwen_vision_bridge.training.trainable import TrainableBridge
+from qwen_vision_bridge.training.validation import Answer, answer_questions
 
 from .bench import Bench, Untouched
 from .designs import EXTRA
@@ -74,9 +74,9 @@ def _loaded(bench: Bench, arm: str, seed: int) -> Any:
 def _asked(bench: Bench, loaded: Any, arm: str, seed: int, group: str, exam: Exam) -> Iterator[Record]:
     pack, samples = bench.questions(group, exam.split, exam.count)
     learner, reader = loaded
-    if isinstance(learner, BridgeLearner):
+    if isinstance(learner, TrainableBridge):
         learner.strength = exam.strength
-    for answer in examine(learner, reader, pack, exam.only):
+    for answer in answer_questions(learner, reader, pack, exam.only):
         case, question = samples.asked[answer.sample]
         yield {
             "arm": arm,
@@ -88,14 +88,14 @@ def _asked(bench: Bench, loaded: Any, arm: str, seed: int, group: str, exam: Exa
             "case": f"{case.case_id}:{question.kind}",
             "asked": question.kind,
             "strength": exam.strength,
-            "said": answer.said,
-            "wanted": answer.wanted,
+            "said": answer.generated,
+            "wanted": answer.expected,
             "metrics": _scored(answer, question),
         }
 
 
 def _scored(answer: Answer, question: Any) -> dict[str, float]:
-    values = score(question, answer.said)
+    values = score(question, answer.generated)
     if words := (answer.letters if question.kind == "read" else []):
         values["letters"] = sum(map(sum, words)) / sum(map(len, words))
     return values

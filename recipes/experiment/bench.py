@@ -17,20 +17,20 @@ from qwen_vision_bridge.bridge import BridgeConfig
 from qwen_vision_bridge.evaluation.scoring import Scorer
 from qwen_vision_bridge.evaluation.vqa import questions_of
 from qwen_vision_bridge.io import digest_of, write_json
-from qwen_vision_bridge.loading.processors import load_processor
+from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.synthetic.cases import Case, make_cases
-from qwen_vision_bridge.training.calibration import calibrate
+from qwen_vision_bridge.training.calibration import calibrate, token_stream
 from qwen_vision_bridge.training.checkpointing import save_result
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.data import Sample, WorldSamples
 from qwen_vision_bridge.training.features import FeatureEncoder
-from qwen_vision_bridge.training.flow_matching import Flow
-from qwen_vision_bridge.training.frozen_lm import Reader
+from qwen_vision_bridge.training.flow_matching import FlowMatching
+from qwen_vision_bridge.training.frozen_lm import FrozenLanguageModel
 from qwen_vision_bridge.training.losses import TrainData
 from qwen_vision_bridge.training.packs import Pack, See, build_pack, join
-from qwen_vision_bridge.training.run import pack_name, token_stream
-from qwen_vision_bridge.training.trainable import BridgeLearner, Learner, rival_of
+from qwen_vision_bridge.training.run import pack_name
+from qwen_vision_bridge.training.trainable import LoraBaseline, Trainable, TrainableBridge
 from qwen_vision_bridge.training.trainer import Trainer
 from qwen_vision_bridge.training.validation import choose_gate
 
@@ -91,18 +91,18 @@ class Bench:
             for teacher in (False, True)
         }
         self.settings = settings or TrainingSettings()
-        self.flow = Flow(self.pipeline.pipe, self.family.editor)
+        self.flow = FlowMatching(self.pipeline.pipe, self.family.editor)
         self.accelerator = Accelerator(mixed_precision="bf16" if self.device.type == "cuda" else "no")
         self._joined: dict[str, Pack] = {}
         self._questions: dict[tuple[str, str, int], tuple[Pack, CaseSamples]] = {}
         self._scorer: Scorer | None = None
 
-    def reader(self, model: Any = None) -> Reader:
+    def reader(self, model: Any = None) -> FrozenLanguageModel:
         """A reader of the pipeline's own text encoder, or of another one that learns."""
         spec = self.family.target
         processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
         own = self.pipeline.pipe.text_encoder
-        return Reader(model or own, processor, self.family, learning=model is not None)
+        return FrozenLanguageModel(model or own, processor, self.family, trainable=model is not None)
 
     def samples_part(self, kind: str, number: int) -> Pack:
         """The features of one part; those of questions with what the target sees of sharp images."""
@@ -140,17 +140,17 @@ class Bench:
             self._scorer.close()
             self._scorer = None
 
-    def train_data(self, design: Design, reader: Reader) -> TrainData:
+    def train_data(self, design: Design, reader: FrozenLanguageModel) -> TrainData:
         """What a design learns from."""
         packs = {kind: self.samples(kind, design.samples) for kind in design.method.split("+")}
         return TrainData(reader, packs.get("perceive"), packs.get("edit"), self.flow)
 
-    def learner(self, design: Design, seed: int) -> tuple[Learner, Reader]:
+    def learner(self, design: Design, seed: int) -> tuple[Trainable, FrozenLanguageModel]:
         """What a design trains, at its start, and what reads for it."""
         config = BridgeConfig.for_family(self.family, seed=seed, **design.config)
         if design.rival:
             model = copy.deepcopy(self.pipeline.pipe.text_encoder)
-            return rival_of(config, model, seed), self.reader(model)
+            return LoraBaseline(model, config, seed), self.reader(model)
         if design.start is not None:
             bridge = VisionBridge.from_pretrained(EXTRA[design.start].place(self.folder, seed))
         elif design.method == "calibrate":
@@ -162,7 +162,7 @@ class Bench:
             for name, parameter in bridge.named_parameters():
                 if name.startswith(design.zeroed):
                     parameter.zero_()
-        learner = BridgeLearner(bridge.to(self.device), design.features, seed=seed)
+        learner = TrainableBridge(bridge.to(self.device), design.features, seed=seed)
         if design.method == "calibrate":
             choose_gate(learner, TrainData(self.reader(), self.samples("perceive", design.samples)))
         for name, parameter in bridge.named_parameters():
@@ -193,23 +193,23 @@ class Bench:
         write_json(folder / "done.json", {"design": design.name, "seed": seed})
         return folder
 
-    def load(self, design: Design, seed: int) -> tuple[Learner, Reader]:
+    def load(self, design: Design, seed: int) -> tuple[Trainable, FrozenLanguageModel]:
         """A finished design, to be asked."""
         folder = design.place(self.folder, seed)
         if design.method == "sharp":
-            return Untouched("teacher"), self.reader()
+            return Untouched("highres"), self.reader()
         if design.rival:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(copy.deepcopy(self.pipeline.pipe.text_encoder), folder)
             return Untouched(), self.reader(model.base_model.model)
         bridge = VisionBridge.from_pretrained(folder).to(self.device)
-        return BridgeLearner(bridge, design.features, seed=seed), self.reader()
+        return TrainableBridge(bridge, design.features, seed=seed), self.reader()
 
     def _calibrated(self, design: Design, config: BridgeConfig) -> VisionBridge:
         """Of the config's own rank, on all levels alike: query and keys do nothing yet."""
         pack = self.samples("perceive", design.samples, design.teacher)
-        aside = BridgeLearner(VisionBridge(config), design.features)
+        aside = TrainableBridge(VisionBridge(config), design.features)
         return calibrate(config, lambda: token_stream(pack, aside), ranks=[config.rank]).bridge
 
     def _pack(self, samples: Any, kind: str, teacher: bool = False) -> Pack:
@@ -219,17 +219,18 @@ class Bench:
 
     def _see(self, kind: str, encoder: FeatureEncoder) -> See:
         if kind == "perceive":
-            return encoder.see
+            return encoder.encode
         return lambda samples: [
-            one | other for one, other in zip(encoder.see(samples), self.flow.see(samples), strict=True)
+            one | other for one, other in zip(encoder.encode(samples), self.flow.encode(samples), strict=True)
         ]
 
 
 class Learning:
     """A learner of which only the parameters that require a gradient are trained."""
 
-    def __init__(self, learner: Learner) -> None:
-        self.see, self.save, self._learner = learner.see, learner.save, learner
+    def __init__(self, learner: Trainable) -> None:
+        self.vision_features, self.save = learner.vision_features, learner.save
+        self._learner = learner
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self._learner.parameters().items() if p.requires_grad}
@@ -241,9 +242,8 @@ class Untouched:
     def __init__(self, field: str = "vision") -> None:
         self.field = field
 
-    def see(self, pack: Pack, samples: Tensor) -> tuple[Tensor, Tensor]:
-        features = pack.rows(self.field, samples).float()
-        return features, features
+    def vision_features(self, pack: Pack, samples: Tensor) -> Tensor:
+        return pack.rows(self.field, samples).float()
 
 
 def _part(pack: Pack, count: int | None, teacher: bool) -> Pack:
@@ -255,5 +255,5 @@ def _part(pack: Pack, count: int | None, teacher: bool) -> Pack:
         cut = {name: members[members < count] for name, members in pack.layouts.items()}
         part.layouts = {name: members for name, members in cut.items() if len(members)}
     if not teacher:
-        part.fields = {name: rows for name, rows in pack.fields.items() if name != "teacher"}
+        part.fields = {name: rows for name, rows in pack.fields.items() if name != "highres"}
     return part

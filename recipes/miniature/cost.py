@@ -1,6 +1,6 @@
 """What one edit of the miniature costs on this machine: loading, time and memory, in fresh processes.
 
-python recipes/miniature/cost.py --editor weights/editor --source weights/source --threads 2
+python -m recipes.miniature.cost --editor weights/editor --source weights/source --threads 2
 """
 
 from __future__ import annotations
@@ -76,10 +76,12 @@ def repeated(
     """`once` in as many fresh processes, by figure."""
     folders = ["--source", str(Path(source).resolve()), "--editor", str(Path(editor).resolve())]
     settings = ["--steps", str(steps), "--threads", str(threads)]
-    command = [sys.executable, __file__, *folders, *settings]
+    command = [sys.executable, "-m", "recipes.miniature.cost", *folders, *settings]
     found: dict[str, list[float]] = {}
     for _ in range(times):
-        said = subprocess.run(command, check=True, capture_output=True, text=True)
+        said = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        )
         for name, value in json.loads(said.stdout.splitlines()[-1]).items():
             found.setdefault(name, []).append(value)
     return found

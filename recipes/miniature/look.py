@@ -1,6 +1,6 @@
 """A quick look at how well the editor edits, by kind: as asked, said outright, and with strange encoder.
 
-    python recipes/miniature/look.py --target runs/target/target --vae runs/vae/vae \\
+    python -m recipes.miniature.look --target runs/target/target --vae runs/vae/vae \\
         --transformer runs/dit/transformer --folder runs/look
 
 In batches and on the `validation` split, to steer the training; the card's figures come from `measure.py`.

@@ -1,13 +1,15 @@
-"""A resumable optimisation loop for small models, whose steps are bound by kernel launches.
+"""A resumable training loop for small models, whose steps are bound by kernel launches.
 
-On CUDA every step (forward, backward, clipping, AdamW, average) is one CUDA graph per layout of the batch.
-Checkpoints are safetensors and JSON, nothing pickled. As a script it draws a folder's loss curves:
+On CUDA every step (forward, backward, clipping, optimisers, average) is one CUDA graph per layout of the
+batch. That is why it is not the package's `Trainer`: a graph allows no AveragedModel, accelerate or gradient
+accumulation, which read numbers on the host. Both share what they can, the handling of stop requests.
 
-    python recipes/miniature/loop.py FOLDER
+As a script it draws a folder's loss curves: `python -m recipes.miniature.loop FOLDER`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -17,31 +19,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qwen_vision_bridge.training.stopping import stop_requests
+from qwen_vision_bridge.io import write_whole
+from qwen_vision_bridge.training.trainer import stop_requests
 
 from . import peers
-from .checkpoint import fill, read_checkpoint, write_checkpoint
-from .journal import plot_log, write_row
 from .muon import is_hidden
-from .stepper import Loss, Stepper
+from .stepper import Loss, Stepper, copy_tensors
 
-__all__ = ["Loop", "Settings", "plot_log"]
-
-REWARM_STEPS = 100  # without its moments, Adam's first steps have full size
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+NOT_DRAWN = ("step", "lr", "it/s", "gpu", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How long and how fast; `minutes` bounds one call of `run`, `ema` is the average's final decay.
-
-    `muon` is how many times the rate Muon takes for matrices between hidden states; at 0 AdamW has them too.
-    Peers (see `peers.py`) average what they have every `share_every` steps.
-
-    With `cosine_minutes` the learning rate falls with the time trained, over all calls, and not with the
-    steps: for a device that is lent by the minute. Such a run is repeatable only as far as its speed is.
-    """
+    """Length and speed of a training run."""
 
     steps: int
     learning_rate: float
@@ -50,10 +45,16 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     ema: float = 0.999
+    """Final decay of the average."""
     muon: float = 0.0
+    """Muon's rate for hidden matrices, in multiples of AdamW's; at 0 AdamW trains them too."""
     share_every: int = 8
+    """Steps after which peers average their weights, see `peers.py`."""
     minutes: float | None = None
+    """Time limit of one call of `run`."""
     cosine_minutes: float | None = None
+    """The learning rate falls with the time trained, over all calls, and not with the steps: for a device
+    that is lent by the minute. Such a run is as repeatable as its speed."""
     log_every: int = 50
     seed: int
 
@@ -67,22 +68,14 @@ class Settings:
 class Loop:
     """Trains `model`'s fp32 parameters on `loss`; the model is on its device already.
 
-    Random numbers inside `loss` must come from the device's default generator: graphs know that one alone.
-    It is seeded anew with (seed, step) before every step, so that a resumed run draws what an unbroken one
-    would. `loss` must not synchronise, and returns the same names each time, among them `loss`.
+    Random numbers inside `loss` must come from the device's default generator, the only one that graphs know.
+    It is seeded with (seed, step) before every step, so that a resumed run draws what an unbroken one would.
+    `loss` must not synchronise, and returns the same names each time, among them `loss`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        model: nn.Module,
-        loss: Loss,
-        settings: Settings,
-        *,
-        graphs: bool = True,
-        light: bool | None = None,
+        self, folder: Path, model: nn.Module, loss: Loss, settings: Settings, *, graphs: bool = True
     ) -> None:
-        """`light` keeps moments and average on disk in bf16 (the default on CUDA) instead of fp32."""
         self.folder, self.model, self.settings = Path(folder), model, settings
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if wrong := [name for name, p in self._trained.items() if p.dtype != torch.float32]:
@@ -99,9 +92,7 @@ class Loop:
             settings.muon,
         )
         self.device = self._stepper.device
-        self.light = self._stepper.is_cuda if light is None else light
         self.step, self.seconds = 0, 0.0
-        self._rewarm_from: int | None = None
 
     def run(
         self,
@@ -118,18 +109,18 @@ class Loop:
             Whether all steps are done.
 
         Raises:
-            FloatingPointError: the loss is not finite; the checkpoint stays as it was saved last.
+            FloatingPointError: the loss is not finite; the last checkpoint stays.
         """
         began, before = time.perf_counter(), self.seconds
         since = (began, self.step)
         limit = math.inf if self.settings.minutes is None else self.settings.minutes * 60
-        with stop_requests() as asked:
+        with stop_requests() as signals:
             while self.step < self.settings.steps:
-                late = time.perf_counter() - began >= limit
-                if self._share_and_ask(bool(asked) or late):
+                is_late = time.perf_counter() - began >= limit
+                if self._share_weights(bool(signals) or is_late):
                     break
                 torch.manual_seed((self.settings.seed + 7919 * peers.rank()) * 1_000_003 + self.step)
-                rate = self._rate(before + time.perf_counter() - began)
+                rate = self.settings.rate(self.step, before + time.perf_counter() - began)
                 decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
                 self._stepper.advance(batches(self.step), rate, decay)
                 self.step += 1
@@ -140,8 +131,8 @@ class Loop:
                         on_log(self.step, row)
                     since = (time.perf_counter(), self.step)
         self.seconds = before + time.perf_counter() - began
-        why = f"asked to by {asked[0]}" if asked else "all steps done"
-        print(f"stopped at step {self.step}: {why if asked or self.is_done else 'out of time'}", flush=True)
+        reason = signals[0] if signals else "all steps done" if self.is_done else "out of time"
+        print(f"stopped at step {self.step}: {reason}", flush=True)
         self.save()
         return self.is_done
 
@@ -150,111 +141,114 @@ class Loop:
         """Whether all steps are."""
         return self.step >= self.settings.steps
 
-    def _share_and_ask(self, stop: bool) -> bool:
-        """Average with the peers when it is time to; whether any of them wants to stop."""
+    def _share_weights(self, stop: bool) -> bool:
+        """Average with the peers when it is time to; return whether any of them wants to stop."""
         if peers.count() == 1 or self.step % self.settings.share_every:
             return stop and peers.count() == 1
         moments = (m for p in self._stepper.parameters for m in self._stepper.moments(p).values())
         weights = (p.detach() for p in self._stepper.parameters)
         return peers.average([*weights, *self._stepper.average, *moments], stop)
 
-    def _rate(self, seconds: float) -> float:
-        rate = self.settings.rate(self.step, seconds)
-        if self._rewarm_from is not None:
-            rate *= min(1.0, (self.step - self._rewarm_from + 1) / REWARM_STEPS)
-        return rate
-
     def _log(self, rate: float, since: float, since_step: int) -> dict[str, float]:
-        """Fetch the means of the steps since the last log, print and keep them."""
+        """Print and write the means of the steps since the last log."""
         row = {"step": self.step, **self._stepper.take_means()}  # waits for the device
         speed = (self.step - since_step) / (time.perf_counter() - since)
         row |= {"lr": rate, "it/s": speed, "seconds": self.seconds}
         if self._stepper.is_cuda:
-            row["gpu"] = torch.cuda.memory_reserved(self.device) / 1e9
+            row["gpu"] = torch.cuda.memory_reserved(self.device) / 1e9  # GB
         if peers.rank() == 0:
-            write_row(self.folder, row, self.settings.steps)
+            scalars = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+            print(f"step {self.step}/{self.settings.steps}  {scalars}", flush=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"the loss is {row['loss']} in the steps up to {self.step}")
         return row
 
-    def _whole(self) -> dict[str, Tensor]:
-        """Every parameter, once, and every buffer that checkpoints carry."""
-        kept = self.model.state_dict().keys()
-        buffers = {name: tensor for name, tensor in self.model.named_buffers() if name in kept}
+    def _weights(self) -> dict[str, Tensor]:
+        """Every parameter, once, and every persistent buffer."""
+        persistent = self.model.state_dict().keys()
+        buffers = {name: tensor for name, tensor in self.model.named_buffers() if name in persistent}
         return {name: tensor.detach() for name, tensor in self.model.named_parameters()} | buffers
 
     def ema_weights(self) -> dict[str, Tensor]:
         """All weights, trained ones averaged: the loop's own tensors, to be copied and not changed."""
-        return self._whole() | dict(zip(self._trained, self._stepper.average, strict=True))
+        return self._weights() | dict(zip(self._trained, self._stepper.average, strict=True))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights in the model, for as long as this lasts."""
-        kept = [p.detach().clone() for p in self._stepper.parameters]
+        """Put the averaged weights into the model for the `with` block."""
+        current = [p.detach().clone() for p in self._stepper.parameters]
         with torch.no_grad():
             torch._foreach_copy_(self._stepper.parameters, self._stepper.average)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._stepper.parameters, kept)
+                torch._foreach_copy_(self._stepper.parameters, current)
 
     def save(self) -> None:
-        """Write the checkpoint, the first peer's; the one before stays whole until this one is."""
+        """Write the checkpoint, the first peer's, whole or not at all."""
         if peers.rank():
             return
-        moments = {}
-        for name, p in self._trained.items():
-            moments |= {f"{name}/{key}": value for key, value in self._stepper.moments(p).items()}
-        average = dict(zip(self._trained, self._stepper.average, strict=True))
-        if self.light:
-            moments, average = _in_bf16(moments), _in_bf16(average)
+        tensors = {f"weights/{name}": tensor for name, tensor in self._weights().items()}
+        for (name, p), average in zip(self._trained.items(), self._stepper.average, strict=True):
+            tensors[f"ema/{name}"] = average
+            tensors |= {f"{key}/{name}": value for key, value in self._stepper.moments(p).items()}
         state = {"step": self.step, "seconds": self.seconds, "updates": self._stepper.updates}
-        kinds = {"weights": self._whole(), "ema": average, "moments": moments}
-        write_checkpoint(self.folder, kinds, {**state, "settings": asdict(self.settings)})
+        metadata = {"state": json.dumps({**state, "settings": asdict(self.settings)})}
+        plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(self.folder / CHECKPOINT, lambda path: save_file(plain, path, metadata))
 
     def resume(self) -> bool:
-        """Load the folder's checkpoint, if there is one; say what of it is missing or differs.
+        """Load the folder's checkpoint, if there is one, and print the settings that differ.
 
         Raises:
-            FileNotFoundError: a file of weights is gone.
             ValueError: the checkpoint is another model's.
         """
-        if (found := read_checkpoint(self.folder)) is None:
+        if not (self.folder / CHECKPOINT).exists():
             return False
-        state, kinds = found
-        if kinds["weights"] is None:
-            raise FileNotFoundError(f"{self.folder}: state.json names weights that are not there")
-        was, now = state["settings"], asdict(self.settings) | {"betas": list(self.settings.betas)}
-        if changed := {name: (was.get(name), now[name]) for name in now if was.get(name) != now[name]}:
-            print(f"settings that differ from the checkpoint's (was, is): {changed}", flush=True)
+        kinds: dict[str, dict[str, Tensor]] = {}
+        with safe_open(self.folder / CHECKPOINT, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                kind, _, name = key.partition("/")
+                kinds.setdefault(kind, {})[name] = file.get_tensor(key)
+        old, new = state["settings"], asdict(self.settings) | {"betas": list(self.settings.betas)}
+        if changed := {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}:
+            print(f"settings that differ from the checkpoint's (old, new): {changed}", flush=True)
         self.step, self.seconds = state["step"], state["seconds"]
-        fill(self._whole(), kinds["weights"])
-        if kinds["ema"] is None:
-            print("no average in the checkpoint: it begins anew from the weights", flush=True)
-        trained = {name: p.detach() for name, p in self._trained.items()}
-        fill(dict(zip(trained, self._stepper.average, strict=True)), kinds["ema"] or trained)
-        self._set_moments(kinds["moments"], state["updates"])
+        copy_tensors(kinds.pop("weights"), self._weights())
+        copy_tensors(kinds.pop("ema"), dict(zip(self._trained, self._stepper.average, strict=True)))
+        if state["updates"]:
+            for name, p in self._trained.items():
+                moments = {kind: values[name] for kind, values in kinds.items() if name in values}
+                self._stepper.set_moments(p, moments, state["updates"])
         print(f"resumed at step {self.step} of {self.settings.steps}", flush=True)
         return True
 
-    def _set_moments(self, moments: dict[str, Tensor] | None, updates: float) -> None:
-        if moments is None:
-            print(f"no moments in the checkpoint: {REWARM_STEPS} steps of warm-up again", flush=True)
-            self._rewarm_from = self.step
-            return
-        if not updates:  # saved before the first step
-            return
-        of: dict[str, dict[str, Tensor]] = {}
-        for key, value in moments.items():
-            name, _, kind = key.rpartition("/")
-            of.setdefault(name, {})[kind] = value
-        for name, p in self._trained.items():
-            self._stepper.set_moments(p, of.get(name, {}), updates)
 
+def plot_log(folder: Path) -> Path:
+    """Draw every scalar of the log over the steps into loss.png.
 
-def _in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    Raises:
+        FileNotFoundError: the folder has no log.
+    """
+    from matplotlib.figure import Figure
+
+    lines = (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()
+    rows = {row["step"]: row for row in map(json.loads, lines)}  # a resumed run repeats unsaved steps
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name in dict.fromkeys(name for row in rows.values() for name in row if name not in NOT_DRAWN):
+        points = sorted((step, row[name]) for step, row in rows.items() if name in row)
+        axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    axis.set(yscale="log", xlabel="step")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(Path(folder) / "loss.png", dpi=110)
+    return Path(folder) / "loss.png"
 
 
 if __name__ == "__main__":

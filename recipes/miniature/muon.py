@@ -1,8 +1,9 @@
-"""Muon for the matrices inside a small model: momentum whose singular values are all made one.
+"""Muon for the matrices inside a small model: updates are the momentum with all singular values set to one.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; updates are scaled to the size
-of AdamW's as in Liu et al. 2025, "Muon is scalable for LLM training". torch has an own one, which goes matrix
-by matrix and reads its rate on the host: here all matrices of a shape go together, within a CUDA graph.
+of AdamW's as in Liu et al. 2025, "Muon is scalable for LLM training". `torch.optim.Muon` computes one
+matrix at a time and reads the rate on the host, which a CUDA graph would freeze: here all matrices of a shape
+are one batch, and the rate is a tensor. Its bf16 arithmetic on CPUs would change the results, too.
 """
 
 from __future__ import annotations

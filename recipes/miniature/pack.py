@@ -1,6 +1,6 @@
 """Put the trained parts together as the package ships them, and check that the result is complete.
 
-    python recipes/miniature/pack.py --source runs/source/source --target runs/target/target \\
+    python -m recipes.miniature.pack --source runs/source/source --target runs/target/target \\
         --vae runs/vae/vae --transformer runs/dit/transformer
 """
 

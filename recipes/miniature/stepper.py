@@ -11,24 +11,23 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import fill
 from .muon import Muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
-WARM_RUNS = 3  # real steps before a capture: they make the optimiser's state and choose the kernels
+WARM_RUNS = 3  # steps before a capture: they create the optimiser's state and choose the kernels
 
 Loss = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Compilable(Protocol):
-    """A model whose repeated blocks torch.compile can take, one result for all of a kind."""
+    """A model whose repeated blocks torch.compile can compile, with one result for each kind."""
 
     def compile_blocks(self, on: bool) -> None: ...
 
 
 @dataclass
 class Layout:
-    """One layout of a batch (names, shapes, dtypes): its static inputs, its graph, its sums for the log."""
+    """One layout of a batch (names, shapes, dtypes) with its static inputs, graph and sums for the log."""
 
     inputs: dict[str, Tensor]
     names: list[str] = field(default_factory=list)
@@ -38,7 +37,7 @@ class Layout:
 
 
 def precision(device: torch.device) -> torch.autocast:
-    """The context that losses run under: bf16 on CUDA, fp32 on the CPU."""
+    """The autocast context of losses: bf16 on CUDA, fp32 on the CPU."""
     # the cache of cast weights would outlive a capture
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
@@ -46,9 +45,9 @@ def precision(device: torch.device) -> torch.autocast:
 class Stepper:
     """Forward, backward, clipping, AdamW, Muon and the weights' average, without one synchronisation.
 
-    `hidden` are the parameters that Muon trains, at `boost` times the rate; AdamW has the others. `loss`
-    returns the same names each time; its random numbers come from the device's default generator, the one
-    that graphs know. A parameter that a batch leaves out has a gradient of zeros, not None.
+    Muon trains the parameters `hidden`, at `boost` times the rate, and AdamW the others. `loss` returns the
+    same names each time; its random numbers come from the device's default generator, the one that graphs
+    know. A parameter that a batch does not use has a gradient of zeros, not None.
     """
 
     def __init__(
@@ -115,30 +114,30 @@ class Stepper:
 
     @property
     def updates(self) -> float:
-        """How many updates there were, over all runs."""
+        """Number of updates over all runs."""
         return max((float(state["step"]) for state in self.optimizer.state.values()), default=0.0)
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What the optimiser knows of a parameter's past, by name; empty before the first step."""
+        """The optimiser's moments of a parameter by name; none before the first step."""
         if parameter in self._momentum:
             return {"momentum": self._momentum[parameter]}
         state = self.optimizer.state.get(parameter, {})
         return {name: state[name] for name in MOMENTS if name in state}
 
     def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor], updates: float) -> None:
-        """Put back what `moments` gave after as many updates.
+        """Set what `moments` returned after so many updates.
 
         Raises:
             ValueError: the names of another optimiser.
         """
         if parameter in self._momentum:
-            fill({"momentum": self._momentum[parameter]}, moments)
+            copy_tensors(moments, {"momentum": self._momentum[parameter]})
             return
-        made = {name: torch.zeros_like(parameter.detach()) for name in MOMENTS}
-        fill(made, moments)
+        state = {name: torch.zeros_like(parameter.detach()) for name in MOMENTS}
+        copy_tensors(moments, state)
         # AdamW counts on the device where it is fused, else on the host
         count = torch.tensor(updates, dtype=torch.float32, device=self.device if self.is_cuda else "cpu")
-        self.optimizer.state[parameter] = {"step": count, **made}
+        self.optimizer.state[parameter] = {"step": count, **state}
 
     def take_means(self) -> dict[str, float]:
         """Mean of every scalar, and of the gradients' `norm`, over the steps since the last call."""
@@ -178,7 +177,7 @@ class Stepper:
         print(f"captured a CUDA graph for {shapes}", flush=True)
 
     def _step(self, layout: Layout) -> None:
-        """What a graph holds. Nothing made in here is read outside."""
+        """The body of a graph; nothing created here is read outside."""
         torch._foreach_zero_(self._gradients)
         with precision(self.device):
             values = self._loss(layout.inputs)
@@ -187,7 +186,7 @@ class Stepper:
         self.optimizer.step()
         self.muon.step()
         with torch.no_grad():
-            # not _foreach_lerp_: it takes its weight as a number, which a graph would freeze
+            # neither _foreach_lerp_ nor AveragedModel: their weight is a number, which a graph would freeze
             pulls = torch._foreach_sub(self.parameters, self.average)
             torch._foreach_mul_(pulls, self._pull)
             torch._foreach_add_(self.average, pulls)
@@ -199,14 +198,14 @@ class Stepper:
 
 
 def compiles(compute: Loss, batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]) -> bool:
-    """Whether a loss that torch.compile has a part in runs, forward and backward; loudly if not."""
+    """Whether a compiled loss runs, forward and backward; print the error if not."""
     started = time.perf_counter()
     try:
         for batch in batches:
             with precision(parameters[0].device):
                 value = compute(batch)["loss"]
             value.backward()
-    except Exception as error:  # compilers fail in every way there is
+    except Exception as error:  # compilers raise anything
         traceback.print_exc()
         print(f"\n!!! torch.compile FAILED, going on without, slower: {error}\n", flush=True)
         return False
@@ -220,7 +219,20 @@ def compiles(compute: Loss, batches: list[dict[str, Tensor]], parameters: list[n
 def compile_if_possible(
     model: Compilable, compute: Loss, batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]
 ) -> None:
-    """Compile a model's blocks for the loss that uses them, or leave them as they are."""
+    """Compile a model's blocks if the loss then runs."""
     model.compile_blocks(True)
     if not compiles(compute, batches, parameters):
         model.compile_blocks(False)
+
+
+def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Copy values into tensors of the same names, which may differ in dtype and device.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    if source.keys() != target.keys():
+        raise ValueError(f"tensors of another model: {sorted(source.keys() ^ target.keys())[:5]} …")
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])

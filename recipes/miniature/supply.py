@@ -1,9 +1,10 @@
-"""What the stages with one or two images a prompt share: their flags, and data that fills up meanwhile."""
+"""Flags and training data of the stages that show one or two images a prompt."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +13,41 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .feed import Feed, Pool
+from .feed import Arrays, Feed, Render
 from .loop import Settings
 
-Rows = dict[str, np.ndarray]
 CHUNK = 1024  # items
 PEER_ITEMS = 50_000_000  # between the first items of two peers
-ENOUGH = 150_000  # items; from then on new ones, which cost as much as some steps, are taken in more rarely
-OFTEN, RARELY = 4, 24  # steps from one taking in to the next
-FIRST_CHUNKS = {1: 8, 2: 2}  # as many are there before training begins
+ENOUGH = 150_000  # items; above it chunks, which cost as much as some steps, are taken in more rarely
+OFTEN, RARELY = 4, 24  # steps between two chunks
+FIRST_CHUNKS = {1: 8, 2: 2}  # before training begins, by images a prompt
 
 
 def stage_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the flags of every such stage; `defaults` are the stage's own."""
+    """A parser with the flags that the stages share; `defaults` are the stage's own."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="checkpoints, log and results")
-    parser.add_argument("--output", type=Path, help="the finished model in stock layout")
-    parser.add_argument("--start", help="a stock folder to start from instead of random weights")
-    parser.add_argument("--steps", type=int, default=16_000)
-    parser.add_argument("--minutes", type=float, help="stop training after as many")
-    parser.add_argument("--cosine-minutes", type=float, help="let the rate fall with time, not with steps")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--workers", type=int, default=5, help="rendering processes")
-    parser.add_argument("--pool", type=int, default=400_000, help="items kept on the device")
-    parser.add_argument("--first", type=int, default=0, help="index of the first item to render")
-    parser.add_argument("--muon", type=float, default=0.0, help="times the rate for Muon; 0: AdamW alone")
-    parser.add_argument("--two-every", type=int, default=10, help="every so many steps has two images")
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the blocks: slow start, then faster"
-    )
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="checkpoint, log and results")
+    add("--output", type=Path, help="folder of the finished model in stock layout")
+    add("--start", help="a stock folder to start from instead of random weights")
+    add("--steps", type=int, default=16_000)
+    add("--minutes", type=float, help="stop training after so many minutes")
+    add("--cosine-minutes", type=float, help="let the rate fall with time, not with steps")
+    add("--batch", type=int, default=256)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--weight-decay", type=float, default=0.05)
+    add("--workers", type=int, default=5, help="rendering processes; 0 renders in this one")
+    add("--pool", type=int, default=400_000, help="items kept on the device")
+    add("--first", type=int, default=0, help="index of the first item to render")
+    add("--muon", type=float, default=0.0, help="Muon's rate in multiples of AdamW's; 0: AdamW alone")
+    add("--two-every", type=int, default=10, help="every so many steps has two images a prompt; 0: none")
+    add("--log-every", type=int, default=100)
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--no-graphs", action="store_true", help="no CUDA graphs")
+    add("--compile", action="store_true", help="torch.compile the blocks: slow start, then faster")
     parser.set_defaults(**defaults)
     return parser
 
@@ -60,53 +59,52 @@ def settings_of(arguments: argparse.Namespace, seed: int) -> Settings:
 
 
 class Supply:
-    """Rendered items on the device, by how many images they show, filled up while training runs.
+    """Random batches from feeds of prompts with one and with two images.
 
     Args:
-        make: images shown → (first index, count) → arrays; picklable.
+        render: images a prompt → what a feed renders; picklable.
     """
 
-    def __init__(
-        self, arguments: argparse.Namespace, make: Callable[[int], Callable[[int, int], Rows]]
-    ) -> None:
-        self.arguments, self.device = arguments, peers.device_of(arguments.device)
+    def __init__(self, arguments: argparse.Namespace, render: Callable[[int], Render]) -> None:
+        self._stack = ExitStack()
+        self.batch_size, self.two_every = arguments.batch, arguments.two_every
+        self.device = peers.device_of(arguments.device)
         chunk = min(CHUNK, arguments.pool)
-        of_two = max(arguments.workers // 6, 1)
-        workers = {1: max(arguments.workers - of_two, 1), 2: of_two}
-        sizes = {1: arguments.pool, 2: max(arguments.pool // 8, chunk)}
+        workers, capacity = {1: arguments.workers}, {1: arguments.pool}
+        if self.two_every:
+            workers[2] = min(max(arguments.workers // 6, 1), arguments.workers)
+            workers[1] = max(arguments.workers - workers[2], workers[2])
+            capacity[2] = max(arguments.pool // 8, chunk)
         first = arguments.first + PEER_ITEMS * peers.rank()
-        self.feeds = {n: Feed(make(n), chunk, workers[n], first=first) for n in (1, 2)}
-        self.pools = {n: Pool(sizes[n], self.device) for n in (1, 2)}
-        self._prepare: Callable[[Rows], dict[str, Any]] = dict
+        self.feeds = {
+            shown: Feed(render(shown), chunk, workers[shown], capacity[shown], self.device, first)
+            for shown in workers
+        }
 
     def __enter__(self) -> Supply:
         for feed in self.feeds.values():
-            feed.__enter__()
+            self._stack.enter_context(feed)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        for feed in self.feeds.values():
-            feed.__exit__(*error)
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
 
-    def start(self, prepare: Callable[[Rows], dict[str, Any]] = dict) -> None:
-        """Wait for the first items; `prepare` is what becomes of a chunk before it is kept."""
-        self._prepare = prepare
-        for shown, pool in self.pools.items():
-            while pool.filled < min(pool.capacity, FIRST_CHUNKS[shown] * CHUNK):
-                pool.add(prepare(self.feeds[shown].poll(block=True)[1]))
+    def start(self, prepare: Callable[[Arrays], dict[str, np.ndarray | Tensor]] = dict) -> None:
+        """Wait for the first items; `prepare` is applied to every chunk."""
+        for shown, feed in self.feeds.items():
+            feed.prepare = prepare
+            feed.fill(FIRST_CHUNKS[shown] * CHUNK)
 
     def layouts(self) -> list[dict[str, Tensor]]:
-        """A batch of every kind that `batch` gives."""
-        kinds = (1, 2) if self.arguments.two_every else (1,)
-        first = torch.zeros(self.arguments.batch, dtype=torch.long, device=self.device)
-        return [self.pools[shown].gather(first) for shown in kinds]
+        """One batch of each layout."""
+        index = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+        return [feed.pool.gather(index) for feed in self.feeds.values()]
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """A random batch; now and then new items are taken in first."""
+        """A random batch; every few steps a chunk of new items is taken in first."""
         for shown, feed in self.feeds.items():
-            often = self.pools[shown].filled < min(ENOUGH // shown, self.pools[shown].capacity)
-            if step % (OFTEN if often else RARELY) == 0 and (chunk := feed.poll()) is not None:
-                self.pools[shown].add(self._prepare(chunk[1]))
-        every = self.arguments.two_every
-        pool = self.pools[2 if every and step % every == every - 1 else 1]
-        return pool.gather(torch.randint(pool.filled, (self.arguments.batch,), device=self.device))
+            is_small = feed.pool.filled < min(ENOUGH // shown, feed.pool.capacity)
+            if step % (OFTEN if is_small else RARELY) == 0:
+                feed.refill()
+        has_two = self.two_every and step % self.two_every == self.two_every - 1
+        return self.feeds[2 if has_two else 1].pool.sample(self.batch_size)

@@ -1,9 +1,9 @@
 """Train the miniature's diffusion transformer on edits, with the frozen target as its text encoder.
 
-    python recipes/miniature/train_dit.py --target runs/target/target --vae runs/vae/vae --folder runs/dit
+    python -m recipes.miniature.train_dit --target runs/target/target --vae runs/vae/vae --folder runs/dit
 
-Run it again to go on from the last checkpoint; under `torchrun` every GPU trains and all share. Latents and
-prompt states are worked out once, when a pair is rendered, and kept on the device.
+Run it again to continue from the checkpoint; under `torchrun` all GPUs train and average their
+weights. Latents and prompt states are computed once, when a pair is rendered, and kept on the device.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .single_frame import as_images
 from .stepper import compile_if_possible
 from .supply import Supply, settings_of, stage_parser
 
-SAVE_EVERY = 4000  # steps: a machine that is lent can be taken back
-DROPPED = 0.1  # of the prompts, for guidance
-CHANGED = 4.0  # how much more a token counts that the edit changes, where it changes the USUAL share of them;
-USUAL = 0.15  # where it changes fewer, as words do beside backgrounds, they count more
+SAVE_EVERY = 4000  # steps
+DROPPED = 0.1  # share of empty prompts, for guidance
+CHANGED = 4.0  # weight of a token that the edit changes, if it changes the USUAL share of all tokens;
+USUAL = 0.15  # the fewer it changes, the more each weighs
 
 
 def main() -> None:

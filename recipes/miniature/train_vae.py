@@ -1,9 +1,9 @@
 """Train the miniature's VAE, the stock class, on single 128×128 images of the world.
 
-    python recipes/miniature/train_vae.py --folder /dev/shm/vae --steps 16000 --minutes 9
+    python -m recipes.miniature.train_vae --folder runs/vae --steps 16000 --minutes 9
 
-Resumes where the folder's checkpoint ends. In the end it writes the averaged weights in stock layout, loads
-them again with stock code, measures them, and keeps the numbers in result.json.
+Run it again to continue from the folder's checkpoint. At the end it writes the averaged weights in stock
+layout, loads them again with stock code, measures them and writes result.json.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vision_bridge.io import write_json
+from qwen_vision_bridge.loading.memory import device_name
 
-from .feed import Feed, Pool
+from .feed import Feed, chunks
 from .loop import Loop, Settings, plot_log
 from .measure_vae import finish, psnr_of, to_range, worst_percentile
 from .single_frame import as_images, prepare
 from .stepper import Loss, compiles
 
 CHUNK = 64  # images
-FIRST_BATCHES = 64  # as many batches of images are there before training begins
+FIRST_BATCHES = 64  # rendered before training begins
 MEASURE_EVERY = 2000  # steps
 STATISTICS = 4096  # images behind the latents' mean and std
 
@@ -45,19 +44,18 @@ def main() -> None:
     rendered = render("validation", arguments.cases, arguments.workers)
     vae = prepare(arguments.seed, arguments.start)
     device = torch.device(arguments.device)
-    with ExitStack() as stack:
-        make = partial(make_images, "train")
-        chunk = min(CHUNK, arguments.pool)
-        feed = stack.enter_context(Feed(make, chunk, arguments.workers, arguments.first))
-        supply = Supply(feed, Pool(arguments.pool, device), arguments.batch)
-        supply.wait()
+    chunk, pool = min(CHUNK, arguments.pool), arguments.pool
+    make = partial(make_images, "train")
+    with Feed(make, chunk, arguments.workers, pool, device, arguments.first) as feed:
+        feed.fill(FIRST_BATCHES * arguments.batch)
         vae.to(device)
         held_out = torch.from_numpy(rendered).to(device)
-        loop = train(vae, supply, held_out, arguments)
+        loop = train(vae, feed, held_out, arguments)
         plot_log(arguments.folder)
         with loop.averaged():
             output = arguments.output or arguments.folder / "vae"
-            rows = finish(vae, supply.some(STATISTICS), held_out, output, arguments.seed)
+            index = torch.arange(min(STATISTICS, feed.pool.filled), device=device)
+            rows = finish(vae, feed.pool.gather(index)["image"], held_out, output, arguments.seed)
         write_result(rows, loop, arguments)
 
 
@@ -70,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="the finished VAE in stock layout (FOLDER/vae)")
     parser.add_argument("--start", help="a stock folder to start from instead of random weights")
     parser.add_argument("--steps", type=int, default=16_000)
-    parser.add_argument("--minutes", type=float, help="stop training after as many")
+    parser.add_argument("--minutes", type=float, help="stop training after so many minutes")
     parser.add_argument("--cosine-minutes", type=float, help="let the rate fall with time, not with steps")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
@@ -85,9 +83,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="for the reader: a folder with a checkpoint always resumes"
-    )
     return parser.parse_args()
 
 
@@ -100,39 +95,10 @@ def make_images(split: str, first: int, count: int) -> dict[str, np.ndarray]:
 
 def render(split: str, count: int, workers: int) -> np.ndarray:
     """The first images of a split: uint8 (count, 128, 128, 3)."""
-    started = time.perf_counter()
-    chunk = min(CHUNK, -(-count // workers))
-    with Feed(partial(make_images, split), chunk, workers, 0, count, ordered=True) as feed:
-        chunks = [taken[1]["image"] for taken in iter(lambda: feed.poll(block=True), None)]
-    print(f"{count} images of {split} rendered in {time.perf_counter() - started:.1f} s", flush=True)
-    return np.concatenate(chunks)
-
-
-class Supply:
-    """Training images on the device, drawn at random from what the workers have rendered so far."""
-
-    def __init__(self, feed: Feed, pool: Pool, batch: int) -> None:
-        self.feed, self.pool, self.batch = feed, pool, batch
-
-    def wait(self) -> None:
-        """Until there are enough to begin."""
-        started = time.perf_counter()
-        while self.pool.filled < min(self.pool.capacity, FIRST_BATCHES * self.batch):
-            self.pool.add(self.feed.poll(block=True)[1])
-        speed = self.pool.filled / (time.perf_counter() - started)
-        print(f"{self.pool.filled} images to begin with, {speed:.0f} a second", flush=True)
-
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        """A random batch; new images are taken in first."""
-        if (chunk := self.feed.poll()) is not None:
-            self.pool.add(chunk[1])
-        index = torch.randint(self.pool.filled, (self.batch,), device=self.pool.device)
-        return self.pool.gather(index)
-
-    def some(self, count: int) -> Tensor:
-        """Up to `count` images."""
-        index = torch.arange(min(count, self.pool.filled), device=self.pool.device)
-        return self.pool.gather(index)["image"]
+    size = min(CHUNK, -(-count // max(workers, 1)))
+    firsts = range(0, count, size)
+    rendered = [chunk["image"] for chunk in chunks(partial(make_images, split), size, workers, firsts)]
+    return np.concatenate(rendered)[:count]
 
 
 def loss(vae: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,8 +114,8 @@ def loss(vae: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": l1 + 2 * mse + 0.5 * edges + 1e-4 * kl, "l1": l1, "mse": mse, "edges": edges, "kl": kl}
 
 
-def train(vae: nn.Module, supply: Supply, held_out: Tensor, arguments: argparse.Namespace) -> Loop:
-    """Run the loop from where the folder's checkpoint ends."""
+def train(vae: nn.Module, feed: Feed, held_out: Tensor, arguments: argparse.Namespace) -> Loop:
+    """Run the loop from the folder's checkpoint on."""
     settings = Settings(
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
@@ -159,10 +125,15 @@ def train(vae: nn.Module, supply: Supply, held_out: Tensor, arguments: argparse.
         seed=arguments.seed,
     )
     compute: Loss = partial(loss, vae)
+
+    def batch(_step: int) -> dict[str, Tensor]:
+        feed.refill()
+        return feed.pool.sample(arguments.batch)
+
     with as_images(vae):
         if arguments.compile:
             fast = torch.compile(compute, dynamic=False)
-            compute = fast if compiles(fast, [supply(0)], list(vae.parameters())) else compute
+            compute = fast if compiles(fast, [batch(0)], list(vae.parameters())) else compute
         loop = Loop(arguments.folder, vae, compute, settings, graphs=not arguments.no_graphs)
         loop.resume()
 
@@ -173,22 +144,22 @@ def train(vae: nn.Module, supply: Supply, held_out: Tensor, arguments: argparse.
                 print(f"PSNR {psnr.mean():.2f} dB, worst percentile {worst_percentile(psnr):.2f}", flush=True)
                 loop.save()
 
-        loop.run(supply, measure)
+        loop.run(batch, measure)
     return loop
 
 
 def write_result(rows: list[dict[str, Any]], loop: Loop, arguments: argparse.Namespace) -> None:
-    """All that was measured into result.json, with how it was made."""
+    """Write the measurements and their provenance to result.json."""
     rows = [
         *rows,
         {"name": "training steps", "value": loop.step, "n": 1},
         {"name": "training time, s", "value": round(loop.seconds, 1), "n": 1},
     ]
-    device = torch.cuda.get_device_name() if loop.device.type == "cuda" else "CPU"
-    made = {"seed": arguments.seed, "command": shlex.join(sys.argv), "device": device}
-    made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    device = device_name(loop.device)
+    provenance = {"seed": arguments.seed, "command": shlex.join(sys.argv), "device": device}
+    provenance["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(
-        arguments.folder / "result.json", [{"ci_low": None, "ci_high": None, **r, **made} for r in rows]
+        arguments.folder / "result.json", [{"ci_low": None, "ci_high": None, **r, **provenance} for r in rows]
     )
 
 

@@ -1,8 +1,8 @@
 """Train the miniature's source (Qwen3-VL) or target (Qwen2.5-VL) to read, describe, locate and answer.
 
-    python recipes/miniature/train_vlm.py --role source --folder runs/source --steps 16000 --minutes 9
+    python -m recipes.miniature.train_vlm --role source --folder runs/source --steps 16000 --minutes 9
 
-Run it again to go on from the last checkpoint. Prompts have the edit pipeline's template, so that the states
+Run it again to continue from the checkpoint. Prompts have the edit pipeline's template, so that the states
 that its transformer reads are the ones trained here.
 """
 

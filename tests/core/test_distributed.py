@@ -17,7 +17,9 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 import torch
 from qwen_vision_bridge.evaluation.arms import Arm
+from types import SimpleNamespace
 from qwen_vision_bridge.bridge import VisionBridge, BridgeConfig
+from qwen_vision_bridge.edit import Edit
 from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.evaluation.report.tables import write_results
@@ -25,6 +27,7 @@ from qwen_vision_bridge.synthetic.cases import make_cases
 
 
 class StandIn:
+    pipe = SimpleNamespace(_encode_vae_image=None)
     family, device = FAMILIES["miniature"], torch.device("cpu")
 
     def fingerprint(self, enhanced):
@@ -36,14 +39,16 @@ class StandIn:
     def keeping_source(self):
         return nullcontext()
 
-    sharing_references = keeping_source
-
     def extract_source(self, images):
         return None
 
-    def edit(self, images, prompt, seed, bridge=None, **_):
-        image = images[-1] if isinstance(images, list) else images
-        return image if bridge is None else image.rotate(seed % 7), None
+    def check_edit(self, image, prompt, seed=0, strength=1.0, **options):
+        images = image if isinstance(image, list) else [image]
+        return Edit(images, prompt, seed, options, strength=strength)
+
+    def edit(self, edit):
+        image = edit.images[-1]
+        return image if edit.bridge is None else image.rotate(edit.seed % 7), None
 
 
 arms = [Arm("baseline"), Arm("turned", VisionBridge(BridgeConfig.for_family(FAMILIES["miniature"])), "x")]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vision_bridge.specs import EDITORS, FAMILIES, MODELS, ModelSpec, resolve_family
+from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.specs import EDITORS, FAMILIES, MODELS, ModelSpec
 
 
 def test_the_registry_holds_every_released_size() -> None:

@@ -83,7 +83,7 @@ def test_the_workers_tokenizer_is_the_shipped_one() -> None:
     assert data.encode(text) == shipped(text)["input_ids"]
 
 
-def test_a_image_that_is_not_reduced_first_is_what_the_targets_own_processor_gives() -> None:
+def test_an_image_that_is_not_reduced_is_the_processors_own() -> None:
     from recipes.miniature import data
 
     rows = data.dialogues("test", 0, 3, sides=(data.IMAGE,))
@@ -129,34 +129,15 @@ def test_a_measurement_that_is_stopped_has_some_of_every_kind() -> None:
 
 
 def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """The script's main, in this process, with the rendering in this process too."""
+    """Call the script's main in this process."""
     import importlib
 
-    from recipes.miniature import supply
-
-    class Here:
-        """A feed without processes, which would take most of a minute to start."""
-
-        def __init__(self, make: Any, chunk: int, _workers: int, first: int = 0, **_options: Any) -> None:
-            self.make, self.chunk, self.next = make, chunk, first
-
-        def __enter__(self) -> Here:
-            return self
-
-        def __exit__(self, *_error: object) -> None:
-            pass
-
-        def poll(self, block: bool = False) -> tuple[int, dict[str, np.ndarray]]:
-            self.next += self.chunk
-            return self.next, self.make(self.next, self.chunk)
-
     module = importlib.import_module(f"recipes.miniature.{script}")
-    monkeypatch.setattr(supply, "Feed", Here)
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     module.main()
 
 
-TINY = ("--steps", 2, "--batch", 2, "--pool", 8, "--workers", 1, "--log-every", 1, "--device", "cpu")
+TINY = ("--steps", 2, "--batch", 2, "--pool", 8, "--workers", 0, "--log-every", 1, "--device", "cpu")
 
 
 def test_training_a_vision_language_model_runs_resumes_and_saves(
@@ -182,13 +163,6 @@ def test_training_the_transformer_runs_and_packs_into_a_pipeline(
     frozen = ("--target", editor_folder / "text_encoder", "--vae", editor_folder / "vae")
     run("train_dit", monkeypatch, *frozen, "--folder", tmp_path / "dit", "--two-every", 2, *TINY)
     parts = ("--source", source_folder, *frozen, "--transformer", tmp_path / "dit" / "transformer")
-    run_pack(monkeypatch, *parts, "--output", tmp_path / "packed")
+    run("pack", monkeypatch, *parts, "--output", tmp_path / "packed")
     pipe = diffusers.QwenImageEditPlusPipeline.from_pretrained(tmp_path / "packed" / "editor")
     assert len(pipe.tokenizer(tokens.TEMPLATE_PREFIX)["input_ids"]) == 64
-
-
-def run_pack(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    from recipes.miniature import pack
-
-    monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
-    pack.main()

@@ -1,4 +1,4 @@
-"""The training recipes' loop, feed and 2-D VAE do what their docstrings say."""
+"""The loop resumes bit by bit, the feed renders every item in order, and the 2-D VAE is the stock one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-def make_loop(folder: Path, steps: int = 6, light: bool = False) -> Any:
+def make_loop(folder: Path, steps: int = 6) -> Any:
     from recipes.miniature.loop import Loop, Settings
 
     torch.manual_seed(5)
@@ -23,7 +23,7 @@ def make_loop(folder: Path, steps: int = 6, light: bool = False) -> Any:
         return {"loss": (model(noisy) - batch["x"].sum(-1, keepdim=True)).square().mean()}
 
     settings = Settings(steps=steps, learning_rate=0.05, warmup=2, log_every=2, seed=3)
-    return Loop(folder, model, loss, settings, light=light)
+    return Loop(folder, model, loss, settings)
 
 
 def batches(step: int) -> dict[str, Tensor]:
@@ -55,20 +55,6 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tmp_path: Path) 
         assert torch.equal(unbroken.ema_weights()[name], resumed.ema_weights()[name]), name
 
 
-def test_without_moments_the_learning_rate_warms_up_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stop_after(make_loop(tmp_path, light=True), 2)
-    for path in tmp_path.glob("moments-*"):
-        path.unlink()
-    loop, rates = make_loop(tmp_path), []
-    assert loop.resume()
-    loop.run(batches, lambda _step, row: rates.append(row["lr"]))
-    assert "no moments" in capsys.readouterr().out
-    assert rates[0] == pytest.approx(loop.settings.rate(3) * 2 / 100)
-    assert len(list(tmp_path.glob("weights-*"))) == 1  # of the last checkpoint alone
-
-
 def test_averaged_weights_are_swapped_in_and_out_again(tmp_path: Path) -> None:
     loop = make_loop(tmp_path)
     loop.run(batches)
@@ -87,42 +73,54 @@ def numbers(broken: int, first: int, count: int) -> dict[str, np.ndarray]:
     return {"index": np.arange(first, first + count)}
 
 
-def test_a_checkpoint_removes_the_one_before_alone(tmp_path: Path) -> None:
-    from recipes.miniature.checkpoint import read_checkpoint, write_checkpoint
+def test_a_failed_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes.miniature import loop as module
 
-    mine = tmp_path / "model-mine.safetensors"
-    mine.write_bytes(b"mine")
-    for step in (1, 2, 3):
-        write_checkpoint(tmp_path, {"model": {"x": torch.full((2,), float(step))}}, {"step": step})
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "state.json",
-        mine.name,
-        "model-0000003-00.safetensors",
-    }
-    state, kinds = read_checkpoint(tmp_path)
-    assert state["step"] == 3
-    assert kinds["model"]["x"].tolist() == [3, 3]
+    loop = make_loop(tmp_path)
+    stop_after(loop, 2)
+    before = (tmp_path / module.CHECKPOINT).read_bytes()
+
+    def half(_tensors: object, path: Path, _metadata: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", half)
+    with pytest.raises(OSError, match="No space"):
+        loop.save()
+    assert (tmp_path / module.CHECKPOINT).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {module.CHECKPOINT, "log.jsonl"}
 
 
-def test_an_ordered_feed_gives_every_item_in_order_and_cleans_up() -> None:
-    from recipes.miniature.feed import Feed
+def test_chunks_come_in_order_from_several_processes() -> None:
+    from recipes.miniature.feed import chunks
 
-    with Feed(partial(numbers, -1), 3, workers=2, first=20, limit=20, ordered=True) as feed:
-        folder = feed._folder
-        taken = list(iter(lambda: feed.poll(block=True), None))
-    assert [first for first, _ in taken] == [20, 23, 26, 29, 32, 35, 38]
-    assert np.concatenate([arrays["index"] for _, arrays in taken]).tolist() == list(range(20, 40))
-    assert not folder.exists()
+    rendered = chunks(partial(numbers, -1), 3, workers=2, firsts=range(20, 40, 3))
+    assert np.concatenate([chunk["index"] for chunk in rendered]).tolist() == list(range(20, 41))
 
 
 def test_a_feed_raises_what_its_workers_raise() -> None:
     from recipes.miniature.feed import Feed
 
     with (
-        Feed(partial(numbers, 0), 3, workers=1) as feed,
-        pytest.raises(RuntimeError, match="the colour is out"),
+        Feed(partial(numbers, 3), 3, workers=1, capacity=9, device="cpu") as feed,
+        pytest.raises(ValueError, match="the colour is out"),
     ):
-        feed.poll(block=True)
+        feed.fill(6)
+
+
+def test_a_feed_ends_its_workers() -> None:
+    import multiprocessing
+
+    from recipes.miniature.feed import Feed
+
+    with Feed(partial(numbers, -1), 3, workers=1, capacity=5, device="cpu") as feed:
+        feed.fill(5)
+        assert feed.pool.filled == 5
+        workers = multiprocessing.active_children()
+        assert workers
+    for worker in workers:
+        worker.join(timeout=30)
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_a_full_pool_overwrites_its_oldest_items() -> None:

@@ -16,7 +16,7 @@ from qwen_vision_bridge.training.data import (
     FolderSamples,
     SampleFileError,
     WorldSamples,
-    held_out,
+    split_samples,
 )
 
 GOOD = {"image": "a.png", "question": "What does it say?", "answer": "HELLO"}
@@ -73,7 +73,7 @@ def test_every_fault_is_named_with_its_line(folder: Path, row: Any, fault: str) 
         FolderSamples(folder, "perceive")
 
 
-def test_all_faults_come_at_once_and_empty_data_are_refused(folder: Path) -> None:
+def test_all_faults_come_at_once_and_empty_data_is_refused(folder: Path) -> None:
     write(folder, *[{**GOOD, "answer": ""}] * 30)
     with pytest.raises(SampleFileError, match=r"(?s):1: .*:20: .*and 10 more"):
         FolderSamples(folder, "perceive")
@@ -89,10 +89,10 @@ def test_all_faults_come_at_once_and_empty_data_are_refused(folder: Path) -> Non
     with pytest.raises(FileNotFoundError, match=r"has no metadata\.jsonl"):
         FolderSamples(folder / "empty", "perceive")
     with pytest.raises(ValueError, match="at least two"):
-        held_out(FolderSamples(write(folder, GOOD), "perceive"), 10)
+        split_samples(FolderSamples(write(folder, GOOD), "perceive"), 10)
 
 
-def test_a_dataset_without_the_package_or_a_column_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_without_package_or_column_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
     from types import SimpleNamespace
 
@@ -117,7 +117,7 @@ def test_a_dataset_without_the_package_or_a_column_is_said(monkeypatch: pytest.M
         DatasetSamples("x/y", "edit")
 
 
-def test_world_samples_follow_from_their_index_and_share_nothing_between_splits() -> None:
+def test_world_samples_follow_from_their_index() -> None:
     one, again = WorldSamples("perceive", "train", 8), WorldSamples("perceive", "train", 20)
     for index in range(8):
         assert one[index][1:] == again[index][1:]
@@ -131,18 +131,18 @@ def test_world_samples_follow_from_their_index_and_share_nothing_between_splits(
         WorldSamples("perceive", "elsewhere", 3)
 
 
-def test_a_model_that_was_not_taught_the_world_is_told_how_to_reply() -> None:
-    asked = [WorldSamples("perceive", "train", 40, taught=False)[index] for index in range(40)]
+def test_a_model_that_does_not_know_the_world_is_told_the_form() -> None:
+    asked = [WorldSamples("perceive", "train", 40, knows_world=False)[index] for index in range(40)]
     assert {sample.prompt.split()[0] for sample in asked} == {"What", "Where", "How"}
     assert all("Reply with" in sample.prompt for sample in asked)
     assert all(sample.answer != "nothing" for sample in asked if sample.prompt.startswith("What"))
 
 
-def test_held_out_samples_are_never_learnt_from() -> None:
+def test_held_out_samples_are_never_trained_on() -> None:
     whole = WorldSamples("perceive", "train", 50)
-    train, validation = held_out(whole, 4)
+    train, validation = split_samples(whole, 4)
     assert len(validation) == 4
     assert sorted([*train.indices, *validation.indices]) == list(range(50))
-    assert len(held_out(whole, 256)[1]) == 5  # a tenth
+    assert len(split_samples(whole, 256)[1]) == 5  # a tenth
     assert validation[0][1:] == whole[validation.indices[0]][1:]
-    assert module.Part(whole, [1, 2]).digest != module.Part(whole, [1, 3]).digest
+    assert module.Subset(whole, [1, 2]).digest != module.Subset(whole, [1, 3]).digest

@@ -1,4 +1,4 @@
-"""The edit's loss is that of one sample at a time, however samples are batched, and looks where it should."""
+"""The edit loss does not depend on batching, and weighs the changed region."""
 
 from __future__ import annotations
 
@@ -7,62 +7,64 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_vision_bridge.loading.processors import load_processor
+from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.data import WorldSamples
 from qwen_vision_bridge.training.features import FeatureEncoder
-from qwen_vision_bridge.training.flow_matching import CHANGED, Flow
-from qwen_vision_bridge.training.frozen_lm import Reader
-from qwen_vision_bridge.training.losses import Batch, TrainData, distance, strangeness
+from qwen_vision_bridge.training.flow_matching import CHANGED, FlowMatching
+from qwen_vision_bridge.training.frozen_lm import FrozenLanguageModel
+from qwen_vision_bridge.training.losses import Batch, TrainData
 from qwen_vision_bridge.training.packs import build_pack
-from qwen_vision_bridge.training.trainable import BridgeLearner
+from qwen_vision_bridge.training.trainable import TrainableBridge
 
 FAMILY = FAMILIES["miniature"]
-LESSONS = WorldSamples("edit", "validation", 4)
+SAMPLES = WorldSamples("edit", "validation", 4)
 
 
 @pytest.fixture(scope="module")
 def train_data(shared_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> TrainData:
-    encoder, flow = FeatureEncoder(FAMILY, "cpu", torch.float32), Flow(shared_pipe, FAMILY.editor)
-    look = lambda chunk: [a | b for a, b in zip(encoder.see(chunk), flow.see(chunk), strict=True)]  # noqa: E731
-    pack = build_pack(tmp_path_factory.mktemp("edits"), LESSONS, lambda: look, "k")
+    encoder, flow = FeatureEncoder(FAMILY, "cpu", torch.float32), FlowMatching(shared_pipe, FAMILY.editor)
+
+    def encode(chunk: Any) -> Any:
+        return [a | b for a, b in zip(encoder.encode(chunk), flow.encode(chunk), strict=True)]
+
+    pack = build_pack(tmp_path_factory.mktemp("edits"), SAMPLES, lambda: encode, "k")
     encoder.close()
     processor = load_processor(FAMILY.target.repo, FAMILY.target.processor_subfolder, None, False)
-    return TrainData(Reader(shared_pipe.text_encoder, processor, FAMILY), edit=pack, flow=flow)
+    return TrainData(FrozenLanguageModel(shared_pipe.text_encoder, processor, FAMILY), edit=pack, flow=flow)
 
 
-class Blind:
-    """A learner that leaves everything as it is."""
+class Identity:
+    """The target's own features."""
 
-    def see(self, pack: Any, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = pack.rows("vision", samples).float()
-        return features, features
+    def vision_features(self, pack: Any, samples: torch.Tensor) -> torch.Tensor:
+        return pack.rows("vision", samples).float()
 
 
 @torch.no_grad()
-def cost(train_data: TrainData, part: slice, dropout: float = 0.0) -> float:
-    plan = Batch(train_data, "edit", 3, 4, TrainingSettings(condition_dropout=dropout))
-    return 4 * float(plan.losses(Blind(), part)[0]["edit"])
+def edit_loss(train_data: TrainData, part: slice, dropout: float = 0.0) -> float:
+    batch = Batch(train_data, "edit", 3, 4, TrainingSettings(condition_dropout=dropout))
+    return 4 * float(batch.losses(Identity(), part)[0]["edit"])
 
 
 def test_padding_in_a_batch_changes_no_samples_loss(train_data: TrainData) -> None:
-    lengths = train_data.rows["edit"].lengths
+    lengths = train_data.texts["edit"].prompt_lengths
     assert len(set(lengths.tolist())) > 1  # there is padding
-    each = [cost(train_data, slice(number, number + 1)) for number in range(4)]
+    each = [edit_loss(train_data, slice(number, number + 1)) for number in range(4)]
     assert len(set(each)) > 1
-    assert sum(each) == pytest.approx(cost(train_data, slice(0, 4)), rel=1e-4)
+    assert sum(each) == pytest.approx(edit_loss(train_data, slice(0, 4)), rel=1e-4)
 
 
-def test_a_prompt_that_is_left_out_is_the_pipelines_empty_one(train_data: TrainData) -> None:
-    without = cost(train_data, slice(0, 4), dropout=0.999)
-    kept = train_data.rows["edit"]
-    train_data.rows["edit"] = train_data.reader.rows([(" ", None)] * 4, edit=True)
+def test_a_dropped_prompt_is_the_pipelines_empty_one(train_data: TrainData) -> None:
+    without = edit_loss(train_data, slice(0, 4), dropout=0.999)
+    texts = train_data.texts["edit"]
+    train_data.texts["edit"] = train_data.language_model.tokenize([(" ", None)] * 4, edit=True)
     try:
-        assert cost(train_data, slice(0, 4)) == pytest.approx(without, rel=1e-4)
+        assert edit_loss(train_data, slice(0, 4)) == pytest.approx(without, rel=1e-4)
     finally:
-        train_data.rows["edit"] = kept
-    assert cost(train_data, slice(0, 4)) != pytest.approx(without, rel=1e-4)
+        train_data.texts["edit"] = texts
+    assert edit_loss(train_data, slice(0, 4)) != pytest.approx(without, rel=1e-4)
 
 
 def test_latents_are_those_of_the_stock_pipeline(train_data: TrainData, pipe: Any) -> None:
@@ -76,7 +78,7 @@ def test_latents_are_those_of_the_stock_pipeline(train_data: TrainData, pipe: An
     handle = pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
         editor = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, dtype=torch.float32)
-        sample = LESSONS[0]
+        sample = SAMPLES[0]
         editor.generate(sample.image, sample.prompt, False, num_inference_steps=2, true_cfg_scale=1.0)
     finally:
         handle.remove()
@@ -86,42 +88,40 @@ def test_latents_are_those_of_the_stock_pipeline(train_data: TrainData, pipe: An
     assert seen["img_shapes"][0] == [(1, *train_data.edit.lines[0]["latents"])] * 2
 
 
-def test_latents_do_not_depend_on_what_is_encoded_beside_them(train_data: TrainData) -> None:
-    samples = [LESSONS[index] for index in range(3)]
+def test_latents_do_not_depend_on_their_batch(train_data: TrainData) -> None:
+    samples = [SAMPLES[index] for index in range(3)]
     wide = samples[1]._replace(
         image=samples[1].image.resize((192, 96)), after=samples[1].after.resize((192, 96))
     )
-    mixed = train_data.flow.see([samples[0], wide, samples[2]])
-    for found, sample in zip(mixed, (samples[0], wide, samples[2]), strict=True):
-        (alone,) = train_data.flow.see([sample])
-        assert alone["latents"] == found["latents"]
+    mixed = train_data.flow.encode([samples[0], wide, samples[2]])
+    for fields, sample in zip(mixed, (samples[0], wide, samples[2]), strict=True):
+        (alone,) = train_data.flow.encode([sample])
+        assert alone["latents"] == fields["latents"]
         for field in ("references", "after"):
-            torch.testing.assert_close(found[field], alone[field], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(fields[field], alone[field], atol=1e-4, rtol=1e-3)
     assert mixed[1]["latents"][1] > mixed[1]["latents"][0]
 
 
-def test_checkpointing_the_transformer_changes_no_loss_and_no_gradient(
-    train_data: TrainData, pipe: Any
-) -> None:
-    plan = Batch(train_data, "edit", 0, 2, TrainingSettings())
+def test_checkpointing_changes_no_loss_and_no_gradient(train_data: TrainData, pipe: Any) -> None:
+    batch = Batch(train_data, "edit", 0, 2, TrainingSettings())
     states = torch.randn(2, 5, 224, generator=torch.Generator().manual_seed(0))
 
-    def gradient(flow: Flow) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradient(flow: FlowMatching) -> tuple[torch.Tensor, torch.Tensor]:
         asked = states.clone().requires_grad_()
         loss = flow.losses(
-            train_data.edit.rows("references", plan.samples),
-            train_data.edit.rows("after", plan.samples),
+            train_data.edit.rows("references", batch.samples),
+            train_data.edit.rows("after", batch.samples),
             asked,
             torch.ones(2, 5, dtype=torch.bool),
-            plan.shape,
-            plan.noise,
-            plan.spread,
+            batch.latent_grid,
+            batch.noise,
+            batch.time_noise,
         ).sum()
         return loss.detach(), torch.autograd.grad(loss, asked)[0]
 
     plain = gradient(train_data.flow)
     try:
-        saving = gradient(Flow(pipe, FAMILY.editor, checkpointing=True))
+        saving = gradient(FlowMatching(pipe, FAMILY.editor, checkpointing=True))
     finally:
         pipe.transformer.disable_gradient_checkpointing()
         pipe.transformer.eval()
@@ -163,22 +163,10 @@ def test_the_changed_region_counts_more(train_data: TrainData) -> None:
     assert costs[0] == pytest.approx(CHANGED * float(costs[1]), rel=1e-4)
 
 
-def test_anchor_and_statistics_are_nothing_for_the_baseline_and_grow_from_there() -> None:
-    baseline = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
-    for penalty in (distance, strangeness):
-        assert penalty(baseline, baseline).tolist() == [0, 0]
-        near, far = (penalty(baseline * size + shift, baseline) for size, shift in ((1.1, 0.1), (2, 1)))
-        assert (near > 0).all()
-        assert (near < far).all()
-    mixed = baseline[:, torch.randperm(30, generator=torch.Generator().manual_seed(1))]
-    assert (strangeness(mixed, baseline) < 1e-8).all()  # the same statistics
-    assert (distance(mixed, baseline) > 1).all()
-
-
-def test_a_bridge_learner_is_shown_bf16_packs_in_float32(train_data: TrainData) -> None:
+def test_a_bridge_gets_bf16_packs_in_float32(train_data: TrainData) -> None:
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
 
-    pupil = BridgeLearner(VisionBridge(BridgeConfig.for_family(FAMILY)))
-    features, baseline = pupil.see(train_data.edit, torch.tensor([0, 1]))
-    assert features.dtype == baseline.dtype == torch.float32
-    assert torch.equal(features, baseline)
+    trainable = TrainableBridge(VisionBridge(BridgeConfig.for_family(FAMILY)))
+    features = trainable.vision_features(train_data.edit, torch.tensor([0, 1]))
+    assert features.dtype == torch.float32
+    assert torch.equal(features, train_data.edit.rows("vision", torch.tensor([0, 1])).float())

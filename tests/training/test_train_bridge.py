@@ -109,7 +109,7 @@ def test_bad_flags_and_data_end_in_one_line(
         (["--max_train_steps", "0"], "max_train_steps is a whole number from 1"),
         (["--bridge", str(tmp_path)], "config.json"),
         (["--rank", "6"], "does not divide into 4 heads"),
-        (["--rival", "lora", "--features", "shuffled"], "a rival has no bridge"),
+        (["--rival", "lora", "--features", "shuffled"], "a LoRA has no bridge"),
         (["--method", "calibrate", "--features", "target"], "cannot be calibrated"),
         (["--strength", "nan"], "finite"),
         (["--report_to", "tensorboard"], "uv run --with tensorboard"),
@@ -120,12 +120,12 @@ def test_bad_flags_and_data_end_in_one_line(
 def test_every_flag_reaches_what_it_is_for(tmp_path: Path) -> None:
     given = (
         f"--output-dir {tmp_path} --use-ema --levels late --rank 8 --blend=replace --train-batch-size 7 "
-        "--lr-scheduler linear --anchor 0.5 --seed 3"
+        "--lr-scheduler linear --edit-weight 0.5 --seed 3"
     ).split()
     arguments = parse(given, None)
     settings, run = settings_of(arguments), run_config_of(arguments)
     assert (settings.train_batch_size, settings.lr_scheduler, settings.use_ema) == (7, "linear", True)
-    assert (settings.anchor, settings.seed) == (0.5, 3)
+    assert (settings.edit_weight, settings.seed) == (0.5, 3)
     assert (run.config.levels, run.config.rank, run.config.blend) == (("late",), 8, "replace")
     assert settings_of(parse(["--output_dir", "x"], None)).use_ema is False
 
@@ -137,7 +137,7 @@ def test_a_gpu_trains_in_bf16_and_through_8_bit_models(tmp_path: Path) -> None:
     for name, flags in (
         ("bf16", ["--method", "perceive+edit", "--gradient_checkpointing"]),
         ("8-bit", ["--method", "perceive", "--load_in_8bit"]),
-        ("rival", ["--method", "perceive", "--rival", "lora"]),
+        ("lora", ["--method", "perceive", "--rival", "lora"]),
     ):
         train_bridge.main([*SMALL, *places, str(tmp_path / name), *flags])
         rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
@@ -152,49 +152,49 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
-from qwen_vision_bridge.training.trainable import BridgeLearner
+from qwen_vision_bridge.training.trainable import TrainableBridge
 from qwen_vision_bridge.training.data import WorldSamples
 from qwen_vision_bridge.training.losses import TrainData
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.packs import build_pack
-from qwen_vision_bridge.training.frozen_lm import Rows
-from qwen_vision_bridge import training
+from qwen_vision_bridge.training.frozen_lm import TextBatch
+from qwen_vision_bridge.training import trainer as module
 from qwen_vision_bridge.training.trainer import Trainer
 
-training._schedule = lambda *_: lambda step: 1.0  # transformers' costs an import of half a minute
+module._lr_schedule = lambda *_: lambda step: 1.0  # transformers' costs an import of half a minute
 
 
 class StandIn:
     device = torch.device("cpu")
 
-    def rows(self, texts, edit=False):
+    def tokenize(self, texts, edit=False):
         ids = torch.tensor([[len(prompt) % 5, 1, 2] for prompt, _ in texts])
-        return Rows(ids, ids, (ids + 1).float(), torch.full((len(ids),), 3))
+        return TextBatch(ids, ids, (ids + 1).float(), torch.full((len(ids),), 3))
 
-    def cross_entropy(self, features, rows, grid):
+    def cross_entropy(self, features, texts, grid):
         logits = features @ torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
-        labels = rows.labels.flatten()
+        labels = texts.labels.flatten()
         errors = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
-        return (errors * rows.weights.flatten()).sum(), torch.zeros(()), rows.weights.sum()
+        return (errors * texts.weights.flatten()).sum(), torch.zeros(()), texts.weights.sum()
 
 
-def see(samples):
-    made = []
+def encode(samples):
+    encoded = []
     for sample in samples:
         noise = torch.Generator().manual_seed(len(sample.prompt))
         fields = {name: torch.randn(3, 16, generator=noise) for name in ("early", "mid", "late")}
-        made.append({**fields, "vision": torch.randn(3, 12, generator=noise), "grid": [1, 3]})
-    return made
+        encoded.append({**fields, "vision": torch.randn(3, 12, generator=noise), "grid": [1, 3]})
+    return encoded
 
 
 folder, batch = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
 with accelerator.main_process_first():
-    pack = build_pack(folder + "-pack", WorldSamples("perceive", "train", 20), lambda: see, "k")
+    pack = build_pack(folder + "-pack", WorldSamples("perceive", "train", 20), lambda: encode, "k")
 config = BridgeConfig(source_dim=16, target_dim=12, rank=8, query_dim=8, init="random")
-settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2, anchor=0.1)
-learner = BridgeLearner(VisionBridge(config))
-trainer = Trainer(folder, learner, TrainData(StandIn(), pack), settings, accelerator)
+settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2)
+trainable = TrainableBridge(VisionBridge(config))
+trainer = Trainer(folder, trainable, TrainData(StandIn(), pack), settings, accelerator)
 trainer.run()
 open(f"{folder}-id-{accelerator.process_index}", "w").write(trainer.output.run_id)
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import math
@@ -17,20 +16,27 @@ import torch
 from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
-from qwen_vision_bridge.loading.processors import load_processor
-from qwen_vision_bridge.runs import checkpoints, find_checkpoint
+from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
-from qwen_vision_bridge.training import checkpointing as milestones
+from qwen_vision_bridge.training import checkpointing as checkpointing
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.data import WorldSamples
 from qwen_vision_bridge.training.features import FeatureEncoder
-from qwen_vision_bridge.training.flow_matching import Flow
-from qwen_vision_bridge.training.frozen_lm import Reader
-from qwen_vision_bridge.training.losses import Batch, TrainData, find_hard
+from qwen_vision_bridge.training.flow_matching import FlowMatching
+from qwen_vision_bridge.training.frozen_lm import FrozenLanguageModel
+from qwen_vision_bridge.training.losses import Batch, TrainData
 from qwen_vision_bridge.training.packs import Pack, build_pack
-from qwen_vision_bridge.training.trainable import BridgeLearner, rival_of
+from qwen_vision_bridge.training.run_folder import checkpoints, find_checkpoint
+from qwen_vision_bridge.training.trainable import LoraBaseline, TrainableBridge
 from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
-from qwen_vision_bridge.training.validation import GATES, choose_gate, examine, predict, summary
+from qwen_vision_bridge.training.validation import (
+    GATES,
+    Answer,
+    answer_loss,
+    answer_questions,
+    choose_gate,
+    summarize,
+)
 
 FAMILY = FAMILIES["miniature"]
 SETTINGS = TrainingSettings(
@@ -76,26 +82,26 @@ def train_data(shared_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Tr
     """Twelve questions and six edits of the world, seen once."""
     root = tmp_path_factory.mktemp("packs")
     encoder = FeatureEncoder(FAMILY, "cpu", torch.float32)
-    flow = Flow(shared_pipe, FAMILY.editor)
+    flow = FlowMatching(shared_pipe, FAMILY.editor)
 
     def both(samples: Any) -> Any:
-        return [a | b for a, b in zip(encoder.see(samples), flow.see(samples), strict=True)]
+        return [a | b for a, b in zip(encoder.encode(samples), flow.encode(samples), strict=True)]
 
-    asked = build_pack(root / "asked", WorldSamples("perceive", "train", 12), lambda: encoder.see, "k")
+    asked = build_pack(root / "asked", WorldSamples("perceive", "train", 12), lambda: encoder.encode, "k")
     edits = build_pack(root / "edits", WorldSamples("edit", "train", 6), lambda: both, "k")
     encoder.close()
     processor = load_processor(FAMILY.target.repo, FAMILY.target.processor_subfolder, None, False)
-    return TrainData(Reader(shared_pipe.text_encoder, processor, FAMILY), asked, edits, flow)
+    return TrainData(FrozenLanguageModel(shared_pipe.text_encoder, processor, FAMILY), asked, edits, flow)
 
 
 @pytest.fixture
 def questions(train_data: TrainData) -> TrainData:
     """The questions alone."""
-    return TrainData(train_data.reader, train_data.perceive)
+    return TrainData(train_data.language_model, train_data.perceive)
 
 
-def learner(features: str = "own", **changes: Any) -> BridgeLearner:
-    return BridgeLearner(VisionBridge(BridgeConfig.for_family(FAMILY, **changes)), features)
+def bridge(features: str = "own", **changes: Any) -> TrainableBridge:
+    return TrainableBridge(VisionBridge(BridgeConfig.for_family(FAMILY, **changes)), features)
 
 
 def trained(
@@ -104,12 +110,12 @@ def trained(
     settings: TrainingSettings = SETTINGS,
     resume: str | None = None,
     **who: Any,
-) -> tuple[Trainer, BridgeLearner]:
-    pupil = learner()
-    trainer = Trainer(folder, pupil, train_data, settings, alone(**who))
+) -> tuple[Trainer, TrainableBridge]:
+    trainable = bridge()
+    trainer = Trainer(folder, trainable, train_data, settings, alone(**who))
     trainer.resume(resume)
     trainer.run()
-    return trainer, pupil
+    return trainer, trainable
 
 
 def test_the_loss_falls_and_only_the_bridge_has_changed(
@@ -120,14 +126,14 @@ def test_the_loss_falls_and_only_the_bridge_has_changed(
         for name in ("text_encoder", "transformer", "vae")
     }
     settings = TrainingSettings(**{**vars(SETTINGS), "max_train_steps": 12, "train_batch_size": 6})
-    fresh = bridge_digest(learner().bridge)
-    _, pupil = trained(tmp_path, train_data, settings)
+    fresh = bridge_digest(bridge().bridge)
+    _, trainable = trained(tmp_path, train_data, settings)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for loss in ("answers", "edit"):
         assert all(math.isfinite(row[loss]) for row in rows)
     first, last = ([row["answers"] for row in part] for part in (rows[:4], rows[-4:]))
     assert sum(last) < 0.9 * sum(first)
-    assert bridge_digest(pupil.bridge) != fresh
+    assert bridge_digest(trainable.bridge) != fresh
     for name, before in frozen.items():
         model = getattr(shared_pipe, name)
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -135,76 +141,76 @@ def test_the_loss_falls_and_only_the_bridge_has_changed(
 
 
 @pytest.mark.parametrize("kind", ["perceive", "edit"])
-def test_each_loss_reaches_every_part_of_a_bridge_that_is_not_fresh(train_data: TrainData, kind: str) -> None:
-    pupil = learner(init="random")
-    losses, _ = Batch(train_data, kind, 0, 3, SETTINGS).losses(pupil, slice(0, 3))
+def test_each_loss_reaches_every_part_of_a_bridge(train_data: TrainData, kind: str) -> None:
+    trainable = bridge(init="random")
+    losses, _ = Batch(train_data, kind, 0, 3, SETTINGS).losses(trainable, slice(0, 3))
     sum(losses.values()).backward()
-    for name, parameter in pupil.parameters().items():
+    for name, parameter in trainable.parameters().items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
 
 def test_a_fresh_bridge_costs_what_the_baseline_costs(train_data: TrainData) -> None:
-    fresh, blended = learner(), learner(blend="replace")
-    mine = [predict(pupil, train_data, train_data.perceive) for pupil in (None, fresh, blended)]
-    assert mine[0] == mine[1] == mine[2]
+    fresh, blended = bridge(), bridge(blend="replace")
+    losses = [answer_loss(trainable, train_data, train_data.perceive) for trainable in (None, fresh, blended)]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, train_data: TrainData) -> None:
     _, whole = trained(tmp_path / "whole", train_data)
     cut = tmp_path / "cut"
-    trainer = Trainer(cut, learner(), train_data, SETTINGS, alone())
-    original = trainer._advance
+    trainer = Trainer(cut, bridge(), train_data, SETTINGS, alone())
+    original = trainer._training_step
 
     def stop_after_two() -> None:
         if trainer.step == 2:
             raise KeyboardInterrupt
         original()
 
-    trainer._advance = stop_after_two  # type: ignore[method-assign]
+    trainer._training_step = stop_after_two  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert [path.name for path in checkpoints(cut)] == ["checkpoint-2"]
     resumed, again = trained(cut, train_data, resume="latest")
     assert bridge_digest(again.bridge) == bridge_digest(whole.bridge)
-    for name, value in resumed.average.items():
-        assert not torch.equal(value, dict(learner().parameters())[name]) or value.abs().sum() == 0
+    for (name, initial), average in zip(bridge().parameters().items(), resumed.ema.module, strict=True):
+        assert not torch.equal(average, initial) or average.abs().sum() == 0, name
     saved = [VisionBridge.from_pretrained(tmp_path / name / "checkpoint-4") for name in ("whole", "cut")]
     assert bridge_digest(saved[0]) == bridge_digest(saved[1]) == bridge_digest(whole.bridge)
 
 
 def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, train_data: TrainData) -> None:
     """The second process's share is worked out here too; `test_two_processes…` starts real ones."""
-    settings = vars(SETTINGS) | {"max_train_steps": 1, "anchor": 0.1, "match_statistics": 0.01}
+    settings = vars(SETTINGS) | {"max_train_steps": 1}
     large = Trainer(
         tmp_path,
-        learner(init="random"),
+        bridge(init="random"),
         train_data,
         TrainingSettings(**settings | {"train_batch_size": 4}),
         alone(),
     )
     parts = Trainer(
         tmp_path,
-        learner(init="random"),
+        bridge(init="random"),
         train_data,
         TrainingSettings(**settings | {"train_batch_size": 2, "gradient_accumulation_steps": 2}),
         alone(),
     )
     gradients = []
     for trainer in (large, parts):
-        trainer._advance()
+        trainer._training_step()
         gradients.append({name: p.grad.clone() for name, p in trainer.parameters.items()})
     shares = []
     for rank in (0, 1):
         trainer = Trainer(
             tmp_path,
-            learner(init="random"),
+            bridge(init="random"),
             train_data,
             TrainingSettings(**settings | {"train_batch_size": 2}),
             alone(num_processes=2, process_index=rank),
         )
         trainer.settings = TrainingSettings(**settings | {"train_batch_size": 2, "max_grad_norm": 1e9})
-        trainer._advance()
+        trainer._training_step()
         shares.append({name: p.grad.clone() for name, p in trainer.parameters.items()})
     for name, whole in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], whole, atol=1e-5, rtol=1e-3)
@@ -213,7 +219,7 @@ def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, tr
         torch.testing.assert_close(summed / size, whole, atol=1e-5, rtol=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     tmp_path: Path, questions: TrainData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Batch.losses
@@ -225,19 +231,19 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
 
     monkeypatch.setattr(Batch, "losses", broken)
     settings = TrainingSettings(**vars(SETTINGS) | {"max_train_steps": 5, "log_every": 20})
-    trainer = Trainer(tmp_path, learner(), questions, settings, alone())
+    trainer = Trainer(tmp_path, bridge(), questions, settings, alone())
     with pytest.raises(NotFiniteError, match="up to 4"):
         trainer.run()
     (kept,) = checkpoints(tmp_path)
     assert kept.name == "checkpoint-2"
-    state = milestones.load_checkpoint(kept)[1]
+    state = checkpointing.load_checkpoint(kept)[1]
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(
     tmp_path: Path, questions: TrainData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = milestones.save_file
+    write = checkpointing.save_file
 
     def full(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
         if "checkpoint-4" in str(path):
@@ -245,96 +251,74 @@ def test_a_full_disk_keeps_the_checkpoint_before(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path, **options)
 
-    monkeypatch.setattr(milestones, "save_file", full)
+    monkeypatch.setattr(checkpointing, "save_file", full)
     with pytest.raises(OSError, match=r"step 4 .*No space left.*checkpoint-2.*resume_from_checkpoint"):
         trained(tmp_path, questions)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-2"]
-    monkeypatch.setattr(milestones, "save_file", write)
+    monkeypatch.setattr(checkpointing, "save_file", write)
     trainer, _ = trained(tmp_path, questions, resume="latest")
     assert trainer.step == 4
 
 
 def test_a_result_replaces_another_whole_or_not_at_all(tmp_path: Path) -> None:
-    first, second = learner(), learner(init="random")
-    milestones.save_result(tmp_path, first.save)
+    first, second = bridge(), bridge(init="random")
+    checkpointing.save_result(tmp_path, first.save)
 
     def half(folder: Path) -> None:
         second.save(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        milestones.save_result(tmp_path, half)
+        checkpointing.save_result(tmp_path, half)
     assert bridge_digest(VisionBridge.from_pretrained(tmp_path)) == bridge_digest(first.bridge)
-    milestones.save_result(tmp_path, second.save)
+    checkpointing.save_result(tmp_path, second.save)
     assert bridge_digest(VisionBridge.from_pretrained(tmp_path)) == bridge_digest(second.bridge)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_only_so_many_checkpoints_are_kept_and_others_are_refused(
-    tmp_path: Path, questions: TrainData
-) -> None:
+def test_old_checkpoints_are_removed_and_others_refused(tmp_path: Path, questions: TrainData) -> None:
     settings = TrainingSettings(
         **vars(SETTINGS) | {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "use_ema": True}
     )
-    trainer, pupil = trained(tmp_path, questions, settings)
+    trainer, trainable = trained(tmp_path, questions, settings)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
     with trainer.averaged():
-        average = bridge_digest(pupil.bridge)
+        average = bridge_digest(trainable.bridge)
     assert bridge_digest(VisionBridge.from_pretrained(tmp_path / "checkpoint-4")) == average
-    assert bridge_digest(pupil.bridge) != average
+    assert bridge_digest(trainable.bridge) != average
     with pytest.raises(FileNotFoundError, match=r"checkpoint-9.*there are: checkpoint-3, checkpoint-4"):
         find_checkpoint(tmp_path, "checkpoint-9")
-    other = Trainer(tmp_path, learner(rank=8, query_dim=8), questions, settings, alone())
-    with pytest.raises(ValueError, match="other settings"):
+    other = Trainer(tmp_path, bridge(rank=8, query_dim=8), questions, settings, alone())
+    with pytest.raises(ValueError, match="another model"):
         other.resume("latest")
     assert find_checkpoint(tmp_path / "empty", "latest") is None
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "state.safetensors").write_bytes(b"cut short")
     with pytest.raises(OSError, match="damaged"):
-        Trainer(tmp_path, learner(), questions, settings, alone()).resume("latest")
-
-
-def test_hard_samples_are_those_that_the_baseline_gets_wrong(questions: TrainData) -> None:
-    pack = copy.copy(questions.perceive)
-    pack.lines = copy.deepcopy(pack.lines)
-    for index in (2, 5, 11):  # what no image says
-        pack.lines[index]["answer"] = "ZZZZ"
-    asked = TrainData(questions.reader, pack)
-    hard = set(find_hard(asked).tolist())
-    assert hard == {2, 5, 11} | set(find_hard(TrainData(questions.reader, questions.perceive)).tolist())
-    assert len(hard) < len(pack)
-    settings = TrainingSettings(**vars(SETTINGS) | {"hard_share": 0.5})
-    drawn, plain = (
-        torch.cat([Batch(asked, "perceive", step, 8, one).samples for step in range(6)])
-        for one in (settings, SETTINGS)
-    )
-    assert {2, 5, 11} <= set(drawn[1::2].tolist()) <= hard
-    assert torch.equal(drawn[::2], plain[::2])
-    again = Batch(asked, "perceive", 5, 8, settings).samples
-    assert torch.equal(again, drawn[-8:])  # a resumed run draws the same
+        Trainer(tmp_path, bridge(), questions, settings, alone()).resume("latest")
 
 
 @pytest.mark.parametrize(("helps", "best"), [(True, GATES[-1]), (False, GATES[0])])
-def test_the_gate_of_a_calibrated_bridge_is_chosen_by_the_answers(
+def test_the_gate_of_a_calibrated_bridge_follows_the_answers(
     questions: TrainData, helps: bool, best: float
 ) -> None:
-    class Mixed(BridgeLearner):
+    class Mixed(TrainableBridge):
         """Its gate takes other tokens' features away, or puts them in."""
 
-        def see(self, pack: Pack, samples: Tensor) -> tuple[Tensor, Tensor]:
+        def vision_features(self, pack: Pack, samples: Tensor) -> Tensor:
             right = pack.rows("vision", samples).float()
             share = 1 - self.bridge.gate if helps else self.bridge.gate
-            return right + 3 * share * right.roll(3, 1), right
+            return right + 3 * share * right.roll(3, 1)
 
-    pupil = Mixed(learner().bridge)
-    assert choose_gate(pupil, questions, 6) == best
-    assert float(pupil.bridge.gate.detach()) == pytest.approx(best)
+    trainable = Mixed(bridge().bridge)
+    assert choose_gate(trainable, questions, 6) == best
+    assert float(trainable.bridge.gate.detach()) == pytest.approx(best)
 
 
 def test_controls_see_what_they_should(train_data: TrainData) -> None:
     pack, samples = train_data.perceive, torch.arange(4)
     own, shuffled, target = (
-        learner(features).levels(pack, samples, pack.rows("vision", samples).float())
+        bridge(features).levels(pack, samples, pack.rows("vision", samples).float())
         for features in ("own", "shuffled", "target")
     )
     partners = pack.partners(0)
@@ -346,33 +330,33 @@ def test_controls_see_what_they_should(train_data: TrainData) -> None:
     assert target[0].shape == own[0].shape
 
 
-def test_a_rival_learns_inside_the_language_model_and_is_as_large(
+def test_a_lora_learns_in_the_language_model_and_is_as_large(
     tmp_path: Path, questions: TrainData, target_copy: Callable[[], Any]
 ) -> None:
     from peft import PeftModel
 
     config = BridgeConfig.for_family(FAMILY)
     model = target_copy()
-    rival = rival_of(config, model)
-    size = sum(parameter.numel() for parameter in rival.parameters().values())
-    bridge = sum(parameter.numel() for parameter in VisionBridge(config).parameters())
-    assert abs(size - bridge) < 0.1 * bridge
-    assert all("language_model" in name for name in rival.parameters())
-    processor = questions.reader.processor
-    train_data = TrainData(Reader(model, processor, FAMILY, learning=True), questions.perceive)
-    before = predict(rival, train_data, train_data.perceive)
-    assert before == pytest.approx(predict(None, questions, questions.perceive), abs=1e-5)
-    Trainer(tmp_path, rival, train_data, SETTINGS, alone()).run()
-    after = predict(rival, train_data, train_data.perceive)
+    lora = LoraBaseline(model, config)
+    size = sum(parameter.numel() for parameter in lora.parameters().values())
+    wanted = sum(parameter.numel() for parameter in VisionBridge(config).parameters())
+    assert abs(size - wanted) < 0.1 * wanted
+    assert all("language_model" in name for name in lora.parameters())
+    processor = questions.language_model.processor
+    train_data = TrainData(FrozenLanguageModel(model, processor, FAMILY, trainable=True), questions.perceive)
+    before = answer_loss(lora, train_data, train_data.perceive)
+    assert before == pytest.approx(answer_loss(None, questions, questions.perceive), abs=1e-5)
+    Trainer(tmp_path, lora, train_data, SETTINGS, alone()).run()
+    after = answer_loss(lora, train_data, train_data.perceive)
     assert after["loss"] < before["loss"]
     loaded = PeftModel.from_pretrained(target_copy(), tmp_path / "checkpoint-4")
-    again = TrainData(Reader(loaded.base_model.model, processor, FAMILY), questions.perceive)
-    assert predict(None, again, questions.perceive) == pytest.approx(after, abs=1e-5)
+    again = TrainData(FrozenLanguageModel(loaded.base_model.model, processor, FAMILY), questions.perceive)
+    assert answer_loss(None, again, questions.perceive) == pytest.approx(after, abs=1e-5)
 
 
 @pytest.fixture
 def target_copy(editor_folder: Path) -> Callable[[], Any]:
-    """Targets of the test's own, which a rival may change."""
+    """Targets of the test's own, which a LoRA may change."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -380,13 +364,11 @@ def target_copy(editor_folder: Path) -> Callable[[], Any]:
     )
 
 
-def test_what_is_examined_is_scored_letter_by_letter(questions: TrainData) -> None:
-    answers = examine(None, questions.reader, questions.perceive, "read")
+def test_answers_are_scored_letter_by_letter(questions: TrainData) -> None:
+    answers = answer_questions(None, questions.language_model, questions.perceive, "read")
     assert answers
     assert all(answer.kind == "read" for answer in answers)
-    from qwen_vision_bridge.training.validation import Answer
-
     one = Answer(0, "What does it say?", "DTOV/AB", "DTXV")
     assert one.letters == [[True, True, False, True], [False, False]]
-    found = summary([one, Answer(1, "Where is it?", "ab", "ab")])
+    found = summarize([one, Answer(1, "Where is it?", "ab", "ab")])
     assert found == {"answered/locate": 1.0, "answered/read": 0.0, "letters": 0.5, "words": 0.0}

@@ -149,7 +149,7 @@ def test_a_checkpoint_without_a_runs_id_is_not_resumed(
     """As an earlier version wrote it; its bridge can still be continued from."""
     path = used / "checkpoint-3" / "state.json"
     state = json.loads(path.read_text())
-    path.write_text(json.dumps({key: state[key] for key in ("settings", "learnt", "step")}))
+    path.write_text(json.dumps({key: state[key] for key in ("settings", "trained", "step")}))
     flags = ["--resume_from_checkpoint", str(path.parent), "--output_dir", str(tmp_path / "new")]
     assert f"--bridge {path.parent}" in refused([*FLAGS, *flags], capsys)
 
@@ -164,7 +164,7 @@ def test_another_folders_run_is_not_resumed_over_this_one(
 
 
 def test_a_run_goes_on_in_an_empty_folder_under_its_id(used: Path, tmp_path: Path) -> None:
-    from qwen_vision_bridge.runs import open_run
+    from qwen_vision_bridge.training.run_folder import open_run
 
     alone: Any = SimpleNamespace(is_main_process=True, num_processes=1)
     fingerprint = json.loads((used / "run.json").read_text())["fingerprint"]

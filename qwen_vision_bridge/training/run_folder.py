@@ -1,7 +1,7 @@
-"""The run that a training folder belongs to, and which files in it are the run's own.
+"""The training run that a folder belongs to, and which of the folder's files are its own.
 
 `run.json` holds the run's id and its files, each listed before it is written; every checkpoint carries the
-id. Only listed files and checkpoints of the id are replaced or removed. Nothing heavy is imported.
+id. Only listed files and checkpoints of the id are replaced or removed. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .io import first_difference, write_json
-from .specs import read_json
+from ..io import first_difference, write_json
+from ..specs import read_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FORMAT = "qwen-vision-bridge/run/1"
-RUN, STATE, LOG, ABOUT = "run.json", "state.json", "log.jsonl", "training.json"
-RESULTS = (
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "model.safetensors",
+RUN, STATE, LOG, SUMMARY = "run.json", "state.json", "log.jsonl", "training.json"
+MODEL_FILES = (
+    *("README.md", "config.json", "model.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors"),
 )
-NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TrainingRun:
     folder: Path
     run_id: str
     fingerprint: dict[str, Any]
-    """What makes it this run and no other: method, models, seed; plain data."""
+    """Values that only parts of the same run share, as plain data: method, models, seed."""
     files: list[str] = field(default_factory=list)
     """Its own files beside its checkpoints, as paths below the folder."""
 
@@ -69,33 +69,34 @@ class TrainingRun:
         """List files as the run's own, before they are written.
 
         Raises:
-            FileExistsError: one is there and not listed: it is somebody else's.
+            FileExistsError: a file of that name exists and is not the run's.
         """
-        fresh = [name for name in names if name not in self.files]
-        for name in fresh:
+        new = [name for name in names if name not in self.files]
+        for name in new:
             if os.path.lexists(self.folder / name):
                 raise FileExistsError(f"{self.folder / name} is not of this run: move it away, then resume")
-        if fresh:
-            self.files += fresh
+        if new:
+            self.files += new
             self.write()
 
-    def workshop(self) -> Path:
-        """A new hidden folder in the run's, known by its name as the run's own."""
+    def temporary_folder(self) -> Path:
+        """Create a hidden folder in the run's; its name says whose it is."""
         return Path(tempfile.mkdtemp(prefix=f".{self.run_id}-", dir=self.folder))
 
     def discard(self, folder: Path) -> None:
-        """Remove a folder; a kill leaves it whole or out of sight, never half a checkpoint."""
-        workshop = self.workshop()
-        os.rename(folder, workshop / folder.name)
-        shutil.rmtree(workshop, ignore_errors=True)
+        """Remove a folder in one rename, so that a kill never leaves half a checkpoint."""
+        temporary = self.temporary_folder()
+        os.rename(folder, temporary / folder.name)
+        shutil.rmtree(temporary, ignore_errors=True)
 
-    def sweep(self) -> None:
-        """Remove what a killed process of the run left half done."""
+    def remove_leftovers(self) -> None:
+        """Remove the temporary folders of a killed process of the run."""
         for path in self.folder.glob(f".{self.run_id}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
+    @property
     def tracker(self) -> str:
-        """The name of the folder for a tracker's files."""
+        """Name of the folder of a tracker's files."""
         return f"bridge-{self.run_id}"
 
     def remove(self) -> None:
@@ -107,20 +108,19 @@ class TrainingRun:
         for parent in {self.folder / PurePosixPath(name).parent for name in self.files} - {self.folder}:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
-        shutil.rmtree(self.folder / self.tracker(), ignore_errors=True)
-        self.sweep()
+        shutil.rmtree(self.folder / self.tracker, ignore_errors=True)
+        self.remove_leftovers()
 
 
 def checkpoints(folder: str | Path, run_id: str | None = None) -> list[Path]:
     """The checkpoints in a folder, oldest first: of one run, or of all."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    found = [path for path in found if (path / STATE).is_file()]
-    return sorted((path for path in found if run_id in (None, run_of(path))), key=step_of)
+    paths = [path for path in _checkpoint_folders(folder) if (path / STATE).is_file()]
+    return sorted((path for path in paths if run_id in (None, run_of(path))), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step a checkpoint was saved after."""
-    return int(NAME.fullmatch(checkpoint.name)[1])
+    """The step that a checkpoint was saved after."""
+    return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
 
 
 def run_of(checkpoint: Path) -> str:
@@ -131,7 +131,7 @@ def run_of(checkpoint: Path) -> str:
         return ""
 
 
-def find_checkpoint(folder: str | Path, given: str | None) -> Path | None:
+def find_checkpoint(folder: str | Path, name: str | None) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, a name, or `latest`; None for none.
 
     `latest` is the last one of the run that the folder holds.
@@ -139,17 +139,17 @@ def find_checkpoint(folder: str | Path, given: str | None) -> Path | None:
     Raises:
         FileNotFoundError: no such checkpoint.
     """
-    if given is None:
+    if name is None:
         return None
     run = TrainingRun.read(folder)
-    found = checkpoints(folder, run.run_id) if run is not None else []
-    if given == "latest":
-        return found[-1] if found else None
-    for path in (Path(given).expanduser(), Path(folder) / given):
+    own = checkpoints(folder, run.run_id) if run is not None else []
+    if name == "latest":
+        return own[-1] if own else None
+    for path in (Path(name).expanduser(), Path(folder) / name):
         if (path / STATE).is_file():
             return path
-    there = ", ".join(path.name for path in found) or "none"
-    raise FileNotFoundError(f"no checkpoint {given!r}; in {folder} there are: {there}")
+    available = ", ".join(path.name for path in own) or "none"
+    raise FileNotFoundError(f"no checkpoint {name!r}; in {folder} there are: {available}")
 
 
 def check_output_dir(
@@ -159,13 +159,13 @@ def check_output_dir(
     fingerprint: Mapping[str, Any] | None = None,
     steps: int = 0,
 ) -> tuple[TrainingRun | None, Path | None]:
-    """Refuse a folder in which a run would touch what is not its own; nothing is written.
+    """Refuse a folder in which a run would touch files that are not its own; write nothing.
 
     Args:
         resume: the checkpoint to continue from, see `find_checkpoint`.
-        overwrite: a new run takes the place of the one that is there.
-        fingerprint: what makes the run this one; None does not look at that.
-        steps: up to which step the run writes checkpoints.
+        overwrite: replace the run that the folder holds.
+        fingerprint: of the run that starts; None leaves it unchecked.
+        steps: the last step of which the run may write a checkpoint.
 
     Returns:
         The run that the folder holds, and the checkpoint to continue from.
@@ -186,24 +186,24 @@ def check_output_dir(
             f"{folder} holds another run ({run.run_id}): give another --output_dir, or continue it with "
             "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
-    _refuse_clashes(folder, run, steps)
+    _refuse_foreign_files(folder, run, steps)
     checkpoint = find_checkpoint(folder, resume)
     if checkpoint is not None:
         _check_same_run(checkpoint, run, fingerprint)
     elif resume is not None and run is not None:
-        _check_made_from(folder, run.fingerprint, fingerprint)
+        _check_fingerprint(folder, run.fingerprint, fingerprint)
     return run, checkpoint
 
 
 def open_run(
     folder: str | Path,
-    accelerator: Any,
+    accelerator: Accelerator,
     fingerprint: Mapping[str, Any],
     resume: str | None = None,
     overwrite: bool = False,
     steps: int = 0,
 ) -> tuple[TrainingRun, Path | None]:
-    """Start a run in a folder or continue the one there; the first process decides, and all get the same.
+    """Start a run in a folder or continue the one there; the first process decides for all.
 
     Returns:
         The run, and the checkpoint to continue from.
@@ -211,19 +211,19 @@ def open_run(
     Raises:
         FileExistsError, ValueError, FileNotFoundError: as `check_output_dir`.
     """
-    decided: list[Any] = [None]
+    outcome: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            decided = [_open(Path(folder), fingerprint, resume, overwrite, steps)]
+            outcome = [_open(Path(folder), fingerprint, resume, overwrite, steps)]
         except (OSError, ValueError) as error:  # raised below, in every process
-            decided = [error]
+            outcome = [error]
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
-        broadcast_object_list(decided)
-    if isinstance(decided[0], Exception):
-        raise decided[0]
-    return decided[0]
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _open(
@@ -236,21 +236,23 @@ def _open(
         run_id = uuid.uuid4().hex[:12] if checkpoint is None else run_of(checkpoint)
         run = TrainingRun(folder, run_id, dict(fingerprint))
         run.write()
-    run.sweep()
+    run.remove_leftovers()
     return run, checkpoint
 
 
-def _refuse_clashes(folder: Path, run: TrainingRun | None, steps: int) -> None:
-    owned = [] if run is None else run.files
-    clashes = [name for name in (LOG, ABOUT, *RESULTS) if name not in owned]
-    run_id = None if run is None else run.run_id
-    others = (path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name))
-    clashes += sorted(path.name for path in others if step_of(path) <= steps and run_of(path) != run_id)
-    for name in clashes:
+def _checkpoint_folders(folder: str | Path) -> list[Path]:
+    return [path for path in Path(folder).glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+
+
+def _refuse_foreign_files(folder: Path, run: TrainingRun | None, steps: int) -> None:
+    owned, run_id = ([], None) if run is None else (run.files, run.run_id)
+    foreign = [name for name in (LOG, SUMMARY, *MODEL_FILES) if name not in owned]
+    others = [path for path in _checkpoint_folders(folder) if run_of(path) != run_id]
+    foreign += sorted(path.name for path in others if step_of(path) <= steps)
+    for name in foreign:
         if os.path.lexists(folder / name):
             raise FileExistsError(
-                f"{folder} holds {name}, which is of no run that is known here: move it away, or give "
-                "another --output_dir"
+                f"{folder} holds {name}, which no known run wrote: move it away, or give another --output_dir"
             )
 
 
@@ -258,18 +260,18 @@ def _check_same_run(checkpoint: Path, run: TrainingRun | None, fingerprint: Mapp
     state = read_json(checkpoint / STATE)
     if not state.get("run"):
         raise ValueError(
-            f"{checkpoint} is of an earlier version and carries no run's id: start a new run in another "
-            f"--output_dir, from its bridge with --bridge {checkpoint}"
+            f"{checkpoint} carries no run's id: start a new run in another --output_dir, from its bridge "
+            f"with --bridge {checkpoint}"
         )
     if run is not None and state["run"] != run.run_id:
         raise ValueError(f"{checkpoint} is not of the run in {run.folder}: give another --output_dir")
-    _check_made_from(checkpoint, state["fingerprint"], fingerprint)
+    _check_fingerprint(checkpoint, state["fingerprint"], fingerprint)
 
 
-def _check_made_from(where: Path, found: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> None:
-    if wanted is not None and (difference := first_difference(found, wanted)):
+def _check_fingerprint(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> None:
+    if current is not None and (difference := first_difference(saved, current)):
         raise ValueError(
-            f"{where} is of another run ({difference}): give the same flags, or start a new run in another "
+            f"{path} is of another run ({difference}): give the same flags, or start a new run in another "
             "--output_dir"
         )
 
