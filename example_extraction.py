@@ -1,7 +1,7 @@
 """Extract the vision features of one image from Qwen3-VL and Qwen2.5-VL, compare them, size the bridge.
 
-With --folder: the features of every image below a folder, in safetensors shards, going on where it stopped.
-Under `accelerate launch` several processes share the images.
+With --folder: extract every image below a folder into safetensors shards; a stopped run resumes. Under
+`accelerate launch` several processes share the images.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from qwen_vision_bridge.features import folder_store, shard_names
 from qwen_vision_bridge.images import list_images
 
 if TYPE_CHECKING:
+    from qwen_vision_bridge.cache import VisionCache
     from qwen_vision_bridge.specs import Family
 
 PROMPT = "Describe the picture."
@@ -23,16 +24,21 @@ ROLES = {"source": "qwen3", "target": "qwen25"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Extract, compare, print."""
-    made = parser(__doc__, PROMPT)
-    made.add_argument("--target", help="another Qwen2.5-VL: registered name, hub id or local folder")
-    made.add_argument("--folder", type=Path, help="extract every image below this folder into --output")
-    made.add_argument("--encoder", choices=[*ROLES, "both"], default="source", help="whose, with --folder")
-    made.add_argument("--compile", action="store_true", help="torch.compile the tower, with --folder")
-    arguments = made.parse_args(argv)
+    """Run on one image, or on a folder."""
+    options = parser(__doc__, PROMPT)
+    options.add_argument("--target", help="another Qwen2.5-VL: registered name, hub id or local folder")
+    options.add_argument("--folder", type=Path, help="extract every image below this folder into --output")
+    options.add_argument(
+        "--encoder", choices=[*ROLES, "both"], default="source", help="with --folder: which encoder to run"
+    )
+    options.add_argument("--compile", action="store_true", help="with --folder: torch.compile the tower")
+    arguments = options.parse_args(argv)
     check_inputs(arguments)
-    if arguments.folder is not None:
-        return extract_all(arguments)
+    return extract_one(arguments) if arguments.folder is None else extract_all(arguments)
+
+
+def extract_one(arguments: argparse.Namespace) -> int:
+    """Extract one image with both encoders and print how their features compare."""
     from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
     from qwen_vision_bridge.extractor import VisionCacheExtractor
     from qwen_vision_bridge.io import write_image
@@ -103,13 +109,13 @@ def extract_all(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def from_disk(cache: object) -> str:
-    """Say so where features came from the feature cache and no model was loaded."""
+def from_disk(cache: VisionCache) -> str:
+    """A note where features came from the feature cache and no model was loaded."""
     return " (from the feature cache, no model was loaded)" if cache.loaded_from else ""
 
 
 def in_millions(count: int) -> str:
-    """A count of parameters as `~5.2M`."""
+    """Format a count of parameters as `~5.2M`."""
     return f"~{count / 1e6:.1f}M" if count >= 100_000 else f"~{count / 1e6:.2f}M"
 
 

@@ -249,8 +249,7 @@ class VisionCacheExtractor:
         with torch.inference_mode(), tower_attention(tower, self.options.vision_attention):
             features = run(images, prompt, grids)
         if not torch.stack([torch.isfinite(value).all() for value in features.values()]).all():
-            name = self._specs[role].name
-            raise not_finite(f"the features of {name}", {name: model})
+            raise not_finite(f"the features of {self._specs[role].name}", {self._specs[role].name: model})
         return {name: value[None] for name, value in features.items()}
 
     def _run_source(self, images: Images, prompt: str, grids: Sequence[Grid]) -> Features:

@@ -1,6 +1,6 @@
 """Images as the toolkit takes them: a PIL image, a path, or a list of either, checked and made RGB.
 
-Imports Pillow and numpy alone, so that a wrong path is answered before anything heavy is loaded.
+Imports only Pillow and numpy, so that a wrong path is refused before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def list_images(folder: Path) -> list[str]:
 
 
 def on_grids(images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px: int) -> list[Image.Image]:
-    """Images resized so that each has its grid (gh, gw) of tokens of `px` pixels a side."""
+    """Resize images so that each has its grid (gh, gw) of tokens, `px` pixels a side."""
     return [
         image.resize((columns * px, rows * px), Image.Resampling.BICUBIC)
         for image, (rows, columns) in zip(images, grids, strict=True)
@@ -74,7 +74,7 @@ def on_grids(images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px
 
 
 def image_digest(image: Image.Image) -> str:
-    """SHA-256 of an RGB image's size and pixels: equal images have equal digests, whatever their file."""
+    """SHA-256 of an RGB image's size and pixels, whatever file it came from."""
     digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

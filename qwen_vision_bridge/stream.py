@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 BATCH_TOKENS = 32 * 256  # merged tokens a batch: 32 images of 512²
 READ_AHEAD = 64  # images
 FIELDS = {"qwen3": LEVEL_NAMES, "qwen25": ("vision",)}
+Stamps = dict[str, list[int]]
+"""Image → its size in bytes and modification time; a changed image is extracted again."""
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
@@ -115,12 +117,7 @@ def extract_folder(
             somebody else's file where a shard would go.
     """
     images, processes = Path(images), Processes()
-    names = list_images(images)
-    shards = shard_names(len(names), shard_images)
-    plan = {
-        shard: _stamps(images, names[number * shard_images : (number + 1) * shard_images])
-        for number, shard in enumerate(shards)
-    }
+    plan = _plan(images, shard_images)
     store = folder_store(images, output, folder_provenance(extractor, role))
     store.claim(plan)
     pending = store.pending(plan)
@@ -131,7 +128,7 @@ def extract_folder(
         store.begin(plan)
     processes.wait()  # no shard is written before the index lists it
     started = time.perf_counter()
-    mine = {shard: plan[shard] for shard in processes.share(shards) if shard in pending}
+    mine = {shard: plan[shard] for shard in processes.share(list(plan)) if shard in pending}
     work = _Extraction(extractor, role, images, store, batch_tokens)
     work.run(mine, workers or min(16, os.cpu_count() or 1), processes.is_main)
     processes.wait()
@@ -168,7 +165,7 @@ class _Extraction:
         self.extractor, self.role, self.images = extractor, role, images
         self.store, self.batch_tokens = store, batch_tokens
 
-    def run(self, plan: dict[str, dict[str, list[int]]], workers: int, show: bool) -> None:
+    def run(self, plan: dict[str, Stamps], workers: int, show: bool) -> None:
         """Extract every shard, reading ahead of the tower and writing behind it."""
         from tqdm import tqdm
 
@@ -272,7 +269,11 @@ def folder_provenance(extractor: VisionCacheExtractor, role: Role) -> dict[str, 
     }
 
 
-def _stamps(images: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """Size and modification time by image: a changed image is extracted again."""
+def _plan(images: Path, size: int) -> dict[str, Stamps]:
+    """Shard file → its images with their stamps, `size` images a shard."""
+    names = list_images(images)
     stats = {name: (images / name).stat() for name in names}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    stamps = [(name, [stat.st_size, stat.st_mtime_ns]) for name, stat in stats.items()]
+    starts = range(0, len(names), size)
+    shards = shard_names(len(names), size)
+    return {shard: dict(stamps[start : start + size]) for shard, start in zip(shards, starts, strict=True)}

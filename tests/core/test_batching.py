@@ -78,9 +78,9 @@ def test_edits_that_cannot_share_a_batch_are_refused(editor: Any) -> None:
     )
     before = vars(editor.pipe).keys() - {"_callback_tensor_inputs"}
     for edits in ([one, other], [one, longer], []):
-        with pytest.raises(ValueError, match="same sizes and the same options"):
+        with pytest.raises(ValueError, match="same sizes"):
             editor.denoise(edits)
-    with pytest.raises(ValueError, match="prompt is empty"):
+    with pytest.raises(ValueError, match="prompt"):
         editor.check_edit(case.image, " ")
     assert {"encode_prompt", "prepare_latents"}.isdisjoint(vars(editor.pipe))
     assert before <= vars(editor.pipe).keys()
@@ -134,7 +134,7 @@ def test_a_batched_run_has_equal_records_under_other_keys(
         assert abs(difference) < 0.1
     again = evaluate(editor, cases, tmp_path, arms, options=EvaluationOptions(batch_arms=6), **SHORT)
     assert again.done_before == len(again.records)
-    with pytest.raises(ValueError, match="batch_arms is a whole number from 1"):
+    with pytest.raises(ValueError, match="batch_arms"):
         evaluate(editor, cases, tmp_path, arms, options=EvaluationOptions(batch_arms=0), **SHORT)
 
 

@@ -136,7 +136,7 @@ def test_half_precision_baselines_keep_their_dtype(levels_and_baseline: Any) -> 
 def test_wrong_shapes_are_named(levels_and_baseline: Any) -> None:
     levels, baseline = levels_and_baseline
     bridge = VisionBridge(SMALL)
-    with pytest.raises(ValueError, match="takes 3 levels"):
+    with pytest.raises(ValueError, match="3 levels"):
         bridge(levels[:2], baseline)
     with pytest.raises(ValueError, match=r"level 'mid' is \(1, 20, 256\), got \(1, 19, 256\)"):
         bridge([levels[0], levels[1][:, 1:], levels[2]], baseline)
@@ -152,7 +152,7 @@ def test_a_strength_that_is_not_finite_is_refused(strength: float) -> None:
 
 @pytest.mark.parametrize("strength", ["1", None, True])
 def test_a_strength_that_is_no_number_is_refused(strength: object) -> None:
-    with pytest.raises(TypeError, match="strength is a number"):
+    with pytest.raises(TypeError, match="strength"):
         check_strength(strength)
 
 
@@ -194,7 +194,7 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
     VisionBridge(SMALL).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"gate": 1}))
-    with pytest.raises(ValueError, match="pickled weights"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         VisionBridge.from_pretrained(tmp_path)
 
 
@@ -202,7 +202,7 @@ def test_incomplete_or_foreign_weights_are_refused(tmp_path: Path) -> None:
     VisionBridge(SMALL).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "rank": 96}))
-    with pytest.raises(OSError, match="does not load"):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
         VisionBridge.from_pretrained(tmp_path)
     broken = VisionBridge(SMALL)
     torch.nn.init.constant_(broken.gate, float("nan"))
@@ -217,9 +217,9 @@ def test_incomplete_or_foreign_weights_are_refused(tmp_path: Path) -> None:
 def test_a_missing_bridge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         VisionBridge.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match="hub cannot be reached"):
+    with pytest.raises(OSError, match="nobody/has-this"):
         VisionBridge.from_pretrained("nobody/has-this")
-    with pytest.raises(OSError, match="neither a folder nor a hub id"):
+    with pytest.raises(OSError, match="/no/such/folder"):
         VisionBridge.from_pretrained("/no/such/folder")
 
 

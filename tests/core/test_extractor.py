@@ -245,14 +245,14 @@ def test_rare_settings_come_as_options_or_keywords() -> None:
 def test_bad_arguments_are_refused_before_loading(photo: Image.Image) -> None:
     with pytest.raises(ValueError, match="scope"):
         VisionCacheExtractor("miniature", scope="all")
-    with pytest.raises(ValueError, match="three rising numbers from 1 to 3"):
+    with pytest.raises(ValueError, match=r"\(2, 1, 3\)"):
         VisionCacheExtractor("miniature", language_layers=(2, 1, 3))
-    with pytest.raises(ValueError, match="one vision token"):
+    with pytest.raises(ValueError, match=f"{PX}×{PX}"):
         VisionCacheExtractor("miniature").extract_qwen3_vision(Image.new("RGB", (PX - 1, 10 * PX)))
-    with pytest.raises(ValueError, match="as many grids"):
+    with pytest.raises(ValueError, match="got 2"):
         VisionCacheExtractor("miniature").extract_qwen3_vision(photo, grids=[(3, 3), (3, 3)])
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="needs a CUDA device"):
+        with pytest.raises(ValueError, match="CUDA"):
             VisionCacheExtractor("miniature", load_in_8bit=True)
 
 

@@ -185,10 +185,10 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) ->
         load_images(path)
 
 
-@pytest.mark.parametrize("given", [None, 3, b"bytes", [None]])
-def test_other_types_are_type_errors(given: object) -> None:
+@pytest.mark.parametrize("value", [None, 3, b"bytes", [None]])
+def test_other_types_are_type_errors(value: object) -> None:
     with pytest.raises(TypeError, match="PIL image or a path"):
-        load_images(given)
+        load_images(value)
 
 
 def test_an_empty_list_is_refused() -> None:

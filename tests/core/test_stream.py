@@ -48,16 +48,16 @@ def test_folder_features_equal_each_image_alone(
     role: Any, extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
     done = extract_folder(extractor, images, tmp_path / "out", role, shard_images=3, batch_tokens=150)
-    found = FeatureFolder(tmp_path / "out")
-    assert done.done == done.images == len(found) == len(SIZES)
-    assert "below/3.png" in found.names
+    folder = FeatureFolder(tmp_path / "out")
+    assert done.done == done.images == len(folder) == len(SIZES)
+    assert "below/3.png" in folder.names
     assert list(done.skipped) == ["cut.png"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
     extract = extractor.extract_qwen3_vision if role == "qwen3" else extractor.extract_qwen25_vision
-    for name in found.names:
+    for name in folder.names:
         alone = extract(images / name)
-        assert found[name].grid == alone.grid
-        for key, rows in found[name].features.items():
+        assert folder[name].grid == alone.grid
+        for key, rows in folder[name].features.items():
             torch.testing.assert_close(rows, alone.features[key], atol=1e-4, rtol=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_a_stopped_run_resumes_without_repeating_a_shard(
         patch.setattr(features, "write_shard", stops)
         with pytest.raises(KeyboardInterrupt):
             extract_folder(extractor, images, tmp_path / "parts", shard_images=2)
-    with pytest.raises(FileNotFoundError, match="complete index"):
+    with pytest.raises(FileNotFoundError, match="parts"):
         FeatureFolder(tmp_path / "parts")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}
     assert kept
@@ -149,16 +149,16 @@ def test_files_that_no_run_wrote_stay(extractor: VisionCacheExtractor, images: P
     clash = tmp_path / "clash"
     clash.mkdir()
     (clash / "features-00002.safetensors").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="holds features-00002"):
+    with pytest.raises(FileExistsError, match="features-00002"):
         extract_folder(cold(), images, clash, shard_images=2)
     assert contents(clash) == {"features-00002.safetensors": b"mine"}
 
 
 def cold() -> VisionCacheExtractor:
     """An extractor that fails where a model would be loaded."""
-    made = VisionCacheExtractor("miniature", feature_cache=False, device="cpu")
-    made.warm = lambda role: pytest.fail("a model was loaded")  # type: ignore[method-assign]
-    return made
+    extractor = VisionCacheExtractor("miniature", feature_cache=False, device="cpu")
+    extractor.warm = lambda role: pytest.fail("a model was loaded")  # type: ignore[method-assign]
+    return extractor
 
 
 def test_another_folders_features_are_not_overwritten(
@@ -306,7 +306,7 @@ def test_a_batch_too_large_for_the_gpu_is_halved(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(extractor, "extract_batch", never)
-    with pytest.raises(GpuMemoryError, match="alone"):
+    with pytest.raises(GpuMemoryError, match=r"\.png"):
         extract_folder(extractor, images, tmp_path / "none")
 
 
@@ -334,29 +334,29 @@ def test_two_processes_write_what_one_writes(
             if self.rank == 0 and self.waits == 2:  # the index lists the shards that are to come
                 monkeypatch.setattr(stream, "Processes", lambda: Rank(1))
                 example_extraction.main([*arguments, str(tmp_path / "two")])
-                said.append(capsys.readouterr().out)
+                outputs.append(capsys.readouterr().out)
                 shards.append(len(list((tmp_path / "two" / "source").glob("*.safetensors"))))
 
     arguments = ["--models", "miniature", "--folder", str(images), "--output"]
-    said: list[str] = []
+    outputs: list[str] = []
     shards: list[int] = []
     monkeypatch.setattr(extract_folder, "__defaults__", ("qwen3", 2, 8192, None))  # two images a shard
     example_extraction.main([*arguments, str(tmp_path / "one")])
     assert capsys.readouterr().out.count("images/s") == 1
     monkeypatch.setattr(stream, "Processes", lambda: Rank(0))
     example_extraction.main([*arguments, str(tmp_path / "two")])
-    said.append(capsys.readouterr().out)
+    outputs.append(capsys.readouterr().out)
     assert [*shards, len(list((tmp_path / "two" / "source").glob("*.safetensors")))] == [2, 4]
-    assert [("images/s" in out, "left out: cut.png" in out) for out in said] == [(False,) * 2, (True,) * 2]
+    assert [("images/s" in out, "left out: cut.png" in out) for out in outputs] == [(False,) * 2, (True,) * 2]
     one, two = (contents(tmp_path / name / "source") for name in ("one", "two"))
     assert len(one) == 5
     assert one == two
 
 
 def test_the_command_refuses_a_folder_without_images(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder of images"):
+    with pytest.raises(FileNotFoundError, match="absent"):
         example_extraction.main(["--models", "miniature", "--folder", str(tmp_path / "absent")])
-    with pytest.raises(FileNotFoundError, match="holds no image"):
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
         example_extraction.main(
             ["--models", "miniature", "--folder", str(tmp_path), "--output", str(tmp_path)]
         )
