@@ -1,6 +1,6 @@
-"""Check this machine: Python, packages, memory, GPUs, disk, and which model families can run here and how.
+"""Check this machine: Python, packages, memory, GPUs, disk, and which model families can run and how.
 
-Exit code 0 where some family can run, 1 where none can (each problem comes with what to do).
+Exit code 0 where some family can run, 1 where none can; each problem comes with its remedy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qwen_vision_bridge.environment import inspect_machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0 where something can run, else 1."""
+    """Print the report; 0 where some family can run, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'ok  ' if family.runs else 'note'} family {family.family:13} {how}; {family.reason}")
         for line in family.plan:
             print(f"     {line}")
-    print("Ready." if report.ok else "Nothing can run here yet: see the lines marked FAIL.")
+    print("Ready." if report.ok else "No family can run here yet: see the lines marked FAIL.")
     return 0 if report.ok else 1
 
 

@@ -108,8 +108,8 @@ class Session:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from qwen_vision_bridge.bridge import check_strength
-        from qwen_vision_bridge.calls import check_steps
         from qwen_vision_bridge.distributed import Processes
+        from qwen_vision_bridge.edit import check_steps
         from qwen_vision_bridge.evaluation.arms import BASELINE, Arm, parse_arm
         from qwen_vision_bridge.evaluation.public_datasets import load_cases
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
@@ -169,7 +169,7 @@ class Session:
         print("\n=== Attention visualization ===")
         image = load_images(self.image())[0]
         attention = self.pipeline.attend(image, self.prompt)
-        figure = attention_figure(image, attention.maps()[0], attention.levels, self.pipeline.describe())
+        figure = attention_figure(image, attention.maps()[0], attention.levels, repr(self.pipeline))
         path = write_image(self.output / "attention_visualization.png", figure)
         for name, weight in zip(attention.levels, attention.weights.mean(0).tolist(), strict=True):
             print(f"  {name:6} {weight:.3f}")
@@ -239,7 +239,7 @@ class Session:
         pipeline = self.pipeline
         image = load_images(self.arguments.image)[0]
         cases = photo_cases(image, prompts, pipeline.family.editor.vae_area or STOCK_AREA)
-        options = (pipeline.bridge, pipeline.bridge_name, self.arguments.strength, pipeline.site)
+        options = (pipeline.bridge, pipeline.bridge_name, self.arguments.strength, pipeline.options.site)
         notes = ["both controls: one image has no other to take features from, and nothing to be right about"]
         return cases, notes, self.arms or default_arms(*options)[:2]
 

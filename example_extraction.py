@@ -9,8 +9,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
+from qwen_vision_bridge.features import folder_store, shard_names
+from qwen_vision_bridge.images import list_images
+
+if TYPE_CHECKING:
+    from qwen_vision_bridge.specs import Family
 
 PROMPT = "Describe the picture."
 ROLES = {"source": "qwen3", "target": "qwen25"}
@@ -60,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  Dimension ratio: {comparison.dimension_ratio:.2f}\n")
 
     count = count_parameters(VisionBridge(BridgeConfig.for_family(family)))
-    print(f"Total bridge parameters: {in_millions(count)}" + released_size(family.name))
+    print(f"Total bridge parameters: {in_millions(count)}" + released_size(family))
     print("\nLevel        mean   spread  CKA with baseline (shuffled)  outlier channels")
     for name, level in comparison.levels.items():
         cka = f"{level.cka:.3f} ({level.cka_shuffled:.3f})"
@@ -69,33 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def extract_all(arguments: argparse.Namespace) -> int:
-    """Every image of a folder into shards; the rate and what was left out are printed at the end."""
-    from qwen_vision_bridge.feature_index import check_output, list_shards
-
+    """Extract every image of a folder into shards; print the rate and the files that were skipped."""
     encoders = list(ROLES) if arguments.encoder == "both" else [arguments.encoder]
-    shards = list_shards(arguments.folder)
+    shards = shard_names(len(list_images(arguments.folder)))
     for name in encoders:  # before torch is imported
-        check_output(arguments.output / name, arguments.folder, shards)
+        folder_store(arguments.folder, arguments.output / name).claim(shards)
     from qwen_vision_bridge.distributed import Processes
     from qwen_vision_bridge.extractor import VisionCacheExtractor
     from qwen_vision_bridge.stream import extract_folder, folder_provenance
 
-    device = Processes().device
     extractor = VisionCacheExtractor(
-        choose_models(arguments), device=device, compiled=arguments.compile, feature_cache=False
+        choose_models(arguments), device=Processes().device, compiled=arguments.compile, feature_cache=False
     )
     for name in encoders:  # both, before the first takes its hours
         fingerprint = folder_provenance(extractor, ROLES[name])
-        check_output(arguments.output / name, arguments.folder, shards, fingerprint)
+        folder_store(arguments.folder, arguments.output / name, fingerprint).claim(shards)
     for name in encoders:
-        done = extract_folder(extractor, arguments.folder, arguments.output / name, ROLES[name])
-        if done is None:  # the first process tells
+        result = extract_folder(extractor, arguments.folder, arguments.output / name, ROLES[name])
+        if result is None:  # the first process prints for all
             continue
-        for file, reason in done.skipped.items():
+        for file, reason in result.skipped.items():
             print(f"left out: {file}: {reason}")
         print(
-            f"{name}: {done.done} of {done.images} images in {done.seconds:.1f} s, "
-            f"{done.images_per_second:.1f} images/s, in {done.folder}/"
+            f"{name}: {result.done} of {result.images} images in {result.seconds:.1f} s, "
+            f"{result.images_per_second:.1f} images/s, in {result.folder}/"
         )
     return 0
 
@@ -110,9 +113,9 @@ def in_millions(count: int) -> str:
     return f"~{count / 1e6:.1f}M" if count >= 100_000 else f"~{count / 1e6:.2f}M"
 
 
-def released_size(family: str) -> str:
-    """For the miniature, the bridge's size at the released shapes too."""
-    if family != "miniature":
+def released_size(family: Family) -> str:
+    """For models smaller than the released ones, the bridge's size at the released shapes too."""
+    if family.editor.transformer_params:
         return ""
     from qwen_vision_bridge.bridge import VisionBridge, count_parameters
 

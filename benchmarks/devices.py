@@ -21,14 +21,14 @@ TOOK = re.compile(r"Took ([\d.]+) s")
 
 
 def stream(bench: Bench) -> None:
-    """Features of a folder of images from files to shards, on one device."""
+    """Extract the features of a folder of images on one device."""
     _extraction(bench, _folder(bench), 1)
 
 
 def devices(bench: Bench) -> None:
-    """The same folder, and an evaluation of the miniature, on one device and on two."""
+    """Extract the same folder, and evaluate the miniature, on one device and on two."""
     if bench.cuda and torch.cuda.device_count() < 2:
-        print("  two devices are needed, one is here: nothing is measured")
+        print("  this part needs two devices and found one: nothing is measured")
         return
     folder, bar = _folder(bench), ">= 1.8" if bench.cuda else ""
     rates = {count: _extraction(bench, folder, count) for count in (1, 2)}
@@ -49,9 +49,7 @@ def _folder(bench: Bench) -> Path:
         image = sample_image(bench.load_family().image_size)
         for number in range(min(32, bench.settings.images)):
             image.rotate(11 * number).save(folder / f"{number:06d}.png")
-        for number in range(
-            32, bench.settings.images
-        ):  # copies: features are made of every file all the same
+        for number in range(32, bench.settings.images):  # copies: features are computed for every file
             shutil.copyfile(folder / f"{number % 32:06d}.png", folder / f"{number:06d}.png")
         (folder / "all").touch()
         os.rename(folder, place)
@@ -59,25 +57,17 @@ def _folder(bench: Bench) -> Path:
 
 
 def _new_folder(bench: Bench, name: str) -> Path:
-    """An empty folder of this run's own below the user's, in which nobody else's files can be."""
+    """Create an empty folder below the user's for this run alone."""
     bench.settings.folder.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.settings.folder))
 
 
 def _extraction(bench: Bench, images: Path, count: int) -> float:
-    """Images per second, files to shards, as the command says it at its end."""
+    """Images per second from files to shards, as the command prints it."""
     family, output = bench.load_family(), _new_folder(bench, "features")
     roles = ["--source", family.source.repo, "--target", family.target.repo]
-    script = [
-        "example_extraction.py",
-        "--models",
-        bench.settings.family,
-        *roles,
-        "--folder",
-        str(images),
-        "--output",
-        str(output),
-    ]
+    folders = ["--folder", str(images), "--output", str(output)]
+    script = ["example_extraction.py", "--models", bench.settings.family, *roles, *folders]
     rate = float(RATE.findall(_launch(script, count, bench))[-1])
     bench.add(f"features of {bench.settings.images} files to shards, {_named(count)}", rate, "images/s")
     shutil.rmtree(output, ignore_errors=True)
@@ -87,19 +77,9 @@ def _extraction(bench: Bench, images: Path, count: int) -> float:
 def _evaluation(bench: Bench, count: int) -> float:
     """Seconds of an evaluation of the miniature, from its first case to its results."""
     output = _new_folder(bench, "evaluation")
-    script = [
-        "example_end_to_end.py",
-        "--models",
-        "miniature",
-        "--example",
-        "3",
-        "--bridge",
-        "random",
-        "--cases",
-        str(bench.settings.cases),
-        "--output",
-        str(output),
-    ]
+    options = ["--models", "miniature", "--example", "3", "--bridge", "random"]
+    options += ["--cases", str(bench.settings.cases), "--output", str(output)]
+    script = ["example_end_to_end.py", *options]
     seconds = float(TOOK.findall(_launch(script, count, bench))[-1])
     shutil.rmtree(output, ignore_errors=True)
     bench.add(f"evaluation of the miniature, {bench.settings.cases} cases, {_named(count)}", seconds, "s")
@@ -111,7 +91,7 @@ def _named(count: int) -> str:
 
 
 def _launch(script: list[str], count: int, bench: Bench) -> str:
-    """Standard output of a script of this project in one process, or in several through accelerate.
+    """Run a script of this project in one process, or in several through accelerate; return its output.
 
     Raises:
         OSError: the script failed; its last lines are in the message.
@@ -125,15 +105,8 @@ def _launch(script: list[str], count: int, bench: Bench) -> str:
     else:
         environment["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
-        launcher = [
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            str(count),
-            "--main_process_port",
-            "0",
-        ]
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+        launcher += ["--main_process_port", "0"]
         command = [sys.executable, *launcher, *command[1:]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

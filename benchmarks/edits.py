@@ -1,79 +1,83 @@
-"""Benchmarks of whole edits: baseline, enhanced and stock pipeline in turn, their stages, memory modes."""
+"""Benchmarks of whole edits: baseline, enhanced and stock pipeline in turn, stages, memory modes."""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from qwen_vision_bridge.injection import batched_vision, mrope_positions
-from qwen_vision_bridge.loading.editors import MEMORY_MODES, MemoryMode
-from qwen_vision_bridge.loading.memory import GpuMemoryError, free_cuda
-from qwen_vision_bridge.loading.placement import CARDS_GB, best_mode
-from qwen_vision_bridge.patches import image_sizes
+from qwen_vision_bridge.loading.memory import (
+    CARDS_GB,
+    MEMORY_MODES,
+    GpuMemoryError,
+    MemoryMode,
+    free_cuda,
+    plan_for,
+)
+from qwen_vision_bridge.patches import batched_vision, image_sizes, mrope_positions
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+from qwen_vision_bridge.specs import FAMILIES, Family
 
 from .runner import Bench
 from .timing import Stages, in_turn, peak_memory, summarise, timed
 
 PROMPT = "Change the background to blue"
-SHORT = 4  # steps where only stages, memory or bits are looked at
-ARMS = {"baseline": {"use_qwen3_vision": False}, "enhanced": {}}
+SHORT = 4  # steps where only stages, memory or bits are measured
+ARMS: dict[str, dict[str, Any]] = {"baseline": {"use_qwen3_vision": False}, "enhanced": {}}
 
 
 def edits(bench: Bench) -> None:
-    """Whole edits in turn, the stages inside them, and what the bridge adds in memory."""
+    """Measure whole edits in turn, the stages inside them, and the memory that the bridge adds."""
     _import_pipeline(bench)
     editor = _load(bench, MEMORY_MODES[0], keep_source=True)
     image = _image(bench)
     _stages(bench, editor, image)
     _strength_zero(bench, editor, image)
     _memory(bench, editor, image)
-    _whole(bench, editor, image)
+    _whole_edits(bench, editor, image)
     _freed(bench, editor, image)
     _unload(editor)
 
 
-def _whole(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
+def _whole_edits(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
     steps = bench.settings.steps or editor.family.steps
-    calls: dict[str, Callable[[], Any]] = {
-        name: (lambda o=options: editor.generate(image, PROMPT, num_inference_steps=steps, **o))
+    calls = {
+        name: partial(editor.generate, image, PROMPT, num_inference_steps=steps, **options)
         for name, options in ARMS.items()
     }
-    for call in ARMS.values():  # a few steps warm everything up that forty would
-        editor.generate(image, PROMPT, num_inference_steps=2, **call)
-    # A round too many would cost the rest of the time, and what comes after.
-    found = in_turn(calls, bench.device, bench.settings.repeats, 0, lambda took: bench.left() < 1.5 * took)
-    where = f"{bench.settings.side}², {steps} steps with guidance"
-    for name, seconds in found.items():
-        bench.add(f"whole edit at {where}, {name}", seconds, "s")
-    ratios = [new / old for new, old in zip(found["enhanced"], found["baseline"], strict=True)]
-    bench.add(
-        f"whole edit at {where}, enhanced ÷ baseline", ratios, "times", "<= 1.01" if bench.released else ""
-    )
-    if bench.left() > found["baseline"][0]:
+    for options in ARMS.values():  # two steps warm up as well as forty
+        editor.generate(image, PROMPT, num_inference_steps=2, **options)
+    # Another round than fits would cost the parts that follow their time.
+    times = in_turn(calls, bench.device, bench.settings.repeats, 0, lambda took: bench.left() < 1.5 * took)
+    name = f"whole edit at {bench.settings.side}², {steps} steps with guidance"
+    for arm, seconds in times.items():
+        bench.add(f"{name}, {arm}", seconds, "s")
+    ratios = [new / old for new, old in zip(times["enhanced"], times["baseline"], strict=True)]
+    bench.add(f"{name}, enhanced ÷ baseline", ratios, "times", "<= 1.01" if bench.released else "")
+    if bench.left() > times["baseline"][0]:
         _, seconds = timed(lambda: stock_edit(editor, image, steps, "stock"), bench.device)
-        bench.add(f"whole edit at {where}, stock pipeline as installed", seconds, "s")
+        bench.add(f"{name}, stock pipeline as installed", seconds, "s")
 
 
 def _freed(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
-    """What an edit pays where the source's tower is loaded for it and freed before the transformer runs."""
+    """Time an edit's extraction where the source's tower is loaded for it and freed before the DiT runs."""
     editor.keep_source = False
     editor.extractor.unload("qwen3")
-    seconds = in_turn({"x": lambda: editor.extract_source([image])}, bench.device, 5)["x"]
-    bench.add("source tower loaded, run and freed: extra time of an edit", seconds, "s")
+    name = "source tower loaded, run and freed: extra time of an edit"
+    seconds = in_turn({name: partial(editor.extract_source, [image])}, bench.device, 5)[name]
+    bench.add(name, seconds, "s")
     editor.keep_source = True
 
 
 def _stages(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
-    """Each stage's time and peak in short edits of both arms, in turn."""
+    """Measure each stage's time and peak in short edits of both arms, in turn."""
     options = {"num_inference_steps": SHORT}
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS}
     peaks: dict[str, dict[str, float]] = {name: {} for name in ARMS}
     for number in range(3):
         for name, arm in ARMS.items():
@@ -82,10 +86,10 @@ def _stages(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> 
             if number == 0:
                 continue  # warm-up
             for stage, seconds in stages.seconds().items():
-                found[name].setdefault(stage, []).extend(seconds)
+                times[name].setdefault(stage, []).extend(seconds)
                 peaks[name][stage] = max(peaks[name].get(stage, -1.0), stages.peaks.get(stage, -1.0))
-    for name, stages_found in found.items():
-        for stage, seconds in stages_found.items():
+    for name, by_stage in times.items():
+        for stage, seconds in by_stage.items():
             bench.add(f"stage, {stage}, {name}", seconds, "ms", scale=1e3)
             if bench.cuda:
                 peak = peaks[name][stage]
@@ -93,7 +97,7 @@ def _stages(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> 
 
 
 def _memory(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
-    """Peak of an edit: baseline, enhanced with the tower kept, enhanced with the tower freed first."""
+    """Measure an edit's peak: baseline, enhanced with the tower kept, enhanced with it freed first."""
     options, peaks = {"num_inference_steps": 2}, {}
     for name in ("baseline", "enhanced, tower freed first", "enhanced, tower kept"):
         editor.extractor.unload("qwen3")
@@ -109,28 +113,27 @@ def _memory(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> 
     editor.keep_source = True
 
 
-def _strength_zero(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:
-    """Strength 0 has the bits of the pipeline called by hand; strength 1 has others."""
+def _strength_zero(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image, family: str = "") -> None:
+    """Check that strength 0 has the bits of the pipeline called by hand, and strength 1 has others."""
     options = {"num_inference_steps": SHORT}
-    stock = np.asarray(stock_edit(editor, image, SHORT, editor.vision_attention))
+    stock = np.asarray(stock_edit(editor, image, SHORT, editor.options.vision_attention))
     zero = np.asarray(editor.generate(image, PROMPT, strength=0.0, **options))
     one = np.asarray(editor.generate(image, PROMPT, **options))
-    mode = editor.mode.name
-    bench.add(
-        f"{mode}: strength 0 has the stock image's bits", float(np.array_equal(zero, stock)), "", "== 1"
-    )
-    bench.add(f"{mode}: a random bridge changes the image", float(not np.array_equal(one, zero)), "", "== 1")
-    bench.add(f"{mode}: spread of the stock image's pixels", float(stock.std()), "of 255")
+    name = f"{family}{editor.mode.name}"
+    is_stock, is_changed = np.array_equal(zero, stock), not np.array_equal(one, zero)
+    bench.add(f"{name}: strength 0 has the stock image's bits", float(is_stock), "", "== 1")
+    bench.add(f"{name}: a random bridge changes the image", float(is_changed), "", "== 1")
+    bench.add(f"{name}: spread of the stock image's pixels", float(stock.std()), "of 255")
 
 
 def stock_edit(editor: EnhancedQwenImageEdit, image: Image.Image, steps: int, attention: str) -> Image.Image:
-    """The pipeline called by hand, without the toolkit's class.
+    """Call the pipeline by hand, without the toolkit's class.
 
     Args:
-        attention: `stock` leaves the installed attention and positions, `batched` gives both of ours.
+        attention: `stock` leaves the installed attention and positions, `batched` takes the toolkit's.
     """
     pipe, family = editor.pipe, editor.family
-    positions = "stock" if attention == "stock" else editor.mrope
+    positions = "stock" if attention == "stock" else editor.options.mrope
     with (
         mrope_positions(pipe, positions),
         batched_vision(pipe, attention),
@@ -147,14 +150,15 @@ def stock_edit(editor: EnhancedQwenImageEdit, image: Image.Image, steps: int, at
 
 
 def memory_mode(bench: Bench, card_gb: int) -> None:
-    """An enhanced edit in the mode for a card of this size, with the allocator capped at it.
+    """Run an enhanced edit in the mode for a card of this size, with the allocator capped at it.
 
     On a CPU the plain mode runs without a cap, as a rehearsal.
     """
     family = bench.load_family(editor=True)
-    mode = best_mode(family, card_gb, math.inf) if bench.cuda else MEMORY_MODES[0]
-    if mode is None:
-        raise ValueError(f"no memory mode is for {card_gb} GB")
+    plan = plan_for(family, card_gb if bench.cuda else math.inf, math.inf)
+    if plan is None:
+        raise ValueError(f"no memory mode fits {card_gb} GB")
+    mode = plan.mode
     name = f"{card_gb} GB mode ({mode.name})"
     if bench.cuda:
         total = torch.cuda.mem_get_info(bench.device)[1]
@@ -168,8 +172,19 @@ def memory_mode(bench: Bench, card_gb: int) -> None:
     finally:
         if bench.cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
-    wanted = "== 1" if bench.cuda and card_gb in (24, 16) else ""
-    bench.add(f"{name}: an enhanced edit completes inside the cap", fits, "", wanted)
+    bar = "== 1" if bench.cuda and card_gb in (24, 16) else ""
+    bench.add(f"{name}: an enhanced edit completes inside the cap", fits, "", bar)
+
+
+def miniature_modes(bench: Bench) -> None:
+    """Edit with the miniature in every memory mode; on a CPU in the plain mode alone."""
+    from qwen_vision_bridge.synthetic.cases import sample_image
+
+    family = FAMILIES["miniature"]
+    for mode in MEMORY_MODES if bench.cuda else MEMORY_MODES[:1]:
+        editor = _editor(bench, family, mode)
+        _strength_zero(bench, editor, sample_image(family.image_size), "miniature, ")
+        _unload(editor)
 
 
 def _capped(bench: Bench, mode: MemoryMode, name: str) -> None:
@@ -181,8 +196,7 @@ def _capped(bench: Bench, mode: MemoryMode, name: str) -> None:
     bench.add(f"{name}: loading, peak GPU memory", peak[0], "GB", scale=1e-9)
     with peak_memory(bench.device) as peak:
         editor.generate(image, PROMPT, num_inference_steps=2)
-        calls = {"x": lambda: editor.generate(image, PROMPT, num_inference_steps=steps)}
-        seconds = in_turn(calls, bench.device, 1, warmup=0)["x"]
+        _, seconds = timed(lambda: editor.generate(image, PROMPT, num_inference_steps=steps), bench.device)
     bench.add(f"{name}: enhanced edit of {steps} steps with guidance", seconds, "s")
     bench.add(f"{name}: edit, peak GPU memory", peak[0], "GB", scale=1e-9)
     if bench.cuda:
@@ -197,17 +211,7 @@ def _capped(bench: Bench, mode: MemoryMode, name: str) -> None:
 
 def _load(bench: Bench, mode: MemoryMode, keep_source: bool | None) -> EnhancedQwenImageEdit:
     """An editor whose pipeline is loaded; the time and peak of a plain load are recorded."""
-    editor = EnhancedQwenImageEdit(
-        bench.load_family(editor=True),
-        bridge="random",
-        load_in_8bit=mode.bits == 8,
-        load_in_4bit=mode.bits == 4,
-        offload=mode.offload,
-        device=bench.device,
-        dtype=bench.dtype,
-        keep_source=keep_source,
-        feature_cache=False,
-    )
+    editor = _editor(bench, bench.load_family(editor=True), mode, keep_source)
     with peak_memory(bench.device) as peak:
         pipe, seconds = timed(lambda: editor.pipe, bench.device)
     pipe.set_progress_bar_config(disable=True)
@@ -217,8 +221,24 @@ def _load(bench: Bench, mode: MemoryMode, keep_source: bool | None) -> EnhancedQ
     return editor
 
 
+def _editor(
+    bench: Bench, family: Family, mode: MemoryMode, keep_source: bool | None = None
+) -> EnhancedQwenImageEdit:
+    return EnhancedQwenImageEdit(
+        family,
+        bridge="random",
+        load_in_8bit=mode.bits == 8,
+        load_in_4bit=mode.bits == 4,
+        offload=mode.offload,
+        device=bench.device,
+        dtype=bench.dtype,
+        keep_source=keep_source,
+        feature_cache=False,
+    )
+
+
 def _import_pipeline(bench: Bench) -> None:
-    """diffusers and its pipeline come on first use, which is no part of loading a model."""
+    """Import diffusers and its pipeline, which is no part of loading a model."""
     import diffusers
 
     getattr(diffusers, bench.load_family(editor=True).editor.pipeline_class)
@@ -238,5 +258,5 @@ def _unload(editor: EnhancedQwenImageEdit) -> None:
 
 
 def cards() -> tuple[int, ...]:
-    """Sizes of the cards that have a mode of their own, GB; the largest is what `edits` measures."""
+    """GB of the cards whose modes are measured; `edits` measures the largest card's."""
     return CARDS_GB[1:]

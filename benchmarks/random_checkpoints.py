@@ -1,12 +1,15 @@
 """Checkpoints with random weights in the released models' layout: key names, sharding, configs, processors.
 
-Loading, memory and speed do not depend on what the weights are, so these stand in for the released ones
-where those cannot be had. One block of noise is repeated through every matrix, from another place each time:
-57 GB are written in the time of a copy. Token ids are those of the miniature's tokenizer, which comes along.
+    python -m benchmarks.random_checkpoints Qwen3-VL-8B /dev/shm/qwen3-vl-8b
+
+Loading, memory and speed do not depend on the weights' values, so these stand in for the released ones where
+those are out of reach. One block of noise is repeated through every matrix, from another offset each time:
+57 GB are written in the time of a copy. The tokenizer and its ids are the miniature's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -139,11 +142,11 @@ def write_editor(
     transformer = {**TRANSFORMER, **(TINY["transformer"] if tiny else {})}
     transformer["num_layers"] = dit_layers or transformer["num_layers"]
     vae = {**VAE, **(TINY["vae"] if tiny else {})}
-    for name, made, settings in (
+    for name, model_class, settings in (
         ("vae", AutoencoderKLQwenImage, vae),
         ("transformer", QwenImageTransformer2DModel, transformer),
     ):
-        model = _empty(made, settings)
+        model = _empty(model_class, settings)
         (folder / name).mkdir(parents=True, exist_ok=True)
         model.save_config(folder / name)
         shapes = [(key, tensor.shape) for key, tensor in model.state_dict().items()]
@@ -246,14 +249,14 @@ def write_weights(folder: Path, stem: str, shapes: Iterator[tuple[str, torch.Siz
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
     blocks: dict[float, memoryview] = {}
     for scale in {_scale(name, shape) for shard in shards for name, shape in shard.items()}:
-        made = noise * scale if scale > 0 else torch.full((NOISE,), -scale)
-        blocks[scale] = memoryview(made.bfloat16().view(torch.uint8).numpy())
+        block = noise * scale if scale > 0 else torch.full((NOISE,), -scale)
+        blocks[scale] = memoryview(block.bfloat16().view(torch.uint8).numpy())
     whole = len(shards) == 1
     files = [
         f"{stem}.safetensors" if whole else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i in range(len(shards))
     ]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # writing lets the interpreter go
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # writing releases the GIL
         jobs = [
             threads.submit(_write_shard, folder / file, shard, blocks)
             for file, shard in zip(files, shards, strict=True)
@@ -289,14 +292,37 @@ def _write_shard(path: Path, members: dict[str, torch.Size], blocks: dict[float,
         file.write(len(text).to_bytes(8, "little") + text)
         for number, (name, shape) in enumerate(members.items()):
             block, left = blocks[_scale(name, shape)], 2 * shape.numel()
-            start = (number * 7919 * 64) % (NOISE // 2) * 2  # bytes; another piece of the noise each time
+            start = (number * 7919 * 64) % (NOISE // 2) * 2  # bytes; another offset for every tensor
             while left:
                 left -= file.write(block[start : start + min(left, len(block) - start)])
                 start = 0
 
 
-def _empty(made: type, settings: dict[str, Any]) -> Any:
+def _empty(model_class: type, settings: dict[str, Any]) -> Any:
     from accelerate import init_empty_weights
 
     with model_lock, init_empty_weights():
-        return made(**settings)
+        return model_class(**settings)
+
+
+def main() -> None:
+    """Write one checkpoint."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("model", choices=[*sorted(CONFIGS), EDITOR])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="language layers, to rehearse with less")
+    parser.add_argument("--dit-layers", type=int, help="layers of the transformer, to rehearse with less")
+    parser.add_argument("--tiny", action="store_true", help="an eighth of the widths, to rehearse")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    shape = {"layers": options.layers, "seed": options.seed, "tiny": options.tiny}
+    if options.model == EDITOR:
+        size = write_editor(options.folder, dit_layers=options.dit_layers, **shape)
+    else:
+        size = write_checkpoint(options.model, options.folder, **shape)
+    print(f"{options.model}: {size / 1e9:.2f} GB in {options.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What a benchmark is made of: settings, models, rows that are on disk after each measurement, a table."""
+"""One benchmark run: its settings, its models, and rows that are on disk after each measurement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from qwen_vision_bridge.io import digest_of, write_json
-from qwen_vision_bridge.specs import Family, resolve_family
+from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.loading.memory import device_name
+from qwen_vision_bridge.specs import Family
 
 from .timing import Measured, summarise
 
@@ -30,13 +32,13 @@ PIPELINE_SIDE = 1024  # px, what diffusers' pipelines take unless told otherwise
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how much of it; a part that was done under other settings is done again."""
+    """What is measured, and how much of it; a part is repeated under other settings."""
 
     family: str = "miniature"
     random_weights: bool = False
-    """Write checkpoints with random weights in the released layout, where they are not there yet."""
+    """Write checkpoints with random weights in the released layout, where they are missing."""
     folder: Path = Path("/dev/shm/qwen-vision-bridge")
-    """Where those lie."""
+    """Where those checkpoints lie."""
     source: str | None = None
     target: str | None = None
     editor: str | None = None
@@ -56,7 +58,7 @@ class Settings:
 
 @dataclass
 class Bench:
-    """One run: adds rows to `results.json` and knows the time that is left."""
+    """One run: adds rows to `results.json` and keeps the time budget."""
 
     settings: Settings
     output: Path
@@ -71,15 +73,12 @@ class Bench:
 
     @property
     def device_name(self) -> str:
-        """As it stands in every row."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        count = torch.get_num_threads()
-        return f"CPU, {count} thread{'s' if count > 1 else ''}"
+        """The device's name in every row."""
+        return device_name(self.device)
 
     @property
     def released(self) -> bool:
-        """Whether the shapes are those of the released models, for which the bars are."""
+        """Whether the shapes are the released models', to which the bars apply."""
         return self.settings.family == "qwen" and not self.settings.tiny
 
     @property
@@ -103,28 +102,21 @@ class Bench:
         bar: str = "",
         scale: float = 1.0,
     ) -> float:
-        """Record a number; one of the same name and device takes its place.
+        """Record a number; it replaces one of the same name and device.
 
         Args:
             value: one number, repeated measurements, or their summary.
-            bar: what it has to be, such as `<= 1.01`.
+            bar: what it must reach, such as `<= 1.01`.
             scale: multiplies the value into its unit.
 
         Returns:
             The recorded value.
         """
-        if isinstance(value, int | float):
-            value = Measured(float(value), 0.0, 1)
-        elif not isinstance(value, Measured):
-            value = summarise(value)
+        if not isinstance(value, Measured):
+            value = summarise([value] if isinstance(value, int | float) else value)
         median, spread = value.median * scale, value.spread * scale
         if not math.isfinite(median):
             return median  # nothing to record: memory on a CPU
-        made = {
-            "device": self.device_name,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
         row = {
             "name": name,
             "value": float(f"{median:.6g}"),
@@ -132,7 +124,9 @@ class Bench:
             "bar": bar,
             "spread": float(f"{spread:.3g}"),
             "n": value.n,
-            **made,
+            "device": self.device_name,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         kept = [other for other in self.rows if (other["name"], other["device"]) != (name, row["device"])]
         self.rows = [*kept, row]
@@ -141,32 +135,33 @@ class Bench:
         return median
 
     def value_of(self, name: str) -> float | None:
-        """What was recorded under this name on this device, if anything was."""
-        mine = (row for row in self.rows if (row["name"], row["device"]) == (name, self.device_name))
-        return next((row["value"] for row in mine), None)
+        """The value recorded under this name on this device, or None."""
+        rows = (row for row in self.rows if (row["name"], row["device"]) == (name, self.device_name))
+        return next((row["value"] for row in rows), None)
 
     def is_done(self, part: str) -> bool:
         """Whether a part was finished on this device under these settings."""
         return self._marks().get(f"{part}, {self.device_name}") == self._key()
 
     def mark_done(self, part: str) -> None:
-        """Remember that a part is finished."""
+        """Record that a part is finished."""
         write_json(self.output / "parts.json", {**self._marks(), f"{part}, {self.device_name}": self._key()})
 
     def load_family(self, editor: bool = False, whole: bool = False) -> Family:
-        """The models; with random weights, what of them is needed is written first.
+        """Resolve the models; with random weights, write those that are needed first.
 
         Args:
             editor: whether the whole editor is needed, not only the two towers.
             whole: whether the source's language model is needed too.
         """
-        given, roles = self.settings, {}
-        if given.random_weights:
-            roles = self._write(editor, whole)
-        roles |= {role: value for role in ("source", "target", "editor") if (value := getattr(given, role))}
-        family = resolve_family(given.family, **roles)
-        if given.side != PIPELINE_SIDE:
-            family = replace(family, editor=replace(family.editor, vae_area=given.side**2))
+        settings = self.settings
+        roles = self._write(editor, whole) if settings.random_weights else {}
+        for role in ("source", "target", "editor"):
+            if (location := getattr(settings, role)) is not None:
+                roles[role] = location
+        family = resolve_family(settings.family, **roles)
+        if settings.side != PIPELINE_SIDE:
+            family = replace(family, editor=replace(family.editor, vae_area=settings.side**2))
         return family
 
     def _write(self, editor: bool, whole: bool) -> dict[str, str]:
@@ -188,16 +183,16 @@ class Bench:
         roles = {"source": str(source), "target": str(target)}
         if editor:
             if not (pipeline / "model_index.json").is_file():
-                drop_language_shards(source)  # all of it together is more than /dev/shm holds by default
+                drop_language_shards(source)  # everything together exceeds the default size of /dev/shm
                 report("Qwen-Image-Edit-2509", lambda: write_editor(pipeline, tiny=tiny))
             roles["editor"] = str(pipeline)
         return roles
 
     def _claim_weights(self, *folders: Path) -> None:
-        """Mark the folder's checkpoints as this benchmark's, before one is written, used or thinned out.
+        """Mark the folder's checkpoints as this benchmark's before one is written, used or thinned out.
 
         Raises:
-            FileExistsError: they are somebody else's.
+            FileExistsError: the folder holds checkpoints without that mark.
         """
         mark = self.settings.folder / "random-weights.json"
         if mark.is_file():
@@ -230,7 +225,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], barred: bool = False) -> str:
-    """The rows as lines by device; `barred` leaves out what has no bar."""
+    """The rows as lines by device; `barred` leaves out rows without a bar."""
     lines: list[str] = []
     for device in dict.fromkeys(row["device"] for row in rows):
         chosen = [row for row in rows if row["device"] == device and (row["bar"] or not barred)]

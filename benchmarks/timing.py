@@ -1,7 +1,7 @@
-"""Time and peak memory: whole calls, several ways of doing a thing in turn, and the stages inside an edit.
+"""Time and peak memory of whole calls, of alternatives in turn, and of the stages inside an edit.
 
 On CUDA the times of stages come from events on the device, on a CPU from the process's clock; peak memory is
-that of torch's allocator on CUDA, and not known (nan) on a CPU.
+that of torch's allocator on CUDA, and unknown (nan) on a CPU.
 """
 
 from __future__ import annotations
@@ -12,10 +12,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from qwen_vision_bridge.extractor import VisionCacheExtractor
+
+T = TypeVar("T")
+Moment = float | torch.cuda.Event
 
 
 class Measured(NamedTuple):
@@ -47,7 +55,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """Result of a call and its seconds, from an idle device to an idle device."""
     synchronise(device)
     started = time.perf_counter()
@@ -57,17 +65,20 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], object]],
     device: torch.device,
     repeats: int,
     warmup: int = 1,
     enough: Callable[[float], bool] = lambda _: False,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turn (a b a b …), so that a drift of the machine meets all alike.
+    """Measure calls in turn (a b a b …), so that a drift of the machine affects all alike.
 
     Args:
         warmup: unmeasured rounds before.
-        enough: asked after every round with its seconds; True ends it, so that a time budget can.
+        enough: called after every round with its seconds; True ends the measurement.
+
+    Returns:
+        Seconds of each call, by round.
     """
     for _ in range(warmup):
         for call in calls.values():
@@ -83,13 +94,13 @@ def in_turn(
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """The allocator's peak inside the `with`, in bytes, put into the list at its end."""
-    found: list[float] = []
+    """Measure the allocator's peak inside the `with`: at its end the list holds it, in bytes."""
+    peak: list[float] = []
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
-    yield found
-    found.append(float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else math.nan)
+    yield peak
+    peak.append(float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else math.nan)
 
 
 class Stages:
@@ -98,7 +109,9 @@ class Stages:
     Enter it before the bridge's hooks: the target tower's time then ends where the bridge's begins.
     """
 
-    def __init__(self, pipe: Any, bridge: nn.Module | None, source: Any = None) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, bridge: nn.Module | None, extractor: VisionCacheExtractor | None = None
+    ) -> None:
         self.device = torch.device(pipe._execution_device)
         encoder = pipe.text_encoder.model
         self.modules = {
@@ -106,17 +119,17 @@ class Stages:
             "language model": encoder.language_model,
             "DiT step": pipe.transformer,
         }
-        self.methods: dict[str, tuple[Any, str]] = {
+        self.methods: dict[str, tuple[object, str]] = {
             "VAE encode": (pipe.vae, "encode"),
             "VAE decode": (pipe.vae, "decode"),
         }
         if bridge is not None:
             self.methods["bridge"] = (bridge, "contributions")
-        if source is not None:
-            self.methods["source tower"] = (source, "_run_source")
+        if extractor is not None:
+            self.methods["source tower"] = (extractor, "_run_source")
         self.peaks: dict[str, float] = defaultdict(float)
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._open: dict[str, Any] = {}
+        self._spans: list[tuple[str, Moment, Moment]] = []
+        self._open: dict[str, Moment] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Stages:
@@ -136,14 +149,14 @@ class Stages:
     def seconds(self) -> dict[str, list[float]]:
         """Every measured span by stage."""
         synchronise(self.device)
-        found: dict[str, list[float]] = defaultdict(list)
+        seconds: dict[str, list[float]] = defaultdict(list)
         for name, begin, end in self._spans:
-            cuda = self.device.type == "cuda"
-            found[name].append(begin.elapsed_time(end) / 1e3 if cuda else end - begin)
-        return dict(found)
+            is_event = isinstance(begin, torch.cuda.Event)
+            seconds[name].append(begin.elapsed_time(end) / 1e3 if is_event else end - begin)
+        return dict(seconds)
 
-    def _wrapped(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(*args: Any, **kwargs: Any) -> Any:
+    def _wrapped(self, name: str, method: Callable[..., T]) -> Callable[..., T]:
+        def measured(*args: Any, **kwargs: Any) -> T:
             self._begin(name)
             result = method(*args, **kwargs)
             self._end(name)
@@ -161,7 +174,7 @@ class Stages:
         if self.device.type == "cuda":
             self.peaks[name] = max(self.peaks[name], torch.cuda.max_memory_allocated(self.device))
 
-    def _now(self) -> Any:
+    def _now(self) -> Moment:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

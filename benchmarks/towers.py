@@ -1,4 +1,4 @@
-"""Benchmarks of what makes features: loading, both towers, the bridge; how near the chip's limit they run."""
+"""Benchmarks of loading, of both vision towers and of the bridge, and how near the chip's limit they run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, count_parameters
 from qwen_vision_bridge.extractor import VisionCacheExtractor
 from qwen_vision_bridge.loading.memory import free_cuda
-from qwen_vision_bridge.loading.tower_attention import tower_attention
-from qwen_vision_bridge.loading.towers import compile_blocks, load_tower
-from qwen_vision_bridge.specs import Family, ModelSpec
+from qwen_vision_bridge.loading.tower_attention import VisionAttention, tower_attention
+from qwen_vision_bridge.loading.towers import compile_blocks, load_tower, load_whole
+from qwen_vision_bridge.specs import LEVEL_NAMES, Family, ModelSpec
 
 from .runner import Bench
 from .timing import in_turn, peak_memory, timed
 
 BATCHES = (1, 8, 32, 64)
-SEED_LINES = (  # of the notes that this toolkit was made from, at the released shapes
+EXPECTED_LINES = (  # of the extraction example at the released shapes
     "Early features: torch.Size([1, 256, 4096])",
     "Mid features: torch.Size([1, 256, 4096])",
     "Late features: torch.Size([1, 256, 4096])",
@@ -36,7 +38,7 @@ SEED_LINES = (  # of the notes that this toolkit was made from, at the released 
 
 
 def extraction(bench: Bench) -> None:
-    """Ready to extract: both towers alone, against both whole models in 8 bits; bytes, seconds, memory."""
+    """Load both towers alone, then both whole models in 8 bits; extract one image with each."""
     family, released = bench.load_family(whole=True), bench.released
     ready: list[float] = []
     for number in range(4):
@@ -52,8 +54,15 @@ def extraction(bench: Bench) -> None:
     bench.add("load, both towers alone: ready to extract", ready, "s")
     bench.add("bytes of the source's checkpoint", total, "GB", scale=1e-9)
     bench.add("bytes read of it for the features", read, "GB", "<= 1.25" if released else "", scale=1e-9)
-    whole = "both whole models in 8 bits" if bench.cuda else "both whole models"
-    seeds_way = VisionCacheExtractor(
+    whole_models, seconds = _load_whole_models(bench, family)
+    share = sorted(ready)[len(ready) // 2] / seconds
+    bench.add("ready to extract, towers alone ÷ whole models", share, "", "<= 0.15" if released else "")
+    _extract_both_ways(bench, family, whole_models)
+
+
+def _load_whole_models(bench: Bench, family: Family) -> tuple[VisionCacheExtractor, float]:
+    """An extractor with both whole models in memory, and the seconds that loading them took."""
+    extractor = VisionCacheExtractor(
         family,
         load_in_8bit=bench.cuda,
         device=bench.device,
@@ -64,41 +73,37 @@ def extraction(bench: Bench) -> None:
     )
     free_cuda()
     with peak_memory(bench.device) as peak:
-        seconds = sum(
-            timed(lambda r=role: seeds_way.warm(r), bench.device)[1] for role in ("qwen3", "qwen25")
-        )
-    bench.add(f"load, {whole}: ready to extract (the seed notes' way)", seconds, "s")
+        seconds = sum(timed(partial(extractor.warm, role), bench.device)[1] for role in ("qwen3", "qwen25"))
+    whole = "both whole models in 8 bits" if bench.cuda else "both whole models"
+    bench.add(f"load, {whole}: ready to extract (whole-model loading)", seconds, "s")
     bench.add(f"load, {whole}, peak GPU memory", peak[0], "GB", scale=1e-9)
-    share = sorted(ready)[len(ready) // 2] / seconds
-    bench.add("ready to extract, towers alone ÷ whole models", share, "", "<= 0.15" if released else "")
-    _one_image_both_ways(bench, family, seeds_way)
+    return extractor, seconds
 
 
-def _one_image_both_ways(bench: Bench, family: Family, seeds_way: VisionCacheExtractor) -> None:
+def _extract_both_ways(bench: Bench, family: Family, whole_models: VisionCacheExtractor) -> None:
     from qwen_vision_bridge.synthetic.cases import sample_image
 
-    side = family.image_size
-    image = sample_image(side)
+    image = sample_image(family.image_size)
     towers = VisionCacheExtractor(
         family, device=bench.device, dtype=bench.dtype, feature_cache=False, keep_models=True
     )
-    calls: dict[str, Callable[[], Any]] = {
-        "towers alone": lambda: _both(towers, image),
-        "whole models": lambda: _both(seeds_way, image),
+    calls = {
+        "towers alone": partial(_extract, towers, image),
+        "whole models": partial(_extract, whole_models, image),
     }
     for name, seconds in in_turn(calls, bench.device, 5).items():
         bench.add(f"features of one {family.image_size}² image from both, {name}", seconds, "ms", scale=1e3)
-    seeds_way.unload()
+    whole_models.unload()
     towers.unload()
 
 
-def _both(extractor: VisionCacheExtractor, image: Any) -> None:
+def _extract(extractor: VisionCacheExtractor, image: Image.Image) -> None:
     extractor.extract_qwen3_vision(image)
     extractor.extract_qwen25_vision(image)
 
 
-def seed_numbers(bench: Bench) -> None:
-    """The extraction example's own output has the lines that the seed notes promise."""
+def expected_output(bench: Bench) -> None:
+    """Check that the extraction example prints the expected lines."""
     import example_extraction
 
     family, printed = bench.load_family(), io.StringIO()
@@ -106,21 +111,55 @@ def seed_numbers(bench: Bench) -> None:
     output = bench.settings.folder / "example"
     with contextlib.redirect_stdout(printed):
         example_extraction.main(["--models", bench.settings.family, *roles, "--output", str(output)])
-    found = [wanted in printed.getvalue() for wanted in SEED_LINES]
-    released = bench.released
+    missing = [line for line in EXPECTED_LINES if line not in printed.getvalue()]
+    total = len(EXPECTED_LINES)
     bench.add(
-        "lines of the seed notes in the extraction example's output",
-        sum(found),
-        f"of {len(found)}",
-        f"== {len(found)}" if released else "",
+        "expected lines in the extraction example's output",
+        total - len(missing),
+        f"of {total}",
+        f"== {total}" if bench.released else "",
     )
-    if released:
-        for missing in (wanted for wanted, there in zip(SEED_LINES, found, strict=True) if not there):
-            print(f"  missing: {missing}")
+    if bench.released:
+        for line in missing:
+            print(f"  missing: {line}")
+
+
+def eight_bit(bench: Bench) -> None:
+    """Quantise the source's tower and its whole model to 8 bits: time, memory, error of the features."""
+    if not bench.cuda:
+        print("  8-bit loading needs a CUDA device: nothing is measured")
+        return
+    spec = bench.load_family(whole=True).source
+    exact = load_tower(spec, bench.device, bench.dtype).model
+    quantised, seconds = timed(
+        lambda: load_tower(spec, bench.device, bench.dtype, load_in_8bit=True).model, bench.device
+    )
+    bench.add("8-bit source tower: loading", seconds, "s")
+    call = _forward(exact, spec, 1, 16, bench)
+    outputs = [call("batched", tower) for tower in (exact, quantised)]
+    for level, a, b in zip(LEVEL_NAMES, *(output.deepstack_features for output in outputs), strict=True):
+        error = float((a - b).norm() / a.norm())
+        bench.add(f"8-bit source tower: relative error of {level} features", error, "")
+    for name, tower in (("8-bit", quantised), ("bf16", exact)):
+        size = sum(tensor.nbytes for tensor in (*tower.parameters(), *tower.buffers()))
+        bench.add(f"{name} source tower: GPU memory", size, "GB", scale=1e-9)
+    del exact, quantised, tower, outputs, call
+    free_cuda()
+    with peak_memory(bench.device) as peak:
+        model, seconds = timed(
+            lambda: load_whole(spec, bench.device, bench.dtype, load_in_8bit=True), bench.device
+        )
+    bench.add("8-bit whole source model: loading", seconds, "s")
+    bench.add("8-bit whole source model: loading, peak GPU memory", peak[0], "GB", scale=1e-9)
+    width = model.config.get_text_config().hidden_size
+    with torch.inference_mode():
+        embeddings = torch.randn(1, 64, width, device=bench.device, dtype=bench.dtype)
+        states = model.model(inputs_embeds=embeddings).last_hidden_state
+    bench.add("8-bit whole source model: states are finite", float(states.isfinite().all()), "", "== 1")
 
 
 def source_tower(bench: Bench) -> None:
-    """The source tower's speed, one image and batches, beside the rate the chip reaches in products."""
+    """Time the source tower, one image and batches, against the chip's rate of matrix products."""
     spec = bench.load_family().source
     rate = _matrix_rate(bench)
     bench.add(
@@ -133,11 +172,8 @@ def source_tower(bench: Bench) -> None:
     cuda = bench.cuda
     for tokens in (16, 32):
         call = _forward(tower, spec, 1, tokens, bench)
-        for attention, seconds in in_turn(
-            {mode: (lambda m=mode, c=call: c(m)) for mode in ("batched", "stock")},
-            bench.device,
-            20 if cuda else 3,
-        ).items():
+        calls = {mode: partial(call, mode) for mode in ("batched", "stock")}
+        for attention, seconds in in_turn(calls, bench.device, 20 if cuda else 3).items():
             name = f"source tower, one {tokens * spec.token_px}² image, {attention} attention"
             bench.add(name, seconds, "ms", scale=1e3)
     best = 0.0
@@ -147,7 +183,7 @@ def source_tower(bench: Bench) -> None:
 
 
 def compiled_tower(bench: Bench) -> None:
-    """Whether `torch.compile` pays for the source tower in batches."""
+    """Time the source tower compiled and plain, in batches."""
     spec, cuda = bench.load_family().source, bench.cuda
     rate, batch = _matrix_rate(bench), 32 if cuda else 8
     tower = load_tower(spec, bench.device, bench.dtype).model
@@ -176,10 +212,11 @@ def _batched(bench: Bench, tower: nn.Module, spec: ModelSpec, batch: int, rate: 
     """Images per second of one batch size, with its FLOPs, bytes and share of the chip's matrix rate."""
     call = _forward(tower, spec, batch, 16, bench)
     with FlopCounterMode(display=False) as counter:
-        call("batched") if not how else None  # a compiled block hides its operations
-    repeats = 10 if bench.cuda else 2
-    seconds = in_turn({"x": lambda: call("batched")}, bench.device, repeats, 2)["x"]
+        if not how:  # a compiled block hides its operations
+            call("batched")
     name = f"source tower, batch of {batch} at {16 * spec.token_px}²{how}"
+    repeats = 10 if bench.cuda else 2
+    seconds = in_turn({name: partial(call, "batched")}, bench.device, repeats, 2)[name]
     rates = [batch / second for second in seconds]
     bench.add(name, rates, "images/s")
     flops = counter.get_total_flops() or _tower_flops(spec, tower, batch)
@@ -211,14 +248,14 @@ def _least_bytes(tower: nn.Module, spec: ModelSpec, batch: int) -> float:
 
 
 def _forward(tower: nn.Module, spec: ModelSpec, batch: int, tokens: int, bench: Bench) -> Callable[..., Any]:
-    """A call of the tower, or another, on random images of tokens × tokens, with either attention."""
+    """A call of the tower, or of another, on the same random images of tokens × tokens."""
     side = tokens * spec.merge_size
     width = 3 * tower.config.temporal_patch_size * spec.patch_size**2
     pixels = torch.randn(batch * side * side, width, device=bench.device, dtype=bench.dtype)
     grids = torch.tensor([[1, side, side]] * batch, device=bench.device)
 
     @torch.inference_mode()
-    def call(mode: str, tower: nn.Module = tower) -> Any:
+    def call(mode: VisionAttention, tower: nn.Module = tower) -> Any:
         with tower_attention(tower, mode):
             return tower(pixels, grid_thw=grids)
 
@@ -229,61 +266,54 @@ def _matrix_rate(bench: Bench) -> float:
     """FLOP/s of a large square product, the best of ten."""
     size = 8192 if bench.cuda else 1024
     a, b = (torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2))
-    seconds = in_turn({"x": lambda: a @ b}, bench.device, 10, warmup=3)["x"]
+    seconds = in_turn({"product": partial(torch.matmul, a, b)}, bench.device, 10, warmup=3)["product"]
     return 2 * size**3 / min(seconds)
 
 
 def target_tower(bench: Bench) -> None:
-    """The vision part of prompt encoding: the target tower with stock and with batched attention."""
+    """Time the target tower with stock and with batched attention, and compare both with float32."""
     spec = bench.load_family().target
     tower = load_tower(spec, bench.device, bench.dtype).model
-    cuda, released = bench.cuda, bench.released
     for side in (384, 1024):
         tokens = max(2, round(side / spec.token_px))
-        if not released:
+        if not bench.released:
             tokens = min(tokens, 16)
-        call = _forward(tower, spec, 1, tokens, bench)
-        found = in_turn(
-            {mode: (lambda m=mode, c=call: c(m)) for mode in ("stock", "batched")},
-            bench.device,
-            20 if cuda else 3,
-            2,
-        )
-        for mode, seconds in found.items():
-            bench.add(f"target tower, {side}² image, {mode} attention", seconds, "ms", scale=1e3)
-        ratios = [slow / fast for slow, fast in zip(found["stock"], found["batched"], strict=True)]
-        bench.add(
-            f"target tower, {side}² image, stock ÷ batched time",
-            ratios,
-            "times",
-            ">= 4" if released and side == 1024 else "",
-        )
-        outputs = {mode: call(mode).pooler_output.float() for mode in found}
-        exact = call("stock", copy.deepcopy(tower).float()).pooler_output
-        for mode, output in outputs.items():
-            bench.add(
-                f"target tower, {side}² image, {mode} attention against float32: relative error",
-                float((output - exact).norm() / exact.norm()),
-                "",
-            )
+        _target_side(bench, tower, spec, side, tokens)
+
+
+def _target_side(bench: Bench, tower: nn.Module, spec: ModelSpec, side: int, tokens: int) -> None:
+    name = f"target tower, {side}² image"
+    call = _forward(tower, spec, 1, tokens, bench)
+    calls = {mode: partial(call, mode) for mode in ("stock", "batched")}
+    seconds = in_turn(calls, bench.device, 20 if bench.cuda else 3, 2)
+    for mode, values in seconds.items():
+        bench.add(f"{name}, {mode} attention", values, "ms", scale=1e3)
+    ratios = [slow / fast for slow, fast in zip(seconds["stock"], seconds["batched"], strict=True)]
+    bar = ">= 4" if bench.released and side == 1024 else ""
+    bench.add(f"{name}, stock ÷ batched time", ratios, "times", bar)
+    outputs = {mode: call(mode).pooler_output.float() for mode in seconds}
+    exact = call("stock", copy.deepcopy(tower).float()).pooler_output
+    for mode, output in outputs.items():
+        error = float((output - exact).norm() / exact.norm())
+        bench.add(f"{name}, {mode} attention against float32: relative error", error, "")
 
 
 def bridge(bench: Bench) -> None:
-    """The bridge: time by tokens, error of 16-bit arithmetic, and whether compiling it pays."""
+    """Time the bridge by tokens, compiled and not, and measure the error of its arithmetic."""
     config = BridgeConfig.for_family(bench.load_family(), init="random")
-    made = VisionBridge(config).to(bench.device).eval().requires_grad_(False)
-    cuda = bench.cuda
-    bench.add("bridge, parameters", count_parameters(made), "M", scale=1e-6)
+    module = VisionBridge(config).to(bench.device).eval().requires_grad_(False)
+    backend, repeats = ("inductor", 30) if bench.cuda else ("eager", 3)
+    bench.add("bridge, parameters", count_parameters(module), "M", scale=1e-6)
     inputs = {tokens: _bridge_inputs(config, tokens, bench) for tokens in (1024, 4096)}
-    calls = {str(tokens): (lambda given=given: made(*given)) for tokens, given in inputs.items()}
-    found = in_turn(calls, bench.device, 30 if cuda else 3, 3)
-    for tokens, seconds in found.items():
+    calls = {str(tokens): partial(module, *features) for tokens, features in inputs.items()}
+    times = in_turn(calls, bench.device, repeats, 3)
+    for tokens, seconds in times.items():
         bench.add(f"bridge, {tokens} tokens", seconds, "ms", scale=1e3)
-    ratios = [large / small for large, small in zip(found["4096"], found["1024"], strict=True)]
+    ratios = [large / small for large, small in zip(times["4096"], times["1024"], strict=True)]
     bench.add("bridge, time at 4096 ÷ at 1024 tokens", ratios, "times", "<= 4.4")
-    _bridge_errors(bench, config, made, inputs[1024])
-    made.compile(backend="inductor" if cuda else "eager")
-    seconds = in_turn({"x": lambda: made(*inputs[4096])}, bench.device, 30 if cuda else 3, 3)["x"]
+    _bridge_errors(bench, config, module, *inputs[1024])
+    module.compile(backend=backend)
+    seconds = in_turn({"4096": calls["4096"]}, bench.device, repeats, 3)["4096"]
     bench.add("bridge, 4096 tokens, compiled", seconds, "ms", scale=1e3)
 
 
@@ -296,13 +326,18 @@ def _bridge_inputs(
 
 
 @torch.no_grad()
-def _bridge_errors(bench: Bench, config: BridgeConfig, made: VisionBridge, given: Any) -> None:
-    """Relative error of the update against double precision, inputs alike."""
-    levels, baseline = given
+def _bridge_errors(
+    bench: Bench,
+    config: BridgeConfig,
+    module: VisionBridge,
+    levels: list[torch.Tensor],
+    baseline: torch.Tensor,
+) -> None:
+    """Relative error of the update against double precision on the same inputs."""
     exact_bridge = VisionBridge(config).to(bench.device).double()
     exact = torch.stack(exact_bridge.contributions([x.double() for x in levels], baseline.double())[0]).sum(0)
     halved = VisionBridge(config).to(bench.device).bfloat16()
-    for name, module in (("fp32", made), ("bf16", halved)):
-        update = torch.stack(module.contributions(levels, baseline)[0]).sum(0).double()
+    for name, candidate in (("fp32", module), ("bf16", halved)):
+        update = torch.stack(candidate.contributions(levels, baseline)[0]).sum(0).double()
         error = float((update - exact).norm() / exact.norm())
         bench.add(f"bridge, {name} weights: relative error of the update against float64", error, "")

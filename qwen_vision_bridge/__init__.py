@@ -1,26 +1,35 @@
 """Qwen Vision Bridge: Qwen3-VL's multi-level vision features in Qwen-Image-Edit.
 
-Names are imported on first use, so that importing the package costs nothing: torch, transformers and
-diffusers take seconds.
+| name | what it is |
+| --- | --- |
+| `EnhancedQwenImageEdit` | Qwen-Image-Edit with the bridge inside: `generate`, `compare` |
+| `VisionCacheExtractor` | vision features of an image from Qwen3-VL and Qwen2.5-VL, on one grid |
+| `VisionCache` | those features, with grids and provenance |
+| `VisionBridge`, `BridgeConfig` | the trained map from Qwen3-VL's levels to Qwen2.5-VL's features |
+| `ExtractionOptions` | rare settings of the extractor |
+| `FAMILIES` | models that belong together, by name: `miniature`, `qwen` |
+
+Names are imported on first use, because torch, transformers and diffusers take seconds.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bridge import BridgeConfig, VisionBridge
     from .cache import VisionCache
-    from .extractor import VisionCacheExtractor
+    from .extractor import ExtractionOptions, VisionCacheExtractor
     from .pipeline import EnhancedQwenImageEdit
     from .specs import FAMILIES
 
 __version__ = version("qwen-vision-bridge")
-_HOME = {
+_MODULES = {
     "BridgeConfig": "bridge",
     "EnhancedQwenImageEdit": "pipeline",
+    "ExtractionOptions": "extractor",
     "FAMILIES": "specs",
     "VisionBridge": "bridge",
     "VisionCache": "cache",
@@ -30,16 +39,17 @@ __all__ = [
     "FAMILIES",
     "BridgeConfig",
     "EnhancedQwenImageEdit",
+    "ExtractionOptions",
     "VisionBridge",
     "VisionCache",
     "VisionCacheExtractor",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -3,10 +3,8 @@
 For token n and level l:  z_l = Down_l(Norm_l(x_l)),  a_l = softmax over l of <Query(Norm(b)), Key_l(z_l)>,
 u = Σ_l Up_l(a_l · z_l),  out = b + strength · gate · rms(b) · clamp(u).
 
-With `blend="replace"` the baseline gives way as the update comes in, u = Σ_l Up_l(a_l · z_l) − b / rms(b): so
-strength · gate is the share of b that the levels' own account of it replaces.
-
-The attention runs over the levels of one token, not over tokens, so its cost is linear in N. Each head weighs
+With `blend="replace"`, u = Σ_l Up_l(a_l · z_l) − b / rms(b), and strength · gate is the share of b that the
+levels replace. The attention runs over the levels of one token, so its cost is linear in N; each head weighs
 its own slice of z. `Up` starts at zero, which makes an untrained bridge exactly the identity.
 """
 
@@ -14,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -26,12 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from .loading.checkpoints import broken_weight
-from .loading.hub import hub_errors
+from .loading.checks import broken_weight
+from .loading.hub import folder_or_hub_file
 from .loading.locks import exclusive
 from .specs import LEVEL_NAMES, Family, check_seed
 
+logger = logging.getLogger(__name__)
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,7 @@ class BridgeConfig:
     init: Literal["zero", "random"] = "zero"
     """`zero`: an untrained bridge changes nothing; `random`: its update has about the baseline's RMS."""
     blend: Literal["add", "replace"] = "add"
-    """`add`: the update comes on top of the baseline; `replace`: in its place. A fresh bridge that replaces
-    has a gate of 0, which makes it the identity too."""
+    """`add`: the update is added to the baseline; `replace`: it takes its place, from a gate of 0 on."""
     seed: int = 0
     """Seed of the starting weights."""
     source_model: str | None = None
@@ -85,8 +87,8 @@ class BridgeConfig:
             raise ValueError(f"clamp is a positive number, not {self.clamp!r}")
 
     @classmethod
-    def for_family(cls, family: Family, **changes: Any) -> BridgeConfig:
-        """The family's default bridge: its widths, its rank, and the names of its models."""
+    def for_family(cls, family: Family, **changes: object) -> BridgeConfig:
+        """The family's default config: its widths, its rank, and the names of its models."""
         settings = {
             "source_dim": family.source.out_dim,
             "target_dim": family.target.out_dim,
@@ -97,9 +99,21 @@ class BridgeConfig:
         }
         return cls(**(settings | changes))
 
+    def check_family(self, name: str, family: Family) -> None:
+        """Refuse a bridge, called `name`, of other models than a family's (ValueError)."""
+        source, target = family.source, family.target
+        shapes = (self.source_dim, self.target_dim) == (source.out_dim, target.out_dim)
+        models = self.source_model in (None, source.name) and self.target_model in (None, target.name)
+        if not (shapes and models):
+            raise ValueError(
+                f"the bridge {name!r} leads from {self.source_model or 'any source'} ({self.source_dim}) to "
+                f"{self.target_model or 'any target'} ({self.target_dim}); this family needs one from "
+                f"{source.name} ({source.out_dim}) to {target.name} ({target.out_dim})"
+            )
+
 
 class BridgeOutput(NamedTuple):
-    """What a bridge makes of one batch of tokens."""
+    """The result for one batch of tokens."""
 
     features: torch.Tensor
     """(B, N, target_dim), in the baseline's dtype."""
@@ -112,7 +126,7 @@ MODEL_CARD = """---
 ---
 
 A `VisionBridge` of Qwen Vision Bridge: it adds what Qwen3-VL's DeepStack levels say to the vision features of
-Qwen2.5-VL inside Qwen-Image-Edit. Shapes and the models it was made for are in `config.json`.
+Qwen2.5-VL inside Qwen-Image-Edit. Shapes and models are in `config.json`.
 
 ```python
 from qwen_vision_bridge import EnhancedQwenImageEdit
@@ -135,16 +149,12 @@ class VisionBridge(
     projections and a zero-initialised output as in ControlNet (Zhang et al. 2023, arXiv 2302.05543).
     """
 
-    @exclusive  # another thread that loads a model patches `nn.Module` meanwhile
+    @exclusive  # loading a model in another thread patches `nn.Module`
     def __init__(self, config: BridgeConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or BridgeConfig()
         width = config.source_dim if config.rank is None else config.rank
-        levels = range(len(config.levels))
-
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False)
-
+        levels, linear = range(len(config.levels)), partial(nn.Linear, bias=False)
         self.source_norms = nn.ModuleList(nn.RMSNorm(config.source_dim, eps=1e-6) for _ in levels)
         self.target_norm = nn.RMSNorm(config.target_dim, eps=1e-6)
         self.downs = nn.ModuleList(
@@ -210,10 +220,11 @@ class VisionBridge(
             own = baseline / rms.clamp_min(torch.finfo(dtype).tiny) / len(updates)
             updates = [update - own for update in updates]
         scale = self.gate * rms
-        limited = self._clamp(updates)
-        return [scale * part for part in limited], attention.mean(-1).permute(1, 2, 0)
+        total, limit = torch.stack(updates).sum(0), self.config.clamp
+        share = limit / total.abs().clamp_min(limit)  # of each channel; the same for all levels
+        return [scale * (share * update) for update in updates], attention.mean(-1).permute(1, 2, 0)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, **options: object) -> str | None:
         """Write `config.json` and `model.safetensors`; options such as `push_to_hub=True` as in the mixin."""
         if options.get("config") is None:
             options["config"] = asdict(self.config)
@@ -221,35 +232,20 @@ class VisionBridge(
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        map_location: str = "cpu",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str = "cpu", **hub: str | bool | None
     ) -> VisionBridge:
-        """Load a bridge from a folder or the hub, strictly, and never from a pickle.
+        """Load a bridge from a folder or the hub, strictly, and never from a pickle, as the mixin would.
 
-        (The mixin's own version loads with missing weights, and falls back to a pickle.)
+        Args:
+            hub: `revision`, `token` and the like, as `hf_hub_download` takes them.
 
         Raises:
             FileNotFoundError, OSError: no such bridge, no connection, or damaged weights.
             ValueError: a config of another kind, or pickled weights.
         """
-        where = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
         location = str(pretrained_model_name_or_path)
-        config = _read_config(_bridge_file(location, CONFIG_FILE, where))
-        weights = _bridge_file(location, WEIGHTS_FILE, where)
-        bridge = cls(config)
+        bridge = cls(_read_config(folder_or_hub_file(location, CONFIG_FILE, hub)))
+        weights = folder_or_hub_file(location, WEIGHTS_FILE, hub)
         try:
             load_model(bridge, str(weights), strict=True, device=map_location)
         except (SafetensorError, RuntimeError) as error:
@@ -258,6 +254,11 @@ class VisionBridge(
         if broken := broken_weight({"bridge": bridge}):
             raise OSError(f"{weights}: the weight {broken} is NaN or infinite: copy or download it again")
         return bridge.eval()
+
+    def extra_repr(self) -> str:
+        """Parameters, levels and shapes, first in the printed module."""
+        levels, source, target = "/".join(self.config.levels), self.config.source_dim, self.config.target_dim
+        return f"{count_parameters(self) / 1e6:.2f} M parameters, levels {levels}, {source} to {target}"
 
     def _initialise(self) -> None:
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -270,13 +271,6 @@ class VisionBridge(
             with torch.no_grad():
                 noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
                 parameter.copy_(torch.zeros_like(noise) if zero and name.startswith("ups.") else noise)
-
-    def _clamp(self, updates: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Limit the summed update channel by channel, taking the same share from every level."""
-        total = torch.stack(updates).sum(0)
-        limit = self.config.clamp
-        share = limit / total.abs().clamp_min(limit)  # 1 where the sum is within the limit
-        return [share * update for update in updates]
 
     def _check_shapes(self, levels: Sequence[torch.Tensor], baseline: torch.Tensor) -> None:
         config = self.config
@@ -292,8 +286,8 @@ class VisionBridge(
                 raise ValueError(f"level {name!r} is {wanted}, got {tuple(level.shape)}")
 
 
-def check_strength(strength: Any) -> float:
-    """A finite number, as a float.
+def check_strength(strength: float) -> float:
+    """Return the strength as a float.
 
     Raises:
         TypeError: not a number. ValueError: NaN or infinite.
@@ -303,6 +297,32 @@ def check_strength(strength: Any) -> float:
     if not math.isfinite(strength):
         raise ValueError(f"strength is a finite number such as 1.0, not {strength}")
     return float(strength)
+
+
+def resolve_bridge(choice: VisionBridge | str | Path | None, family: Family) -> tuple[VisionBridge, str]:
+    """The bridge that a user means, frozen, and its name.
+
+    Args:
+        choice: a bridge, a folder, a hub id, `"fresh"` or `"random"`; None is the family's shipped bridge,
+            else a fresh one with a warning.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `from_pretrained`, or a bridge of other models.
+    """
+    shipped = WEIGHTS / f"bridge-{family.name}"
+    if choice is None and shipped.is_dir():
+        bridge, name = VisionBridge.from_pretrained(shipped), f"{shipped.name}, as shipped"
+    elif isinstance(choice, VisionBridge):
+        bridge, name = choice, "given"
+    elif choice in (None, "fresh", "random"):
+        if choice is None:
+            logger.warning("no trained bridge for %s: a fresh one changes nothing", family.name)
+        init = "random" if choice == "random" else "zero"
+        bridge, name = VisionBridge(BridgeConfig.for_family(family, init=init)), str(choice or "fresh")
+    else:
+        bridge, name = VisionBridge.from_pretrained(choice), str(choice)
+    bridge.config.check_family(name, family)
+    return bridge.eval().requires_grad_(False), name
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -324,30 +344,6 @@ def bridge_digest(bridge: VisionBridge) -> str:
 def _read_config(path: Path) -> BridgeConfig:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        known = {item.name for item in fields(BridgeConfig)}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"unknown fields {unknown}")
         return BridgeConfig(**settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no bridge config: {error}") from error
-
-
-def _bridge_file(location: str, name: str, where: dict[str, Any]) -> Path:
-    folder = Path(location).expanduser()
-    if folder.is_dir():
-        if (folder / name).is_file():
-            return folder / name
-        pickled = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-        )
-        if pickled:
-            raise ValueError(
-                f"{folder} offers pickled weights ({pickled[0]}), which are never loaded: save as safetensors"
-            )
-        raise FileNotFoundError(f"{folder} has no {name}: give a folder that `save_pretrained` wrote")
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    from huggingface_hub import hf_hub_download
-
-    with hub_errors(f"bridge {location}: {name}"):
-        return Path(hf_hub_download(location, name, **where))

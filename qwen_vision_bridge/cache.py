@@ -1,24 +1,17 @@
-"""Vision features with their grid and provenance, kept as safetensors, and how two of them compare."""
+"""`VisionCache`: vision features with their grids and provenance, and how two of them compare."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from .loading.checkpoints import atomic_save
-from .specs import LEVEL_NAMES, cache_home
+from .features import Shard, read_shard, write_shard
+from .specs import LEVEL_NAMES
 
-logger = logging.getLogger(__name__)
-
-FORMAT = "qwen-vision-bridge/vision-cache/1"
 OUTLIER_FACTOR = 6.0  # a channel counts as an outlier when its RMS is this many times the median channel's
 
 
@@ -34,9 +27,9 @@ class VisionCache:
     grids: tuple[tuple[int, int], ...]
     """(gh, gw) of each image."""
     provenance: Mapping[str, str] = field(default_factory=dict)
-    """Model, revision, scope, dtype, images: what the features were made from."""
+    """Model, revision, scope, dtype, images: everything that decides the features."""
     loaded_from: Path | None = None
-    """The cache file they were read from; None where a model made them just now."""
+    """The file they were read from; None for a fresh extraction."""
 
     def __post_init__(self) -> None:
         tokens = sum(rows * columns for rows, columns in self.grids)
@@ -84,7 +77,7 @@ class VisionCache:
         return [self._named(name) for name in LEVEL_NAMES]
 
     def split(self) -> list[VisionCache]:
-        """One cache an image."""
+        """Split into one cache an image."""
         sizes = [rows * columns for rows, columns in self.grids]
         parts = {name: tensor.split(sizes, dim=1) for name, tensor in self.features.items()}
         return [
@@ -93,19 +86,17 @@ class VisionCache:
         ]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VisionCache:
-        """The same cache on another device or in another dtype."""
+        """Copy the features to another device or dtype."""
         return replace(self, features={k: v.to(device=device, dtype=dtype) for k, v in self.features.items()})
 
+    @property
+    def header(self) -> dict[str, object]:
+        """Grids and provenance, as a file of features stores them."""
+        return {"grids": [list(grid) for grid in self.grids], "provenance": dict(self.provenance)}
+
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, whole or not at all; the path is returned."""
-        header = {
-            "format": FORMAT,
-            "grids": json.dumps(self.grids),
-            "provenance": json.dumps(dict(self.provenance)),
-            "checksum": _checksum(self.features),
-        }
-        atomic_save(dict(self.features), Path(path), header)
-        return Path(path)
+        """Write one safetensors file, whole or not at all; return its path."""
+        return write_shard(Path(path), self.features, self.header)
 
     @classmethod
     def load(cls, path: str | Path) -> VisionCache:
@@ -114,27 +105,24 @@ class VisionCache:
         Raises:
             FileNotFoundError: no such file.
             OSError: cut short, or its content differs from its checksum.
-            ValueError: a safetensors file of another kind.
+            ValueError: a file of another kind or version.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no such vision cache: {path}")
-        try:
-            with safe_open(path, framework="pt") as opened:
-                header = opened.metadata() or {}
-                features = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise OSError(f"{path} is damaged ({error}): delete it and extract again") from error
-        if header.get("format") != FORMAT:
+        return cls.from_shard(read_shard(Path(path), verify=True))
+
+    @classmethod
+    def from_shard(cls, shard: Shard) -> VisionCache:
+        """Take the features of one file, memory-mapped until they are used."""
+        if "grids" not in shard.header:
             raise ValueError(
-                f"{path} is no vision cache: its format is {header.get('format')!r}, needed is {FORMAT!r}"
+                f"{shard.path} holds features of many images: read its folder with `FeatureFolder`"
             )
-        if header.get("checksum") != _checksum(features):
-            raise OSError(
-                f"{path} is damaged (its content differs from its checksum): delete it and extract again"
-            )
-        grids = tuple((rows, columns) for rows, columns in json.loads(header["grids"]))
-        return cls(features, grids, json.loads(header["provenance"]), path)
+        grids = tuple((rows, columns) for rows, columns in shard.header["grids"])
+        return cls(shard.tensors, grids, shard.header["provenance"], shard.path)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.features.items())
+        grids = ", ".join(f"{rows}×{columns}" for rows, columns in self.grids)
+        return f"VisionCache({shapes}; grids {grids}; of {self.provenance.get('model', 'an unnamed model')})"
 
     def _named(self, name: str) -> torch.Tensor:
         if name not in self.features:
@@ -143,35 +131,6 @@ class VisionCache:
                 f"this cache of {self.provenance.get('model', 'a model')} has {held}, not {name}_features"
             )
         return self.features[name]
-
-
-class FeatureCache:
-    """A folder of vision caches by what they were made from; any number of processes may share it."""
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(folder).expanduser() if folder is not None else cache_home() / "features"
-
-    def path(self, provenance: Mapping[str, str], grids: Any) -> Path:
-        """Where the features of this provenance and these grids lie, whether they are there or not."""
-        fingerprint = json.dumps([FORMAT, dict(provenance), grids], sort_keys=True)
-        key = hashlib.sha256(fingerprint.encode()).hexdigest()
-        return self.folder / key[:2] / f"{key[2:34]}.safetensors"
-
-    def get(self, provenance: Mapping[str, str], grids: Any) -> VisionCache | None:
-        """The stored features, or None; a damaged entry is reported, deleted and counts as absent."""
-        path = self.path(provenance, grids)
-        try:
-            return VisionCache.load(path)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            logger.warning("feature cache: %s (rebuilding it now)", error)
-            path.unlink(missing_ok=True)
-            return None
-
-    def put(self, cache: VisionCache) -> Path:
-        """Store features under their own provenance and grids."""
-        return cache.save(self.path(cache.provenance, cache.grids))
 
 
 class LevelStatistics(NamedTuple):
@@ -183,7 +142,7 @@ class LevelStatistics(NamedTuple):
     cka: float
     """Linear CKA with the baseline, 0 to 1."""
     cka_shuffled: float
-    """The same with the tokens of one side shuffled: what chance gives with this few tokens."""
+    """The same with the tokens of one side shuffled: the level of chance."""
     outlier_share: float
     """Share of channels whose RMS is more than `OUTLIER_FACTOR` times the median channel's."""
 
@@ -196,6 +155,16 @@ class CacheComparison(NamedTuple):
     dimension_ratio: float
     levels: dict[str, LevelStatistics]
     """By level name, and `baseline` for the target itself."""
+
+    def __repr__(self) -> str:
+        tokens = "match" if self.token_match else "differ"
+        lines = [f"CacheComparison: tokens {tokens}, dimension ratio {self.dimension_ratio:.2f}"]
+        lines += [
+            f"  {name:9} mean {level.mean:7.3f}  spread {level.spread:7.3f}  "
+            f"CKA {level.cka:.3f} (shuffled {level.cka_shuffled:.3f})  outliers {level.outlier_share:.2%}"
+            for name, level in self.levels.items()
+        ]
+        return "\n".join(lines)
 
 
 def compare(source: VisionCache, target: VisionCache) -> CacheComparison:
@@ -234,12 +203,3 @@ def _statistics(features: torch.Tensor, baseline: torch.Tensor, match: bool) -> 
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
         cka, shuffled = linear_cka(features, baseline), linear_cka(features[order], baseline)
     return LevelStatistics(float(features.mean()), float(features.std()), cka, shuffled, float(outliers))
-
-
-def _checksum(features: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(features):
-        tensor = features[name].contiguous().cpu()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
-    return digest.hexdigest()

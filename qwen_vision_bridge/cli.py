@@ -1,4 +1,4 @@
-"""What the scripts share: common arguments, errors in one line, quiet libraries."""
+"""Common arguments of the scripts, errors in one line, quiet libraries."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from .images import load_images
+from .loading.families import resolve_family
 from .loading.memory import is_out_of_memory
-from .specs import FAMILIES, Family, check_seed, resolve_family
+from .specs import FAMILIES, Family, check_seed
 
 OUTPUT = Path("examples_output")
 RANDOM_NOTE = "Note: the miniature's weights are random here, so its images are noise; every step is real."
+PHOTO_NOTE = "Note: the miniature was trained on synthetic scenes only; expect little of a photograph."
 NO_MEMORY = (
     "the GPU ran out of memory: close other programs on it, give smaller images, or look at "
     "`check_environment.py` for a memory mode that fits"
 )
-PHOTO_NOTE = "Note: the miniature knows only its own synthetic world; of a photograph it makes little."
 
 
 def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every example takes."""
-    made = argparse.ArgumentParser(
+    """Build a parser with the arguments that every example takes."""
+    common = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "--models", default="auto", choices=["auto", *sorted(FAMILIES)], help="which family to use"
-    )
-    made.add_argument("--source", help="another Qwen3-VL: registered name, hub id or local folder")
-    made.add_argument("--image", type=Path, help="your own image; default: a synthetic test image")
-    made.add_argument("--prompt", default=None, help=f'what to do with it; default: "{prompt}"')
-    made.add_argument("--seed", type=int, default=0, help="of noise and synthetic images, from 0")
-    made.add_argument("--output", type=Path, default=OUTPUT, help="folder for what is written")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return made
+    models = ["auto", *sorted(FAMILIES)]
+    common.add_argument("--models", default="auto", choices=models, help="family of models")
+    common.add_argument("--source", help="another Qwen3-VL: registered name, hub id or local folder")
+    common.add_argument("--image", type=Path, help="your own image; default: a synthetic test image")
+    common.add_argument("--prompt", default=None, help=f'instruction; default: "{prompt}"')
+    common.add_argument("--seed", type=int, default=0, help="seed of noise and synthetic images, from 0")
+    common.add_argument("--output", type=Path, default=OUTPUT, help="output folder")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return common
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
-    """Run a script's `main` and exit: 2 with one line for bad input, 130 after Ctrl-C."""
+    """Run a script's `main` and exit; 2 with one line for bad input, 130 after Ctrl-C."""
     quieten_libraries()
     silent = open(os.devnull, "w") if os.environ.get("RANK", "0") != "0" else None  # noqa: SIM115
     try:
-        with redirect_stdout(silent or sys.stdout):  # of several processes the first one speaks
+        with redirect_stdout(silent or sys.stdout):  # of several processes the first one prints
             code = main(None)
     except KeyboardInterrupt:
         print("\nStopped. Files that were finished are kept.", file=sys.stderr)
@@ -78,7 +78,7 @@ def check_inputs(arguments: argparse.Namespace) -> None:
 
 
 def choose_models(arguments: argparse.Namespace) -> Family:
-    """Print which family is used, why, and how to get the other; return it with its replaced roles."""
+    """Choose the family and print why; its source, target and editor can be replaced by arguments."""
     from .environment import choose_family
     from .synthetic.miniature import is_shipped
 
@@ -88,7 +88,7 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     }
     family = resolve_family(name, **replaced)
     print(line)
-    if name == "miniature":
+    if family.synthetic_only:
         if not is_shipped():
             print(RANDOM_NOTE)
         if arguments.image is not None:
@@ -97,10 +97,10 @@ def choose_models(arguments: argparse.Namespace) -> Family:
 
 
 def quieten_libraries() -> None:
-    """Leave the screen to the script: warnings in one line, no bars for files of a few MB, no telemetry."""
+    """Show warnings in one line, hide bars for files of a few MB, switch telemetry off."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qwen_vision_bridge.loading.towers").setLevel(logging.INFO)  # how many bytes were read
-    logging.getLogger("qwen_vision_bridge.loading.placement").setLevel(logging.INFO)  # what will lie where
+    logging.getLogger("qwen_vision_bridge.loading.memory").setLevel(logging.INFO)  # what will lie where
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

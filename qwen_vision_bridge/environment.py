@@ -1,4 +1,4 @@
-"""What this machine can run: checks that return data. `check_environment.py` prints them."""
+"""Checks of what this machine can run, as data; `check_environment.py` prints them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .loading.editors import MEMORY_MODES
-from .loading.placement import best_mode, plan_for
+from .loading.memory import device_name, plan_for
 from .specs import FAMILIES, cache_home
 
 MINIATURE_RAM_GB = 2.0
@@ -17,19 +16,19 @@ QWEN_DOWNLOAD_GB = 59.0  # the editor's 57.7 GB and the source's tower
 
 
 class Check(NamedTuple):
-    """One thing looked at."""
+    """One check and its result."""
 
     name: str
     ok: bool
     found: str
     remedy: str = ""
-    """What to do where it is not ok."""
+    """What to do where the check fails."""
     required: bool = True
-    """Whether nothing runs without it."""
+    """Whether nothing runs where it fails."""
 
 
 class FamilyReport(NamedTuple):
-    """Whether a family can run here, and how."""
+    """Whether a family can run on this machine, and how."""
 
     family: str
     runs: bool
@@ -37,11 +36,11 @@ class FamilyReport(NamedTuple):
     arguments: str
     reason: str
     plan: tuple[str, ...] = ()
-    """What lies where in that mode, in lines."""
+    """Lines that say which part lies where in that mode."""
 
 
 class Report(NamedTuple):
-    """Everything that was looked at."""
+    """The checks of a machine and its families."""
 
     checks: list[Check]
     families: list[FamilyReport]
@@ -60,25 +59,19 @@ class Report(NamedTuple):
         }
 
 
-def inspect_machine(card_gb: float | None = None) -> Report:
-    """Look at Python, packages, memory, GPUs and disk; say which families can run, in which memory mode.
+def inspect_machine(gpu_gb: float | None = None) -> Report:
+    """Check Python, packages, memory, GPUs and disk, and which families can run in which memory mode.
 
     Args:
-        card_gb: plan for a GPU of this many 10⁹ bytes instead of those that are here.
+        gpu_gb: plan for a GPU of this many 10⁹ bytes instead of the installed ones.
     """
     checks = [_python(), *_packages()]
     if not all(check.ok for check in checks):
         return Report(checks, [])
     ram_gb = _ram_gb()
-    gpus = gpu_memory_gb() if card_gb is None else [("a card to plan for", card_gb, card_gb)]
-    checks.append(
-        Check(
-            "memory",
-            ram_gb >= MINIATURE_RAM_GB,
-            f"{ram_gb:.1f} GB available",
-            f"close other programs: the miniature needs {MINIATURE_RAM_GB:.0f} GB",
-        )
-    )
+    gpus = gpu_memory_gb() if gpu_gb is None else [("planned GPU", gpu_gb, gpu_gb)]
+    remedy = f"close other programs: the miniature needs {MINIATURE_RAM_GB:.0f} GB"
+    checks.append(Check("memory", ram_gb >= MINIATURE_RAM_GB, f"{ram_gb:.1f} GB available", remedy))
     checks += [
         Check(f"GPU {index}", True, f"{name}, {free:.1f} of {total:.1f} GB free", required=False)
         for index, (name, free, total) in enumerate(gpus)
@@ -91,7 +84,7 @@ def inspect_machine(card_gb: float | None = None) -> Report:
 
 
 def choose_family(wanted: str) -> tuple[str, str]:
-    """The family for `--models`, and one line that says why and how to get the other.
+    """The family for `--models`, and one line with the reason and the way to the other family.
 
     Raises:
         ValueError: neither `auto` nor a family.
@@ -99,16 +92,14 @@ def choose_family(wanted: str) -> tuple[str, str]:
     if wanted != "auto":
         if wanted not in FAMILIES:
             raise ValueError(f"--models is auto or one of {', '.join(sorted(FAMILIES))}, not {wanted!r}")
-        return wanted, f"Models: {wanted} (as asked)"
+        return wanted, f"Models: {wanted} (as requested)"
     gpus = gpu_memory_gb()
-    mode = best_mode(FAMILIES["qwen"], max((total for _, _, total in gpus), default=0.0), _ram_gb())
-    if mode is not None:
-        return (
-            "qwen",
-            f"Models: qwen, since a GPU is here ({mode.name}); --models miniature takes the small family",
-        )
-    why = "no CUDA device" if not gpus else "too little GPU or CPU memory for the released models"
-    return "miniature", f"Models: miniature, since there is {why}; --models qwen takes the released models"
+    plan = plan_for(FAMILIES["qwen"], max((total for _, _, total in gpus), default=0.0), _ram_gb())
+    if plan is not None:
+        reason = f"since there is a GPU ({plan.mode.name})"
+        return "qwen", f"Models: qwen, {reason}; --models miniature takes the small family"
+    reason = "no CUDA device" if not gpus else "too little GPU or CPU memory for the released models"
+    return "miniature", f"Models: miniature, since there is {reason}; --models qwen takes the released models"
 
 
 def gpu_memory_gb() -> list[tuple[str, float, float]]:
@@ -117,11 +108,12 @@ def gpu_memory_gb() -> list[tuple[str, float, float]]:
 
     if not torch.cuda.is_available():
         return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append((torch.cuda.get_device_name(index), free / 1e9, total / 1e9))
-    return found
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    memory = [torch.cuda.mem_get_info(device) for device in devices]
+    return [
+        (device_name(device), free / 1e9, total / 1e9)
+        for device, (free, total) in zip(devices, memory, strict=True)
+    ]
 
 
 def _python() -> Check:
@@ -134,15 +126,14 @@ def _packages() -> list[Check]:
 
     checks = []
     for line in metadata.requires("qwen-vision-bridge") or []:
-        wanted = Requirement(line)
+        package = Requirement(line)
         try:
-            found = metadata.version(wanted.name)
+            version = metadata.version(package.name)
         except metadata.PackageNotFoundError:
-            found = "missing"
-        ok = found != "missing" and wanted.specifier.contains(found, prereleases=True)
-        checks.append(
-            Check(wanted.name, ok, found, f"run `uv sync`: {wanted.name}{wanted.specifier} is needed")
-        )
+            version = "missing"
+        ok = version != "missing" and package.specifier.contains(version, prereleases=True)
+        remedy = f"run `uv sync`: {package.name}{package.specifier} is needed"
+        checks.append(Check(package.name, ok, version, remedy))
     return checks
 
 
@@ -154,18 +145,11 @@ def _disk() -> list[Check]:
         ("disk, toolkit cache", cache_home(), 0.2),
         ("disk, hub cache", Path(HF_HUB_CACHE), QWEN_DOWNLOAD_GB),
     ):
-        there = next(path for path in (folder, *folder.parents) if path.is_dir())
-        free = shutil.disk_usage(there).free / 1e9
-        whose = "the released models need" if need > 1 else "the miniature and its features need"
-        checks.append(
-            Check(
-                name,
-                free >= need,
-                f"{free:.0f} GB free",
-                f"{whose} {need:g} GB in {folder}",
-                required=need < 1,
-            )
-        )
+        existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+        free = shutil.disk_usage(existing).free / 1e9
+        user = "the released models need" if need > 1 else "the miniature and its features need"
+        remedy = f"{user} {need:g} GB in {folder}"
+        checks.append(Check(name, free >= need, f"{free:.0f} GB free", remedy, required=need < 1))
     return checks
 
 
@@ -180,11 +164,9 @@ def _qwen(ram_gb: float, gpus: list[tuple[str, float, float]]) -> FamilyReport:
     free = max(free for _, free, _ in gpus)
     plan = plan_for(FAMILIES["qwen"], free, ram_gb)
     if plan is None:
-        least = min(candidate.gpu_gb(FAMILIES["qwen"].editor) for candidate in MEMORY_MODES)
-        return FamilyReport(
-            "qwen", False, None, "", f"{free:.1f} GB of GPU memory are free, {least:.1f} GB is the least"
-        )
-    reason = f"needs about {plan.need_gb:.0f} of {free:.0f} GB (estimate)"
+        reason = f"no memory mode fits {free:.1f} GB of free GPU memory and {ram_gb:.1f} GB of CPU memory"
+        return FamilyReport("qwen", False, None, "", reason)
+    reason = f"needs about {plan.peak_gb:.0f} of {free:.0f} GB (estimate)"
     return FamilyReport("qwen", True, plan.mode.name, plan.mode.arguments, reason, tuple(plan.lines()))
 
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 logger = logging.getLogger(__name__)
 
 ImageLike = Image.Image | str | Path
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_ASPECT_RATIO = 200  # the Qwen processors refuse anything longer
 FLOAT_RANGE = (-1.0, 2.0)  # beyond it floating-point pixels are evidently not from 0 to 1
 TIFF_BITS_PER_SAMPLE = 258
@@ -44,6 +45,24 @@ def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) 
     if not images:
         raise ValueError("no image given: pass a PIL image, a path, or a list of at least one")
     return [_load_one(image, smallest_side) for image in images]
+
+
+def list_images(folder: Path) -> list[str]:
+    """List the images below a folder, as sorted paths relative to it.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder of images: {folder}")
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    if not names:
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+    return names
 
 
 def on_grids(images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px: int) -> list[Image.Image]:

@@ -1,4 +1,7 @@
-"""Results on disk: what made them, and files that are written whole or not at all."""
+"""Files on disk: provenance and digests of results, and files that are written whole or not at all.
+
+Imports neither torch nor safetensors before a tensor is written.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,26 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+if TYPE_CHECKING:
+    import torch
+
 KEY_VERSION = 2
-"""Raised when keys are made of other things than before, so that what was kept under them is made anew."""
+"""Version of what keys are computed from. Raise it when that changes, so that results are recomputed."""
 PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes")
+FULL_HASH_LIMIT = 64 * 2**20  # bytes; smaller folders are identified by their whole content
 
 
-def provenance(seeds: Sequence[int], device: str, **models: Any) -> dict[str, Any]:
-    """What every results file says about how it was made: command, seeds, models, versions, device, date."""
+def provenance(seeds: Sequence[int], device: str, **models: object) -> dict[str, object]:
+    """Describe a run for its results file: command, seeds, models, versions, device, date."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seeds": list(seeds),
@@ -35,18 +42,17 @@ def provenance(seeds: Sequence[int], device: str, **models: Any) -> dict[str, An
     }
 
 
-def digest_of(data: Any) -> str:
-    """Short digest of plain data, for keys of things made from it.
+def digest_of(data: object) -> str:
+    """Compute a short digest of plain data, to key whatever is computed from it.
 
     Raises:
-        TypeError: it holds something whose content is not known, such as a function or a tensor: two of them
-            could look alike and differ.
+        TypeError: the data holds a function, a tensor or the like, whose content JSON cannot tell.
     """
     text = json.dumps([KEY_VERSION, data], sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, Path):
@@ -54,19 +60,31 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be part of a key that results are kept under")
 
 
-def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first key in which two accounts of how something was made differ, in words; "" where none does."""
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            return f"{key} {found.get(key)!r}, now {wanted.get(key)!r}"
+def folder_digest(folder: Path, files: Iterable[Path]) -> str:
+    """Identify a folder's files by their content, or by sizes and modification times above 64 MB."""
+    digest = hashlib.sha256()
+    present = sorted(path for path in files if path.is_file())
+    small = sum(path.stat().st_size for path in present) <= FULL_HASH_LIMIT
+    for path in present:
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder)}:{stat.st_size}".encode())
+        digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
+    return f"local:{digest.hexdigest()[:16]}"
+
+
+def first_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """Describe the first key in which two fingerprints differ; "" where none does."""
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return f"{key} {before.get(key)!r}, now {now.get(key)!r}"
     return ""
 
 
-def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a file beside `path` and rename it in, making the folder if need be.
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it; missing folders are created.
 
     Raises:
-        OSError: the folder cannot be written to; it says which.
+        OSError: the folder cannot be written to.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,12 +99,30 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def write_json(path: str | Path, data: Any) -> Path:
-    """Write indented JSON; NaN and infinity are refused, since no other reader takes them."""
+def write_json(path: str | Path, data: object) -> Path:
+    """Write indented JSON; NaN and infinity, which JSON does not know, are refused."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_image(path: str | Path, image: Image.Image) -> Path:
-    """Write an image in the format of the path's ending."""
+    """Write an image in the format of the path's suffix."""
     return write_whole(path, lambda file: image.save(file))
+
+
+def atomic_save(
+    tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written, for lack of space for example; nothing is left behind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    on_cpu = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+    try:
+        return write_whole(path, lambda file: save_file(on_cpu, file, dict(metadata) if metadata else None))
+    except SafetensorError as error:  # how the library reports a failed write
+        raise OSError(f"{path} could not be written ({error})") from error

@@ -1,15 +1,15 @@
-"""Images × prompts → a folder of paired edits with times and differences, which needs no known answers."""
+"""A folder of paired edits, baseline and enhanced, with times and differences: needs no known answers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from .edit import Comparison, Edit
 from .images import image_digest
 from .io import digest_of, write_image, write_json
 from .loading.locks import model_lock
@@ -17,45 +17,45 @@ from .specs import read_json
 
 FORMAT = "qwen-vision-bridge/pairs/2"
 
-if TYPE_CHECKING:
-    from .pipeline import EnhancedQwenImageEdit
 
-
-def run_pairs(
-    pipeline: EnhancedQwenImageEdit,
-    pairs: Sequence[tuple[list[Image.Image], str]],
+def compare_pairs(
+    compare: Callable[[Edit, Path], Comparison],
+    edits: Sequence[Edit],
     folder: Path,
-    strength: float,
-    seed: int,
-    options: dict[str, Any],
+    key: Sequence[Any],
+    provenance: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Compare every (images, prompt) pair; pairs that the folder holds from the same inputs are kept.
+    """Run every edit without and with the bridge; results that the folder holds under the same key are kept.
 
     Writes `results.json` after each pair, and three images a pair: baseline, enhanced, comparison sheet.
+
+    Args:
+        compare: runs one comparison and writes its sheet to a path.
+        key: everything but images and prompt that decides a comparison.
+        provenance: how the results were made, for the file's head.
 
     Returns:
         One record a pair, in order.
 
     Raises:
         ValueError: the folder holds a `results.json` of another kind.
-        TypeError: an option that no key can hold, such as a callback.
+        TypeError: a key that holds something without known content, such as a callback.
     """
     from tqdm import tqdm
 
-    path = folder / "results.json"
-    known, models, records = _read(path), pipeline.fingerprint(True), []
-    for number, (images, prompt) in enumerate(tqdm(pairs, desc="pairs", unit="pair")):
-        digests = [image_digest(image) for image in images]
-        key = digest_of([models, digests, prompt, strength, seed, sorted(options.items())])
-        if key not in known or not all((folder / file).is_file() for file in known[key]["files"].values()):
-            stem = f"{number:03d}-{key[:6]}"
-            known[key] = {"prompt": prompt, "images": digests}
-            known[key] |= _measure(pipeline, folder, stem, images, prompt, strength, seed, options)
+    path, records = folder / "results.json", []
+    known = _read(path)
+    for number, edit in enumerate(tqdm(edits, desc="pairs", unit="pair")):
+        digests = [image_digest(image) for image in edit.images]
+        name = digest_of([key, digests, edit.prompt])
+        record = known.get(name)
+        if record is None or not all((folder / file).is_file() for file in record["files"].values()):
+            measured = _measure(compare, edit, folder, f"{number:03d}-{name[:6]}")
+            record = {"prompt": edit.prompt, "images": digests, **measured}
             with model_lock:  # another thread may have written since
-                known = _read(path) | {key: known[key]}
-                provenance = pipeline.provenance([seed])
+                known = _read(path) | {name: record}
                 write_json(path, {"format": FORMAT, "provenance": provenance, "records": known})
-        records.append(known[key])
+        records.append(record)
     return records
 
 
@@ -68,26 +68,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _measure(
-    pipeline: EnhancedQwenImageEdit,
-    folder: Path,
-    stem: str,
-    images: list[Image.Image],
-    prompt: str,
-    strength: float,
-    seed: int,
-    options: dict[str, Any],
+    compare: Callable[[Edit, Path], Comparison], edit: Edit, folder: Path, stem: str
 ) -> dict[str, Any]:
     files = {name: f"{stem}_{name}.png" for name in ("baseline", "enhanced", "comparison")}
     started = time.perf_counter()
-    result = pipeline.compare(images, prompt, folder / files["comparison"], strength, seed, **options)
+    baseline, enhanced, attention = compare(edit, folder / files["comparison"])
     seconds = time.perf_counter() - started
-    write_image(folder / files["baseline"], result.baseline)
-    write_image(folder / files["enhanced"], result.enhanced)
-    difference = np.abs(np.asarray(result.baseline, float) - np.asarray(result.enhanced, float)).mean()
-    weights = result.attention.weights.mean(0).tolist()
+    write_image(folder / files["baseline"], baseline)
+    write_image(folder / files["enhanced"], enhanced)
+    difference = np.abs(np.asarray(baseline, float) - np.asarray(enhanced, float))
+    weights = attention.weights.mean(0).tolist()
     return {
         "files": files,
         "seconds_both": round(seconds, 3),
-        "mean_abs_difference": float(difference),
-        "level_weights": dict(zip(result.attention.levels, weights, strict=True)),
+        "mean_abs_difference": float(difference.mean()),
+        "level_weights": dict(zip(attention.levels, weights, strict=True)),
     }

@@ -1,31 +1,63 @@
-"""How large the edit pipelines of diffusers make their images: the one place that knows and sets it.
+"""Corrections of a stock edit call: image sizes, positions, batched vision attention, shared latents.
 
 The Plus pipeline has module constants, read at call time, for the image that the vision tower sees (384²
 px) and for the one that the VAE encodes (1024²). The first pipeline has an inline 1024·1024 and feeds one
 image to both. Every side is rounded to 32 px, unless an editor of small images asks for less.
+
+Outside the `with`, and after any exception inside it, the pipeline is bit-identical to stock.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from .loading.locks import model_lock, replaced
+from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
 from .specs import EditorSpec
 
+if TYPE_CHECKING:
+    from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+    from transformers import BaseImageProcessor
+
+    EditPipeline: TypeAlias = QwenImageEditPipeline | QwenImageEditPlusPipeline
+
+logger = logging.getLogger(__name__)
+
+Mrope = Literal["fixed", "stock"]
 STOCK_AREA = 1024 * 1024  # px², the default of both pipelines' outputs
 STOCK_STEP = 32  # px, to whose multiples they round
 
 
+_announced: set[str] = set()
+
+
+@contextmanager
+def patched(
+    pipe: EditPipeline,
+    editor: EditorSpec,
+    mrope: Mrope = "fixed",
+    vision_attention: VisionAttention = "batched",
+) -> Iterator[None]:
+    """Apply every correction that an edit needs; see `mrope_positions`, `batched_vision`, `image_sizes`."""
+    positions, attention = mrope_positions(pipe, mrope), batched_vision(pipe, vision_attention)
+    with model_lock, positions, attention, image_sizes(type(pipe), editor):
+        yield
+
+
 @contextmanager
 def image_sizes(pipeline_class: type, editor: EditorSpec) -> Iterator[None]:
-    """Set an edit pipeline's px² to the editor's own; None there leaves diffusers' value."""
+    """Set an edit pipeline's image areas to the editor's; None there leaves diffusers' value."""
     module = import_module(pipeline_class.__module__)
     changes: dict[str, Any] = {}
     if hasattr(module, "CONDITION_IMAGE_SIZE"):
@@ -54,7 +86,10 @@ def _dimensions(stock: Callable[..., Any], editor: EditorSpec, area: int, ratio:
 
 
 def condition_grids(
-    pipeline_class: type, editor: EditorSpec, image_processor: Any, images: Sequence[Image.Image]
+    pipeline_class: type,
+    editor: EditorSpec,
+    image_processor: BaseImageProcessor,
+    images: Sequence[Image.Image],
 ) -> tuple[tuple[int, int], ...]:
     """(gh, gw) of each image as the editor's target tower sees it, worked out as the pipeline does.
 
@@ -94,3 +129,92 @@ def _resized(constant: str, pipeline_class: type, editor: EditorSpec, image: Ima
 def takes_several(pipeline_class_name: str) -> bool:
     """Whether the pipeline takes several reference images in one edit."""
     return pipeline_class_name != "QwenImageEditPipeline"
+
+
+@contextmanager
+def mrope_positions(pipe: EditPipeline, mode: Mrope = "fixed") -> Iterator[None]:
+    """Pass the text encoder the token types from which it numbers image tokens along three axes.
+
+    The edit pipelines of diffusers 0.42 drop the processor's `mm_token_type_ids`; transformers 5 then numbers
+    image tokens along one axis, not the three the model was trained with (diffusers issue 14194). `fixed`
+    adds them where they are missing, as the processor makes them; `stock` leaves the installed behaviour.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in ("fixed", "stock"):
+        raise ValueError(f'mrope is "fixed" or "stock", not {mode!r}')
+    if mode == "stock" or pipe.text_encoder is None:
+        yield
+        return
+    config = pipe.text_encoder.config
+
+    def add_token_types(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        ids = kwargs.get("input_ids")
+        if ids is None or kwargs.get("image_grid_thw") is None or kwargs.get("mm_token_type_ids") is not None:
+            return None
+        _announce_once(
+            "mrope", "image tokens get three-axis positions, which diffusers drops (mrope='stock' leaves it)"
+        )
+        types = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+        return args, {**kwargs, "mm_token_type_ids": types}
+
+    with model_lock:
+        inner = pipe.text_encoder.model
+        deltas = getattr(inner, "rope_deltas", None)
+        handle = pipe.text_encoder.register_forward_pre_hook(add_token_types, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            inner.rope_deltas = deltas  # the encoder remembers the last prompt's offsets
+
+
+@contextmanager
+def batched_vision(pipe: EditPipeline, mode: VisionAttention = "batched") -> Iterator[None]:
+    """Run the target tower's attention over all windows of one length at once instead of one by one.
+
+    The results equal those of transformers' own loop up to rounding; `stock` leaves the loop.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if check_vision_attention(mode) == "stock" or pipe.text_encoder is None:
+        yield
+        return
+    _announce_once(
+        "attention", "vision towers attend in batches of windows (vision_attention='stock' leaves their loop)"
+    )
+    with tower_attention(pipe.text_encoder.model.visual, mode):
+        yield
+
+
+@contextmanager
+def shared_latents(pipe: EditPipeline) -> Iterator[None]:
+    """Encode every reference image once for all calls inside the `with`; the images stay bit-identical.
+
+    The pipelines take the mode of the VAE's distribution, so an image's latents are a function of its
+    pixels alone.
+    """
+    known: dict[tuple[object, ...], Tensor] = {}
+
+    def encode(image: Tensor, generator: torch.Generator | None) -> Tensor:
+        pixels = image.detach().cpu().contiguous()
+        content = hashlib.sha256(pixels.view(torch.uint8).numpy()).hexdigest()
+        key = (content, tuple(image.shape), image.dtype, image.device)
+        if key not in known:
+            known[key] = stock(image=image, generator=generator)
+        return known[key]
+
+    with model_lock:
+        stock = pipe._encode_vae_image
+        with replaced(pipe, _encode_vae_image=encode):
+            yield
+
+
+def _announce_once(key: str, message: str) -> None:
+    if key not in _announced:
+        _announced.add(key)
+        logger.warning(message)

@@ -3,75 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
 
-from .batching import Prepared, denoise, finished, prepare
-from .bridge import VisionBridge, bridge_digest
+from .batching import Prepared, denoise, prepare, run_stock
+from .bridge import VisionBridge, bridge_digest, resolve_bridge
 from .cache import VisionCache
-from .calls import Comparison, LevelAttention, check_call
+from .edit import Comparison, Edit, EditResult, check_edit
 from .extractor import VisionCacheExtractor
-from .fingerprint import changed_parts, loaded_state
 from .images import ImageLike
-from .injection import Levels, Site, batched_vision, inject, mrope_positions, shared_latents
+from .injection import SITES, Grids, LevelAttention, Site, inject
 from .io import provenance, write_image
-from .loading.editors import (
+from .loading.editors import editor_revision, load_pipeline
+from .loading.families import resolve_family
+from .loading.fingerprint import changed_parts, loaded_state
+from .loading.locks import exclusive, model_lock
+from .loading.memory import (
+    MemoryPlan,
     check_device,
-    editor_revision,
+    device_name,
     find_mode,
     free_gpu_gb,
-    load_pipeline,
-    out_of_memory_named,
+    log_plan,
+    smaller_mode_suggested,
+    total_gpu_gb,
 )
-from .loading.locks import exclusive, model_lock
-from .loading.placement import MemoryPlan, card_gb, say
-from .loading.processors import load_processor
 from .loading.tower_attention import VisionAttention, check_vision_attention
-from .pairs import run_pairs
-from .patches import condition_grids, effective_sizes, image_sizes, takes_several
-from .shipped import resolve_bridge
-from .specs import Family, resolve_family
+from .loading.towers import load_processor
+from .pairs import compare_pairs
+from .patches import Mrope, condition_grids, effective_sizes, patched, takes_several
+from .specs import Family
 
-Made = TypeVar("Made")
+if TYPE_CHECKING:
+    from .patches import EditPipeline
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Rare settings of an `EnhancedQwenImageEdit`; baseline and enhanced edits share them."""
+
+    site: Site = "tower"
+    """Where the bridge goes in, see `injection.inject`."""
+    mrope: Mrope = "fixed"
+    """`fixed` gives the text encoder three-axis positions, `stock` leaves diffusers' behaviour."""
+    vision_attention: VisionAttention = "batched"
+    """`batched` runs both vision towers' attention over many windows and images at once, and fuses their
+    layers on a GPU; `stock` leaves transformers' loop."""
+    keep_source: bool | None = None
+    """Keep the source tower in memory between calls; None leaves it to the memory plan, which keeps it on a
+    GPU with room for it and frees it before the DiT runs elsewhere."""
+    compiled: bool = False
+    """`torch.compile` the source tower's blocks and the bridge: slow to begin with, equal up to rounding."""
+    feature_cache: bool | str | Path = True
+    """Keep source features on disk, see `VisionCacheExtractor`."""
+
+    def __post_init__(self) -> None:
+        check_vision_attention(self.vision_attention)
+        if self.mrope not in ("fixed", "stock"):
+            raise ValueError(f'mrope is "fixed" or "stock", not {self.mrope!r}')
+        if self.site not in SITES:
+            raise ValueError(f"site is one of {', '.join(SITES)}, not {self.site!r}")
 
 
 class EnhancedQwenImageEdit:
     """Edit images with Qwen-Image-Edit, with or without Qwen3-VL's features through a bridge.
 
     The stock pipeline is in `.pipe`, loaded on first use and untouched outside a call: LoRAs and schedulers
-    are set on it as ever. The target's own features are taken where the pipeline computes them; the source
+    are set on it as usual. The target's own features are taken where the pipeline computes them; the source
     tower is loaded for the extraction, and freed before the DiT runs where memory is short.
 
     Args:
         family: `"qwen"`, `"miniature"`, or a `Family`.
         bridge: a `VisionBridge`, a folder, a hub id, `"fresh"` (the identity) or `"random"` (seeded noise).
-            None is the family's shipped bridge, or a fresh one, said in a warning.
+            None is the family's shipped bridge, or a fresh one with a warning.
         load_in_8bit, load_in_4bit: bitsandbytes quantisation of the DiT and the language model; needs CUDA.
         offload: `"model"`, `"group"` or `"sequential"` offload to CPU memory; needs CUDA.
         source, editor: another registered model, hub id or local folder for that role.
         device: None is CUDA where there is one, else the CPU.
         dtype: None is bfloat16 on CUDA and float32 on a CPU.
-        mrope: `"fixed"` gives the text encoder three-axis positions, `"stock"` leaves diffusers' behaviour.
-        vision_attention: `"batched"` lets both vision towers attend to many windows and images at once, and
-            fuses their layers on a GPU, `"stock"` leaves transformers' loop; baseline and enhanced alike.
-        site: where the bridge goes in, see `injection.inject`.
-        keep_source: keep the source tower in memory between calls; None leaves it to the memory plan, which
-            keeps it on a GPU with room for it and frees it before the DiT runs elsewhere.
-        compiled: let `torch.compile` fuse the source tower's blocks and the bridge: slow to begin with, equal
-            up to rounding.
-        feature_cache: as `VisionCacheExtractor`.
         pipe: a stock pipeline that is loaded already, used as it is.
+        options: rare settings; each may also be passed by its own name, such as `site="deepstack"`.
 
     Raises:
         ValueError: unknown names, quantisation or offload without CUDA, a bridge made for other models.
         GpuMemoryError: too little GPU memory, naming the modes that would fit.
-        FileNotFoundError, OSError: a bridge or model that is not there.
+        FileNotFoundError, OSError: a missing bridge or model.
     """
 
     def __init__(
@@ -86,59 +110,53 @@ class EnhancedQwenImageEdit:
         editor: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        mrope: str = "fixed",
-        vision_attention: VisionAttention = "batched",
-        site: Site = "tower",
-        keep_source: bool | None = None,
-        compiled: bool = False,
-        feature_cache: bool | str | Path = True,
-        pipe: Any = None,
+        pipe: EditPipeline | None = None,
+        options: PipelineOptions | None = None,
+        **rare: Any,
     ) -> None:
         self.family = resolve_family(family, source=source, editor=editor)
+        self.options = options = replace(options or PipelineOptions(), **rare)
         self.mode = find_mode(load_in_8bit, load_in_4bit, offload)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if pipe is None:
             check_device(self.mode, self.device, self.family, free_gpu_gb(self.device))
-        if mrope not in ("fixed", "stock"):
-            raise ValueError(f'mrope is "fixed" or "stock", not {mrope!r}')
-        self.mrope, self.site = mrope, site
-        self.plan = MemoryPlan(self.mode, self.family, card_gb(self.device))
-        self.keep_source = self.plan.keeps_source if keep_source is None else keep_source
-        self.vision_attention = check_vision_attention(vision_attention)
+        self.plan = MemoryPlan(self.mode, self.family, total_gpu_gb(self.device))
+        self.keep_source = self.plan.keeps_source if options.keep_source is None else options.keep_source
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
+        if options.compiled:
+            self.bridge.compile()
         self.extractor = VisionCacheExtractor(
             self.family,
             load_in_8bit=False,
             device=self.device,
             dtype=self.dtype,
-            vision_attention=vision_attention,
-            compiled=compiled,
-            feature_cache=feature_cache,
+            vision_attention=options.vision_attention,
+            compiled=options.compiled,
+            feature_cache=options.feature_cache,
         )
-        if compiled:
-            self.bridge.compile()
-        self.compiled = compiled
-        self._stock_state: dict[str, str] | None = None  # of the pipeline as loaded; None where it was given
-        self._source_users = 0  # how many `keeping_source` are open
         self._pipe = pipe
-        self._processor: Any = None  # of the editor, known before the pipeline is loaded
+        self._stock_state: dict[str, str] | None = (
+            None  # of the pipeline as loaded; None where it was passed in
+        )
+        self._source_users = 0  # how many `keeping_source` are open
+        self._image_processor: Any = None  # of the editor, needed before the pipeline is loaded
         self._editor_revision: str | None = None
 
     @property
     @exclusive
-    def pipe(self) -> Any:
+    def pipe(self) -> EditPipeline:
         """The stock diffusers pipeline, loaded on first use; change it only while no call is running."""
         if self._pipe is None:
             if self.device.type == "cuda":
-                say(self.plan)
-            with out_of_memory_named(self.mode, self.family.editor):
+                log_plan(self.plan)
+            with smaller_mode_suggested(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             self._stock_state = loaded_state(self._pipe)
-            made = self._pipe.text_encoder.config.vision_config.out_hidden_size
-            if made != self.family.target.out_dim:
+            width = self._pipe.text_encoder.config.vision_config.out_hidden_size
+            if width != self.family.target.out_dim:
                 raise ValueError(
-                    f"{self.family.editor.repo} has a text encoder of width {made}, "
+                    f"{self.family.editor.repo} has a text encoder of width {width}, "
                     f"{self.family.target.name} has {self.family.target.out_dim}"
                 )
         return self._pipe
@@ -168,10 +186,10 @@ class EnhancedQwenImageEdit:
             FeaturesNotReadError: the pipeline never read the features.
             GpuMemoryError: the GPU ran out of memory.
         """
-        images, options = self._checked(image, prompt, strength, seed, options)
-        if not use_qwen3_vision:
-            return self._run(images, prompt, seed, options)
-        return self._own(self.extract_source(images), images, prompt, strength, seed, options)[0]
+        edit = self.check_edit(image, prompt, seed, strength, **options)
+        if use_qwen3_vision:
+            edit = replace(edit, bridge=self.bridge)
+        return self.edit(edit).image
 
     def compare(
         self,
@@ -182,7 +200,7 @@ class EnhancedQwenImageEdit:
         seed: int = 0,
         **options: Any,
     ) -> Comparison:
-        """The same edit without and with the bridge: same seed, steps, guidance and prompt.
+        """Run the same edit without and with the bridge: same seed, steps, guidance and prompt.
 
         Args:
             save_comparison: where to write a sheet of input, baseline, enhanced and their difference.
@@ -191,82 +209,24 @@ class EnhancedQwenImageEdit:
         Returns:
             The two images and the level weights of the enhanced one.
         """
-        images, options = self._checked(image, prompt, strength, seed, options)
-        cache = self.extract_source(images)  # first, so that the tower has gone when the DiT comes
-        baseline = self._run(images, prompt, seed, options)
-        enhanced, attention = self._own(cache, images, prompt, strength, seed, options)
+        edit = self.check_edit(image, prompt, seed, strength, **options)
+        source = self.extract_source(edit.images)  # first, so that the tower is freed before the DiT loads
+        baseline, _ = self.edit(edit)
+        enhanced, attention = self.edit(replace(edit, bridge=self.bridge, source=source))
         if save_comparison is not None:
-            from .plots import comparison_sheet  # draws with matplotlib, which nothing else here needs
+            from .plots import comparison_sheet  # imports matplotlib, which nothing else here needs
 
-            sheet = comparison_sheet(images, baseline, enhanced, prompt, seed, strength, self.describe())
+            sheet = comparison_sheet(edit.images, baseline, enhanced, prompt, seed, strength, repr(self))
             write_image(save_comparison, sheet)
         return Comparison(baseline, enhanced, attention)
-
-    def edit(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str,
-        seed: int = 0,
-        *,
-        bridge: VisionBridge | None = None,
-        source: VisionCache | Levels | None = None,
-        strength: float = 1.0,
-        site: Site = "tower",
-        **options: Any,
-    ) -> tuple[Image.Image, LevelAttention | None]:
-        """One edit with any bridge on features that are there already: what an evaluation's arms need.
-
-        Args:
-            bridge: None gives the baseline, and everything after it is ignored.
-            source, strength, site: as `injection.inject`.
-            image, prompt, seed, options: as `generate`.
-
-        Returns:
-            The image, and the level weights where there was a bridge.
-        """
-        images, options = self._checked(image, prompt, strength, seed, options)
-        if bridge is None:
-            return self._run(images, prompt, seed, options), None
-        source = self.extract_source(images) if source is None else source
-        run = partial(self._run, images, prompt, seed, options)
-        return self._through(run, bridge, source, strength, site)
-
-    def prepare(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str,
-        seed: int = 0,
-        *,
-        bridge: VisionBridge | None = None,
-        source: VisionCache | Levels | None = None,
-        strength: float = 1.0,
-        site: Site = "tower",
-        **options: Any,
-    ) -> Prepared:
-        """An edit up to its denoising, with the arguments of `edit`; `denoise` takes any number of them."""
-        images, options = self._checked(image, prompt, strength, seed, options)
-        call = self._call(images, prompt, seed, options)
-        with self._ready():
-            if bridge is None:
-                return prepare(self.pipe, **call)
-            source = self.extract_source(images) if source is None else source
-            run = partial(prepare, self.pipe, **call)
-            prepared, attention = self._through(run, bridge, source, strength, site)
-        return prepared._replace(attention=attention)
-
-    def denoise(self, edits: Sequence[Prepared]) -> list[Image.Image]:
-        """The images of prepared edits of equal sizes and options, made together: see `batching`."""
-        with self._ready():
-            return denoise(self.pipe, edits)
 
     def attend(
         self, image: ImageLike | Sequence[ImageLike], prompt: str, strength: float = 1.0
     ) -> LevelAttention:
         """The level weights alone, for the price of two steps without guidance; no image is decoded."""
         shortest = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
-        images, options = self._checked(image, prompt, strength, 0, shortest)
-        options["negative_prompt"] = None
-        return self._own(self.extract_source(images), images, prompt, strength, 0, options)[1]
+        edit = self.check_edit(image, prompt, strength=strength, negative_prompt=None, **shortest)
+        return self.edit(replace(edit, bridge=self.bridge)).attention
 
     def benchmark(
         self,
@@ -284,24 +244,77 @@ class EnhancedQwenImageEdit:
         Returns:
             One record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
-        pairs = [
-            (self._checked(image, prompt, strength, seed, options)[0], prompt)
+        edits = [
+            self.check_edit(image, prompt, seed, strength, **options)
             for image in images
             for prompt in prompts
         ]
-        return run_pairs(self, pairs, Path(output_dir), strength, seed, options)
 
-    def condition_grids(self, images: Sequence[Image.Image]) -> tuple[tuple[int, int], ...]:
-        """(gh, gw) of each image as the editor's target tower sees it, worked out as the pipeline does."""
-        return condition_grids(
-            self._pipeline_class(), self.family.editor, self._image_processor(), list(images)
-        )
+        def compare(edit: Edit, sheet: Path) -> Comparison:
+            return self.compare(edit.images, edit.prompt, sheet, strength, seed, **options)
+
+        key = [self.fingerprint(True), strength, seed, sorted(options.items())]
+        return compare_pairs(compare, edits, Path(output_dir), key, self.provenance([seed]))
+
+    def check_edit(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str,
+        seed: int = 0,
+        strength: float = 1.0,
+        **options: Any,
+    ) -> Edit:
+        """The baseline's edit with the arguments of `generate`, checked; for `edit` and `prepare`."""
+        edit = check_edit(self.family, self._pipeline_name(), image, prompt, seed, options, strength)
+        return replace(edit, site=self.options.site)
+
+    def edit(self, edit: Edit) -> EditResult:
+        """Run an edit: what `generate` does, with any bridge on any features."""
+        images, attention = self._run(edit, run_stock)
+        return EditResult(images[0], attention)
+
+    def prepare(self, edit: Edit) -> Prepared:
+        """Run an edit up to its denoising; `denoise` takes any number of them."""
+        prepared, attention = self._run(edit, prepare)
+        return prepared._replace(attention=attention)
+
+    def denoise(self, edits: Sequence[Prepared]) -> list[Image.Image]:
+        """The images of prepared edits of equal sizes and options, denoised together: see `batching`."""
+        with self.patched():
+            return denoise(self.pipe, edits)
+
+    def _run(self, edit: Edit, call: Callable[..., Result]) -> tuple[Result, LevelAttention | None]:
+        """Extract → patch → inject → call the stock pipeline."""
+        source = edit.source
+        if edit.bridge is not None and source is None:
+            source = self.extract_source(edit.images)
+        arguments = {
+            "image": edit.images if takes_several(self._pipeline_name()) else edit.images[0],
+            "prompt": edit.prompt,
+            "generator": torch.Generator("cpu").manual_seed(edit.seed),
+            **edit.options,
+        }
+        with self.patched():
+            if edit.bridge is None:
+                return call(self.pipe, **arguments), None
+            with inject(self.pipe, edit.bridge, source, edit.strength, edit.site) as injection:
+                result = call(self.pipe, **arguments)
+        return result, injection.attention
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """The stock pipeline with every correction that edits need; a lack of GPU memory becomes one line."""
+        pipe, editor, options = self.pipe, self.family.editor, self.options
+        # After an error diffusers leaves on the GPU what offloading had moved there.
+        named = smaller_mode_suggested(self.mode, editor, pipe.maybe_free_model_hooks)
+        with model_lock, named, patched(pipe, editor, options.mrope, options.vision_attention):
+            yield
 
     @exclusive
     def extract_source(self, images: Sequence[Image.Image]) -> VisionCache:
         """The source's levels on the grids of the editor's target tower; the tower is freed if it may be."""
         grids = self.condition_grids(images)
-        with out_of_memory_named(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
+        with smaller_mode_suggested(self.mode, self.family.editor, lambda: self.extractor.unload("qwen3")):
             cache = self.extractor.extract_qwen3_vision(list(images), grids=grids)
         self._free_source()
         return cache
@@ -318,122 +331,61 @@ class EnhancedQwenImageEdit:
                 self._source_users -= 1
                 self._free_source()
 
-    def _free_source(self) -> None:
-        if not (self.keep_source or self._source_users):
-            self.extractor.unload("qwen3")
-
-    def sharing_references(self) -> AbstractContextManager[None]:
-        """Encode each reference image once for all edits inside the `with`; the images stay the same."""
-        return shared_latents(self.pipe)
-
-    def describe(self) -> str:
-        """Editor and bridge in a few words."""
-        return f"{self.family.editor.name}, bridge: {self.bridge_name}"
+    def condition_grids(self, images: Sequence[Image.Image]) -> Grids:
+        """(gh, gw) of each image as the editor's target tower sees it, computed as the pipeline does."""
+        processor, editor = self._image_processor, self.family.editor
+        if self._pipe is not None:
+            processor = self._pipe.processor.image_processor
+        elif processor is None:
+            processor = load_processor(editor.repo, "processor", editor.revision)
+            self._image_processor = processor
+        return condition_grids(self._pipeline_class(), editor, processor, list(images))
 
     def fingerprint(self, enhanced: bool) -> dict[str, Any]:
-        """Everything about the models that decides an image of one arm, the bridge's arm or the baseline."""
-        family = self.family
+        """Everything about the models that decides an image of the bridge's arm, or of the baseline."""
+        family, options = self.family, self.options
         if self._editor_revision is None:
             self._editor_revision = editor_revision(family.editor)
-        made: dict[str, Any] = {
+        parts: dict[str, Any] = {
             "family": family.name,
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
             "sizes": effective_sizes(self._pipeline_class(), family.editor),
             "changes": {} if self._pipe is None else changed_parts(self._pipe, self._stock_state),
             "adapters": {} if self._pipe is None else self._pipe.get_list_adapters(),
-            "mrope": self.mrope,
-            "vision_attention": self.vision_attention,
+            "mrope": options.mrope,
+            "vision_attention": options.vision_attention,
             "memory_mode": self.mode.name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self._device_name(),
+            "device": device_name(self.device, threads=False),
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
         }
         if enhanced:
-            made["source"] = self.extractor.provenance("qwen3")
+            parts["source"] = self.extractor.provenance("qwen3")
             digest = bridge_digest(self.bridge)
-            made["bridge"] = {"name": self.bridge_name, "site": self.site, "digest": digest}
-            made["compiled"] = self.compiled
-        return made
+            parts["bridge"] = {"name": self.bridge_name, "site": options.site, "digest": digest}
+            parts["compiled"] = options.compiled
+        return parts
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """What a results file says about how it was made."""
-        made, cpu = self.fingerprint(True), self.device.type == "cpu"
-        device = f"CPU, {torch.get_num_threads()} threads" if cpu else made["device"]
-        del made["device"], made["versions"]  # said in more words
-        return provenance(seeds, device, **made)
+        """How a results file was made: command, seeds, models, versions, device, date."""
+        parts = self.fingerprint(True)
+        del parts["device"], parts["versions"]  # stated in more detail
+        return provenance(seeds, device_name(self.device), **parts)
 
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+    def __repr__(self) -> str:
+        loaded = "loaded" if self._pipe is not None else "not loaded"
+        return f"{self.family.editor.name} ({loaded}), bridge: {self.bridge_name}"
 
-    def _own(
-        self,
-        source: VisionCache,
-        images: list[Image.Image],
-        prompt: str,
-        strength: float,
-        seed: int,
-        options: dict[str, Any],
-    ) -> tuple[Image.Image, LevelAttention]:
-        """An edit with the pipeline's own bridge and site; the arguments are checked already."""
-        run = partial(self._run, images, prompt, seed, options)
-        return self._through(run, self.bridge, source, strength, self.site)
-
-    def _through(
-        self,
-        run: Callable[[], Made],
-        bridge: VisionBridge,
-        source: VisionCache | Levels,
-        strength: float,
-        site: Site,
-    ) -> tuple[Made, LevelAttention]:
-        """Run something of the pipeline through a bridge."""
-        with inject(self.pipe, bridge, source, strength, site) as record:
-            made = run()
-        return made, LevelAttention(record.level_weights, record.grids, bridge.config.levels)
-
-    def _run(self, images: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]) -> Image.Image:
-        """One call of the stock pipeline."""
-        with self._ready():
-            return finished(self.pipe, **self._call(images, prompt, seed, options))[0]
-
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """The stock pipeline with right positions, batched towers and the family's image sizes."""
-        pipe, editor = self.pipe, self.family.editor
-        positions, sizes = mrope_positions(pipe, self.mrope), image_sizes(type(pipe), editor)
-        towers = batched_vision(pipe, self.vision_attention)
-        # After an error diffusers leaves on the GPU what offloading had brought there.
-        named = out_of_memory_named(self.mode, editor, pipe.maybe_free_model_hooks)
-        with model_lock, named, positions, towers, sizes:
-            yield
-
-    def _call(
-        self, images: list[Image.Image], prompt: str, seed: int, options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Arguments of the stock call."""
-        images = images if takes_several(self._pipeline_name()) else images[0]
-        noise = torch.Generator("cpu").manual_seed(seed)
-        return {"image": images, "prompt": prompt, "generator": noise, **options}
-
-    def _checked(
-        self, image: Any, prompt: Any, strength: Any, seed: Any, options: dict[str, Any]
-    ) -> tuple[list[Image.Image], dict[str, Any]]:
-        return check_call(self.family, self._pipeline_name(), image, prompt, strength, seed, options)
+    def _free_source(self) -> None:
+        if not (self.keep_source or self._source_users):
+            self.extractor.unload("qwen3")
 
     def _pipeline_name(self) -> str:
         return type(self._pipe).__name__ if self._pipe is not None else self.family.editor.pipeline_class
 
-    def _pipeline_class(self) -> type:
+    def _pipeline_class(self) -> type[EditPipeline]:
         if self._pipe is not None:
             return type(self._pipe)
         import diffusers
 
         return getattr(diffusers, self.family.editor.pipeline_class)
-
-    def _image_processor(self) -> Any:
-        if self._pipe is not None:
-            return self._pipe.processor.image_processor
-        if self._processor is None:
-            editor = self.family.editor
-            self._processor = load_processor(editor.repo, "processor", editor.revision)
-        return self._processor

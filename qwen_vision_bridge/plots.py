@@ -1,15 +1,19 @@
-"""Figures: comparison sheets and maps of the level weights, drawn without a display."""
+"""Comparison sheets and maps of the level weights, drawn without a display."""
 
 from __future__ import annotations
 
 import io
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AMPLIFICATION = 5
 PANEL_INCHES = 3.2
@@ -25,7 +29,7 @@ def comparison_sheet(
     strength: float,
     caption: str,
 ) -> Image.Image:
-    """A labelled sheet: input(s), baseline, enhanced, and their difference amplified five times.
+    """Draw a labelled sheet: input(s), baseline, enhanced, and their difference times `AMPLIFICATION`.
 
     Raises:
         ValueError: baseline and enhanced of different sizes.
@@ -50,7 +54,7 @@ def comparison_sheet(
 def attention_figure(
     image: Image.Image, weights: np.ndarray, levels: Sequence[str], caption: str = ""
 ) -> Image.Image:
-    """The image, and over it how much of each token's update came from each level.
+    """Draw the image, and over it the share of each token's update that came from each level.
 
     Args:
         image: what the source saw.
@@ -73,10 +77,10 @@ def attention_figure(
     for index, (axis, name) in enumerate(zip(axes[1:], levels, strict=True)):
         share = weights[..., index]
         _show(axis, image.convert("L"), f"{name}: mean {share.mean():.3f}")
-        drawn = axis.imshow(
+        overlay = axis.imshow(
             share, cmap="viridis", alpha=0.65, extent=extent, vmin=low, vmax=high, interpolation="nearest"
         )
-    figure.colorbar(drawn, ax=axes[1:].tolist(), label="level weight", shrink=0.8)
+    figure.colorbar(overlay, ax=axes[1:].tolist(), label="level weight", shrink=0.8)
     gh, gw = weights.shape[:2]
     figure.supxlabel(f"{gh}×{gw} tokens{' · ' + caption if caption else ''}", fontsize=8, color="0.35")
     return to_image(figure)
@@ -92,12 +96,12 @@ def to_image(figure: Figure) -> Image.Image:
 
 
 def _figure(columns: int, images: Sequence[Image.Image], extra_width: float = 0.0) -> Figure:
-    """A row of panels as tall as the tallest image needs."""
+    """A figure for one row of panels, as tall as the tallest image needs."""
     height = PANEL_INCHES * max(min(image.height / image.width, 2.0) for image in images) + 0.9
     return Figure(figsize=(PANEL_INCHES * columns + extra_width, height), dpi=DPI, layout="constrained")
 
 
-def _show(axis: object, image: Image.Image, title: str) -> None:
+def _show(axis: Axes, image: Image.Image, title: str) -> None:
     axis.imshow(image, cmap="gray" if image.mode == "L" else None, interpolation="nearest")
     axis.set_title(title, fontsize=10)
     axis.set_axis_off()

@@ -1,22 +1,18 @@
-"""What each model is, which belong together, and which seeds there are: data and checks, no weights."""
+"""Specs of models and editors, families of models that belong together, and valid seeds: data, no weights."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from .loading.hub import hub_file
 
 BUILTIN = "builtin:"  # marks a location inside the miniature family, see miniature.py
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)
 MAX_SEED = 2**63 - 1  # the largest that NumPy, PyTorch and a signed 64-bit column of a table all take
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class ModelSpec:
         return "source" if self.model_type in SOURCE_TYPES else "target"
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], **where: Any) -> ModelSpec:
+    def from_config(cls, config: dict[str, Any], **where: str) -> ModelSpec:
         """Read the shapes from a checkpoint's `config.json`; `where` gives name, repo and the folders.
 
         Raises:
@@ -117,7 +113,7 @@ class ModelSpec:
             **where,
         )
 
-    def check(self, found: ModelSpec) -> None:
+    def check(self, other: ModelSpec) -> None:
         """Compare with the spec read from a checkpoint.
 
         Raises:
@@ -125,14 +121,14 @@ class ModelSpec:
         """
         wrong = [
             f"{key} {size} instead of {self.shapes[key]}"
-            for key, size in found.shapes.items()
+            for key, size in other.shapes.items()
             if size != self.shapes[key]
         ]
         if wrong:
-            raise ValueError(f"{found.repo} is not {self.name}: its config says {', '.join(wrong)}")
+            raise ValueError(f"{other.repo} is not {self.name}: its config says {', '.join(wrong)}")
 
 
-def _size(section: Any, field: str, where: str) -> int:
+def _size(section: object, field: str, where: str) -> int:
     """A size that a section of a config states."""
     value = section.get(field) if isinstance(section, dict) else None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -143,12 +139,12 @@ def _size(section: Any, field: str, where: str) -> int:
 
 def _levels(vision: dict[str, Any], depth: int, file: str) -> tuple[int, ...]:
     """The blocks after which DeepStack taps a tower, each one of its blocks."""
-    field, given = "deepstack_visual_indexes", vision.get("deepstack_visual_indexes")
-    blocks = given if isinstance(given, list | tuple) else ()
+    field, value = "deepstack_visual_indexes", vision.get("deepstack_visual_indexes")
+    blocks = value if isinstance(value, list | tuple) else ()
     whole = [block for block in blocks if isinstance(block, int) and not isinstance(block, bool)]
     levels = tuple(block for block in whole if 0 <= block < depth)
     if levels != tuple(blocks) or len(levels) != len(LEVEL_NAMES) or list(levels) != sorted(set(levels)):
-        stated = repr(given) if field in vision else "missing"
+        stated = repr(value) if field in vision else "missing"
         raise ValueError(
             f"{file}: vision_config.{field} is {stated}; needed: {len(LEVEL_NAMES)} rising block numbers "
             f"from 0 to {depth - 1}"
@@ -197,6 +193,12 @@ class Family:
     negative_prompt: str = " "
     image_size: int = 448
     """px of the synthetic test image's side."""
+    synthetic_only: bool = False
+    """Whether its models know the synthetic world alone: Latin capitals, no photographs."""
+    chat_template: bool = True
+    """Whether its language model follows a chat template; else it reads the editor's template alone."""
+    reply_tokens: int = 1
+    """How many of a prompt's last tokens were trained to predict the reply's first tokens, one each."""
 
 
 def _qwen3(
@@ -268,6 +270,9 @@ FAMILIES: dict[str, Family] = {
         bridge_rank=48,
         steps=20,
         image_size=128,
+        synthetic_only=True,
+        chat_template=False,
+        reply_tokens=5,
     ),
     "qwen": Family(
         "qwen",
@@ -280,32 +285,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def resolve_family(
-    family: str | Family,
-    source: str | Path | None = None,
-    target: str | Path | None = None,
-    editor: str | Path | None = None,
-) -> Family:
-    """The named family, with any role taken by another registered name, hub id or local folder.
-
-    Raises:
-        ValueError: an unknown family or model name, or a folder whose config is of another kind.
-        FileNotFoundError: a folder without a config.
-    """
-    if isinstance(family, str):
-        if family not in FAMILIES:
-            raise ValueError(f"unknown family {family!r}: choose one of {', '.join(sorted(FAMILIES))}")
-        family = FAMILIES[family]
-    if source is not None:
-        family = replace(family, source=_resolve_model("source", source))
-    if target is not None:
-        family = replace(family, target=_resolve_model("target", target))
-    if editor is not None:
-        family = replace(family, editor=_resolve_editor(editor, family.editor))
-    return family
-
-
-def check_seed(seed: Any) -> int:
+def check_seed(seed: object) -> int:
     """A seed that every random generator of the toolkit takes.
 
     Raises:
@@ -336,59 +316,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def cache_home() -> Path:
     """Folder for everything the toolkit keeps between runs; `QWEN_VISION_BRIDGE_HOME` moves it."""
-    if given := os.environ.get("QWEN_VISION_BRIDGE_HOME"):
-        return Path(given).expanduser()
+    if home := os.environ.get("QWEN_VISION_BRIDGE_HOME"):
+        return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qwen-vision-bridge"
-
-
-def _resolve_model(role: str, given: str | Path) -> ModelSpec:
-    known = {spec.name: spec for spec in MODELS.values() if spec.role == role}
-    known |= {spec.repo: spec for spec in known.values()}
-    if str(given) in known:
-        return known[str(given)]
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no config.json: give the folder of a whole {role} checkpoint"
-            )
-        config = read_json(folder / "config.json")
-        where: dict[str, Any] = {"name": folder.name, "repo": str(folder)}
-    elif _HUB_ID.fullmatch(str(given)):
-        config = read_json(hub_file(str(given), "config.json"))
-        where = {"name": str(given), "repo": str(given)}
-    else:
-        names = ", ".join(spec.name for spec in MODELS.values() if spec.role == role)
-        raise ValueError(f"unknown {role} model {str(given)!r}: give a folder, a hub id, or one of {names}")
-    spec = ModelSpec.from_config(config, **where)
-    # A copy of a released model goes by the released name, so that bridges made for it fit.
-    for known_spec in MODELS.values():
-        if spec.shapes == known_spec.shapes:
-            spec = replace(spec, name=known_spec.name)
-    if spec.role != role:
-        raise ValueError(f"{given} is a {spec.model_type} model and cannot be the {role}")
-    return spec
-
-
-def _resolve_editor(given: str | Path, base: EditorSpec) -> EditorSpec:
-    known = EDITORS | {spec.repo: spec for spec in EDITORS.values()}
-    if str(given) in known:
-        return known[str(given)]
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline"
-            )
-        index, name = read_json(folder / "model_index.json"), folder.name
-    elif _HUB_ID.fullmatch(str(given)):
-        index, name = read_json(hub_file(str(given), "model_index.json")), str(given)
-    else:
-        names = ", ".join(EDITORS)
-        raise ValueError(f"unknown editor {str(given)!r}: give a folder, a hub id, or one of {names}")
-    found = index.get("_class_name", "nothing")
-    if found not in (classes := sorted({spec.pipeline_class for spec in EDITORS.values()})):
-        raise ValueError(f"{given} is a pipeline of class {found}, needed is {' or '.join(classes)}")
-    # The image sizes are no part of a checkpoint: it keeps those of the family it is used in.
-    repo = str(folder) if folder.is_dir() else str(given)
-    return replace(base, name=name, repo=repo, pipeline_class=found, revision=None)

@@ -10,11 +10,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from ..bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength
+from ..bridge import BridgeConfig, VisionBridge, bridge_digest, check_strength, resolve_bridge
 from ..cache import VisionCache
 from ..injection import SITES, Grids, Levels, Site
 from ..io import digest_of
-from ..shipped import resolve_bridge
 from ..specs import Family
 from .statistics import BASELINE
 

@@ -89,7 +89,7 @@ def evaluate(
     """
     started = time.perf_counter()
     check_seed(seed)
-    arms = arms or default_arms(pipeline.bridge, pipeline.bridge_name, strength, pipeline.site)
+    arms = arms or default_arms(pipeline.bridge, pipeline.bridge_name, strength, pipeline.options.site)
     check_arms(arms)
     check_ids(cases)
     processes = Processes()
@@ -196,9 +196,9 @@ def _short_edit(run: Run, case: Any, steps: int, together: int) -> float:
     options = {**run.options, "num_inference_steps": steps}
     started = time.perf_counter()
     if run.batch == 1:
-        run.pipeline.edit(shown, case.prompt, 0, **options)
+        run.pipeline.edit(run.pipeline.check_edit(shown, case.prompt, **options))
         return time.perf_counter() - started
-    made = run.pipeline.prepare(shown, case.prompt, 0, **options)
+    made = run.pipeline.prepare(run.pipeline.check_edit(shown, case.prompt, **options))
     prepared = time.perf_counter() - started
     run.pipeline.denoise([made] * together)
     return prepared + (time.perf_counter() - started - prepared) / together

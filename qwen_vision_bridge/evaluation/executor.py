@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ from PIL import Image
 
 from ..batching import Prepared
 from ..cache import VisionCache
-from ..calls import LevelAttention
+from ..edit import Edit
 from ..images import load_images
+from ..injection import LevelAttention
 from ..io import write_image
+from ..patches import shared_latents
 from ..specs import cache_home
 from .arms import target_levels
 from .record_log import RecordLog
@@ -58,7 +61,7 @@ class Executor:
         """Do the jobs of some cases; a job that fails is a record with an error, and the others go on."""
         for case in {job.case.case_id: job.case for job in jobs}.values():
             self._write_inputs(case)
-        with self.run.pipeline.sharing_references():
+        with shared_latents(self.run.pipeline.pipe):
             for job in jobs:
                 if job.question is not None:
                     self._try([job], lambda job=job: self._record(job, self._ask(job)))
@@ -116,7 +119,7 @@ class Executor:
         known = self._known(job)
         if known is not None:
             return known, None
-        image, attention = self._call(self.run.pipeline.edit, job)
+        image, attention = self.run.pipeline.edit(self._request(job))
         self._remember(job, image)
         return image, attention
 
@@ -128,7 +131,7 @@ class Executor:
             if known is not None:
                 self._try([job], lambda job=job, known=known: self._keep(job, (known, None)))
             else:
-                made = self._try([job], lambda job=job: self._call(self.run.pipeline.prepare, job))
+                made = self._try([job], lambda job=job: self.run.pipeline.prepare(self._request(job)))
                 if made is not None:
                     batches.setdefault(made.shape, []).append((job, made))
         for edits in batches.values():
@@ -145,20 +148,12 @@ class Executor:
             edited = (image, made.attention)
             self._try([job], lambda job=job, edited=edited: self._keep(job, edited, each))
 
-    def _call(self, make: Callable[..., Any], job: Job) -> Any:
-        """Call `edit` or `prepare` of the pipeline for a job."""
-        case, arm = job.case, job.arm
+    def _request(self, job: Job) -> Edit:
+        """The edit of a job."""
+        case, arm, run = job.case, job.arm, self.run
         images = case.images if case.references else case.image  # the first edit pipeline takes one only
-        return make(
-            images,
-            case.prompt,
-            self.run.seed_of(case),
-            bridge=arm.bridge,
-            source=self._source(job),
-            strength=arm.strength,
-            site=arm.site,
-            **self.run.options,
-        )
+        edit = run.pipeline.check_edit(images, case.prompt, run.seed_of(case), arm.strength, **run.options)
+        return replace(edit, bridge=arm.bridge, source=self._source(job), site=arm.site)
 
     def _known(self, job: Job) -> Image.Image | None:
         """The baseline's image where an earlier run made it."""

@@ -19,7 +19,7 @@ from ..io import digest_of
 from ..pipeline import EnhancedQwenImageEdit
 from ..synthetic.cases import GROUPS
 from .arms import Arm, find_partners
-from .vqa import Question, questions_of, supports
+from .vqa import Question, questions_of
 
 SAFE_ID = re.compile(r"[\w][\w.-]{0,120}")
 OTHER = "other"  # the group of cases from files that name none
@@ -112,19 +112,17 @@ def plan(run: Run, perception: bool) -> tuple[list[Job], list[str]]:
     jobs, unpaired = [], 0
     groups = {name: index for index, name in enumerate((*GROUPS, OTHER))}
     cases = sorted(run.cases.values(), key=lambda case: (groups[case.group], case.case_id))
-    unsupported = sorted({arm.name for arm in run.arms if not supports(arm)}) if perception else []
     for asked in (True, False):
         for case in cases:
             for question in (questions_of(case) if perception else []) if asked else [None]:
                 for arm in run.arms:
                     if arm.features == "shuffled" and run.partners[case.case_id] is None:
                         unpaired += question is None
-                    elif question is None or supports(arm):
+                    else:
                         jobs.append(Job(case, arm, question, _key(run, case, arm, question)))
-    left_out = [f"{name}: its site is behind the language model, which is not asked" for name in unsupported]
-    if unpaired:
-        left_out.append(f"shuffled: {unpaired} cases have no other on the same grid to take features from")
-    return jobs, left_out
+    if not unpaired:
+        return jobs, []
+    return jobs, [f"shuffled: {unpaired} cases have no other on the same grid to take features from"]
 
 
 def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:

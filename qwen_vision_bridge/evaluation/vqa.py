@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from ..cache import VisionCache
-from ..injection import Levels, batched_vision, inject, mrope_positions
+from ..injection import Levels, inject
 from ..loading.locks import model_lock
-from ..patches import condition_size
+from ..patches import batched_vision, condition_size, mrope_positions
 from ..synthetic.cases import Case, locate_question, read_question
 from .arms import Arm
 from .metrics import pixels as metrics
@@ -62,11 +62,6 @@ def questions_of(case: Any) -> list[Question]:
     return asked
 
 
-def supports(arm: Arm) -> bool:
-    """Whether an arm can be asked: `prompt_embeds` lies behind the language model's last layer."""
-    return arm.bridge is None or arm.site != "prompt_embeds"
-
-
 @torch.inference_mode()
 def ask(
     pipeline: EnhancedQwenImageEdit,
@@ -91,13 +86,13 @@ def ask(
     ids = inputs["input_ids"]
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_grid_thw")}
     given["pixel_values"] = inputs["pixel_values"].to(pipe.text_encoder.dtype)
-    if pipeline.mrope == "fixed":  # as in an edit, see `injection.mrope_positions`
+    if pipeline.options.mrope == "fixed":  # as in an edit, see `patches.mrope_positions`
         given["mm_token_type_ids"] = (ids == pipe.text_encoder.config.image_token_id).int()
     encoder = nullcontext()
     if arm.bridge is not None:
         encoder = inject(pipe, arm.bridge, source, arm.strength, arm.site)
-    towers = batched_vision(pipe, pipeline.vision_attention)
-    positions = mrope_positions(pipe, pipeline.mrope)  # puts back what generating leaves behind
+    towers = batched_vision(pipe, pipeline.options.vision_attention)
+    positions = mrope_positions(pipe, pipeline.options.mrope)  # puts back what generating leaves behind
     with model_lock, encoder, towers, positions:
         reply = pipe.text_encoder.generate(
             **given, max_new_tokens=LONGEST_REPLY, do_sample=False, num_beams=1
@@ -136,7 +131,7 @@ def _distance(reply: str, answer: str) -> float:
 
 def _prompt(pipeline: EnhancedQwenImageEdit, question: Question) -> str:
     pipe = pipeline.pipe
-    if pipeline.family.name == "miniature":
+    if not pipeline.family.chat_template:
         image = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
         return pipe.prompt_template_encode.format(image + question.text)
     text = f"{question.text} {EXPLAINED[question.kind]}"

@@ -1,7 +1,11 @@
-"""The tensors of a safetensors checkpoint by name, from a folder or, by byte ranges, from the hub.
+"""Tensors of a safetensors checkpoint by name, from a folder or, by byte ranges, from the hub.
 
 Format: 8 bytes little-endian header length, a JSON header of dtypes, shapes and offsets, then the data
 (huggingface/safetensors, README). A tensor can therefore be fetched without the rest of its shard.
+
+huggingface_hub's own range reads do this worse: `get_safetensors_metadata` fetches 100 kB of every shard,
+those without a tower tensor included; `HfFileSystem.cat_ranges` merges no neighbours, holds a whole range in
+one response without a resume or progress, and takes the whole file from a server that ignores ranges.
 """
 
 from __future__ import annotations
@@ -12,30 +16,29 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
 
-from ..io import write_whole
+from ..io import atomic_save, folder_digest
 from ..specs import ModelSpec, cache_home, read_json
 from ..synthetic.miniature import locate
-from .hub import hub_file, hub_range, hub_size
+from .checks import refuse_pickles
+from .hub import hub_file, hub_range
 
 logger = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MERGE_GAP = 64 * 1024  # bytes worth fetching to save a request
-FULL_HASH_LIMIT = 64 * 2**20  # folders up to this size are identified by all their bytes
 
 
 class Checkpoint(ABC):
-    """Where one checkpoint's tensors lie and what was read of them.
+    """One checkpoint: where it lies, and what was read of it.
 
     Attributes:
         location: folder or hub id, as messages name it.
@@ -63,7 +66,8 @@ def open_checkpoint(spec: ModelSpec) -> Checkpoint:
     """Open a spec's checkpoint without reading a weight.
 
     Raises:
-        FileNotFoundError: a folder without config or safetensors weights.
+        FileNotFoundError: a folder without config or weights.
+        ValueError: only pickled weights.
         OSError: the hub cannot be reached and nothing is cached.
     """
     location = Path(locate(spec.repo)).expanduser()
@@ -104,36 +108,52 @@ class LocalCheckpoint(Checkpoint):
     def _shards(self) -> dict[str, str]:
         if (self.folder / INDEX).is_file():
             return _weight_map(self.folder / INDEX)
-        return dict.fromkeys(_tensor_names(self.folder / SINGLE), SINGLE)
+        with _opened(self.folder / SINGLE) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+
+
+class _Entry(NamedTuple):
+    """One tensor of a shard on the hub."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int
+    """Its first byte in the file."""
+    end: int
+
+    def decode(self, data: bytes | bytearray) -> torch.Tensor:
+        """The tensor of its bytes, through the library's own parser."""
+        entry = {"dtype": self.dtype, "shape": self.shape, "data_offsets": [0, len(data)]}
+        header = json.dumps({self.name: entry}).encode()
+        return load_bytes(len(header).to_bytes(8, "little") + header + data)[self.name]
 
 
 class HubCheckpoint(Checkpoint):
-    """A checkpoint on the hub, read by HTTP ranges and kept on disk by the set of tensors asked for."""
+    """A checkpoint on the hub, read by HTTP ranges; each set of tensors is kept on disk."""
 
     def __init__(self, repo: str, subfolder: str, config: dict[str, Any], revision: str) -> None:
         super().__init__(repo, config, revision)
         self.subfolder = subfolder
-        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._headers: dict[str, dict[str, _Entry]] = {}
 
     def read(self, pattern: re.Pattern[str]) -> dict[str, torch.Tensor]:
         from filelock import FileLock
 
         folder = cache_home() / "towers" / self.location.replace("/", "--") / self.revision
-        kept = (
-            folder
-            / f"{hashlib.sha256(f'{self.subfolder}:{pattern.pattern}'.encode()).hexdigest()[:12]}.safetensors"
-        )
+        key = hashlib.sha256(f"{self.subfolder}:{pattern.pattern}".encode()).hexdigest()[:12]
+        kept = folder / f"{key}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):  # a second process waits, and then finds the file
+        with FileLock(f"{kept}.lock"):  # a second process waits, then reads the file
             if kept.is_file():
                 try:
-                    return _read_tensors(kept, _tensor_names(kept))
+                    return _read_tensors(kept)
                 except OSError as error:
                     logger.warning("%s; fetching those tensors anew", error)
             tensors = self._fetch(pattern)
             try:
                 atomic_save(tensors, kept)
-            except OSError as error:  # a full disk, say: what was fetched is fine
+            except OSError as error:  # such as a full disk; the fetched tensors are fine
                 logger.warning("this tower is not kept for the next time: %s", error)
         return tensors
 
@@ -141,8 +161,9 @@ class HubCheckpoint(Checkpoint):
         try:
             index = hub_file(self.location, INDEX, self.subfolder, self.revision)
         except FileNotFoundError:  # a checkpoint of one shard has no index
-            self.total_bytes = hub_size(self.location, SINGLE, self.subfolder, self.revision)
-            return {name: SINGLE for name in self._header(SINGLE)[1] if name != "__metadata__"}
+            entries = self._entries(SINGLE)
+            self.total_bytes = sum(entry.end - entry.start for entry in entries.values())
+            return dict.fromkeys(entries, SINGLE)
         self.total_bytes = int(read_json(index).get("metadata", {}).get("total_size", 0))
         return _weight_map(index)
 
@@ -150,53 +171,46 @@ class HubCheckpoint(Checkpoint):
         from tqdm import tqdm
 
         wanted = _by_shard(self._shards(), pattern)
-        plan = [(shard, *span) for shard, members in wanted.items() for span in self._spans(shard, members)]
+        spans = [(shard, span) for shard, names in wanted.items() for span in self._spans(shard, names)]
+        total = sum(span[-1].end - span[0].start for _, span in spans)
         tensors: dict[str, torch.Tensor] = {}
-        with tqdm(
-            total=sum(end - start for _, start, end, _ in plan),
-            unit="B",
-            unit_scale=True,
-            desc=f"{self.location}: tower only",
-        ) as progress:
-            for shard, start, end, members in plan:
-                body = bytearray()
-                for chunk in self._range(shard, start, end):
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"{self.location}: tower only") as progress:
+            for shard, span in spans:
+                start, body = span[0].start, bytearray()
+                for chunk in self._range(shard, start, span[-1].end):
                     body += chunk
                     progress.update(len(chunk))
-                tensors |= self._decode(shard, start, body, members)
+                for entry in span:
+                    tensors[entry.name] = entry.decode(body[entry.start - start : entry.end - start])
         return tensors
 
-    def _decode(self, shard: str, start: int, body: bytearray, members: list[str]) -> dict[str, torch.Tensor]:
-        """Cut a fetched span into its tensors, through the library's own parser."""
-        first, header = self._header(shard)
-        tensors = {}
-        for name in members:
-            begin, end = (offset + first - start for offset in header[name]["data_offsets"])
-            entry = json.dumps({name: {**header[name], "data_offsets": [0, end - begin]}}).encode()
-            tensors |= load_bytes(len(entry).to_bytes(8, "little") + entry + bytes(body[begin:end]))
-        return tensors
-
-    def _spans(self, shard: str, members: list[str]) -> list[tuple[int, int, list[str]]]:
-        """Byte spans (start, end, tensor names) of a shard, neighbours merged."""
-        first, header = self._header(shard)
-        spans: list[tuple[int, int, list[str]]] = []
-        for name in sorted(members, key=lambda member: header[member]["data_offsets"][0]):
-            start, end = (offset + first for offset in header[name]["data_offsets"])
-            if spans and start - spans[-1][1] <= MERGE_GAP:
-                spans[-1] = (spans[-1][0], end, [*spans[-1][2], name])
+    def _spans(self, shard: str, names: list[str]) -> list[list[_Entry]]:
+        """Tensors of a shard in groups that one range fetches."""
+        entries = self._entries(shard)
+        spans: list[list[_Entry]] = []
+        for entry in sorted((entries[name] for name in names), key=lambda entry: entry.start):
+            if spans and entry.start - spans[-1][-1].end <= MERGE_GAP:
+                spans[-1].append(entry)
             else:
-                spans.append((start, end, [name]))
+                spans.append([entry])
         return spans
 
-    def _header(self, shard: str) -> tuple[int, dict[str, Any]]:
-        """Offset of a shard's first data byte, and its header."""
+    def _entries(self, shard: str) -> dict[str, _Entry]:
+        """The tensors of a shard by name, from its header."""
         if shard not in self._headers:
             length = int.from_bytes(b"".join(self._range(shard, 0, 8)), "little")
             body = b"".join(self._range(shard, 8, 8 + length))
             try:
-                self._headers[shard] = (8 + length, json.loads(body))
+                header = json.loads(body)
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise OSError(f"{self.location}: {shard} has no safetensors header: {error}") from error
+            header.pop("__metadata__", None)
+            self._headers[shard] = {
+                name: _Entry(
+                    name, entry["dtype"], entry["shape"], *(8 + length + o for o in entry["data_offsets"])
+                )
+                for name, entry in header.items()
+            }
         return self._headers[shard]
 
     def _range(self, shard: str, start: int, end: int) -> Iterator[bytes]:
@@ -225,101 +239,12 @@ def open_hub_checkpoint(spec: ModelSpec) -> Checkpoint:
     return HubCheckpoint(spec.repo, spec.subfolder, read_json(config_path), revision)
 
 
-def check_tensors(location: str | Path, found: Mapping[str, Any]) -> None:
-    """Refuse a model whose tensors are not exactly those of its checkpoint: what is missing is random.
-
-    Args:
-        location: of the checkpoint, or the part of an editor, for the message.
-        found: `missing_keys`, `unexpected_keys`, `mismatched_keys` (names, or tuples that begin with one) and
-            `error_msgs`, as transformers and diffusers give them with `output_loading_info=True`: without
-            tied weights and what a class allows to be absent.
-
-    Raises:
-        ValueError: how many are wrong, and the first of them.
-    """
-    faults = []
-    for kind, told in (
-        ("missing", "missing"),
-        ("unexpected", "unexpected"),
-        ("mismatched", "of another shape"),
-    ):
-        keys = found.get(f"{kind}_keys") or ()
-        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
-        if names:
-            faults.append(f"{len(names)} {told} (first: {names[0]})")
-    faults += [" ".join(str(message).split()) for message in found.get("error_msgs") or ()]
-    if faults:
-        raise ValueError(
-            f"{location}: its tensors do not fit its config: {', '.join(faults)}: copy or download it again"
-        )
-
-
-@contextmanager
-def without_loading_reports() -> Iterator[None]:
-    """Leave out the libraries' tables of missing tensors, which `check_tensors` tells in one line."""
-    loggers = [logging.getLogger(f"{name}.modeling_utils") for name in ("transformers", "diffusers.models")]
-    try:
-        for each in loggers:  # no level is set: transformers does more at a higher one
-            each.addFilter(_drop)
-        yield
-    finally:
-        for each in loggers:
-            each.removeFilter(_drop)
-
-
-def _drop(_record: logging.LogRecord) -> bool:
-    return False
-
-
-def broken_weight(models: Mapping[str, Any]) -> str | None:
-    """The first weight with NaN or infinity, as `model.weight`; None where all that lie here are finite.
-
-    It reads every weight, so it is asked only once an output is not finite.
-    """
-    for role, model in models.items():
-        for name, weight in model.named_parameters():
-            readable = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
-            if readable and not torch.isfinite(weight).all():
-                return f"{role}.{name}"
-    return None
-
-
-def not_finite(what: str, models: Mapping[str, Any]) -> ValueError:
-    """The error of an output with NaN or infinity, which names its cause.
-
-    Outputs are looked at and not all weights, since they are small, and nothing that matters escapes them.
-    """
-    if broken := broken_weight(models):
-        cause = f"so does the weight {broken}; copy or download that checkpoint again"
-    else:
-        cause = "the weights are finite, so the model overflows in its dtype; use bfloat16 or float32"
-    return ValueError(f"{what} hold NaN or infinity: {cause}")
-
-
-def atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file beside its place and rename it in, so that no reader meets half a file.
-
-    Raises:
-        OSError: it cannot be written, for want of room for example; nothing is left behind.
-    """
-    whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-    try:
-        write_whole(path, lambda file: save_file(whole, file, metadata))
-    except SafetensorError as error:  # how the library reports a failed write
-        raise OSError(f"{path} could not be written ({error})") from error
-
-
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         return sorted({folder / shard for shard in _weight_map(folder / INDEX).values()})
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise FileNotFoundError(
-            f"{folder} has only pickled weights ({pickled[0]}), which are never loaded: "
-            "convert them to safetensors"
-        )
+    refuse_pickles(folder)
     raise FileNotFoundError(
         f"{folder} has neither {SINGLE} nor {INDEX}: give the folder of a whole checkpoint"
     )
@@ -340,29 +265,16 @@ def _by_shard(shards: dict[str, str], pattern: re.Pattern[str]) -> dict[str, lis
     return grouped
 
 
-def _read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Some tensors of a safetensors file, or all of them."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in names}
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise OSError(f"{path} is damaged ({error}): copy or download that file again") from error
-
-
-def _tensor_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise OSError(f"{path} is damaged ({error}): copy or download that file again") from error
-
-
-def folder_digest(folder: Path, files: list[Path]) -> str:
-    """Identify a folder's files: by all bytes where they are few, else by sizes and times of change."""
-    digest = hashlib.sha256()
-    present = sorted(path for path in files if path.is_file())
-    small = sum(path.stat().st_size for path in present) <= FULL_HASH_LIMIT
-    for path in present:
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}:{stat.st_size}".encode())
-        digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
-    return f"local:{digest.hexdigest()[:16]}"

@@ -1,9 +1,9 @@
-"""Files and byte ranges of the hub, with the client's errors in one line of what failed and what to do."""
+"""Files and byte ranges of the hub; the client's errors become one line that names failure and remedy."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,22 +23,20 @@ def hub_file(repo: str, name: str, subfolder: str = "", revision: str | None = N
 
     try:
         with hub_errors(f"{repo}: {name}"):
-            found = hf_hub_download(
-                repo,
-                name,
-                subfolder=subfolder or None,
-                revision=revision,
-                local_files_only=not _answers(repo, name, subfolder, revision),
+            offline = not _answers(repo, name, subfolder, revision)
+            return Path(
+                hf_hub_download(
+                    repo, name, subfolder=subfolder or None, revision=revision, local_files_only=offline
+                )
             )
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no {name} on the hub: give another model") from error
-    return Path(found)
 
 
 def hub_range(
     repo: str, name: str, subfolder: str, revision: str | None, start: int, end: int
 ) -> Iterator[bytes]:
-    """Fetch bytes [start, end) of a file on the hub; a broken transfer goes on where it stopped, a few times.
+    """Fetch bytes [start, end) of a file on the hub; a broken transfer resumes a few times.
 
     Raises:
         FileNotFoundError: the repository has no such file.
@@ -59,21 +57,12 @@ def hub_range(
                     "later, or give another revision"
                 ) from error
             except transport_error as error:
-                answered_no = isinstance(error, HfHubHTTPError)
-                if answered_no or attempt == RESUMES:
+                if isinstance(error, HfHubHTTPError) or attempt == RESUMES:
                     raise
         if position == end:
             return
         time.sleep(0.5 * 2**attempt)
     raise OSError(f"{repo}: {name}: {position - start} of {end - start} bytes arrived: try again")
-
-
-def hub_size(repo: str, name: str, subfolder: str, revision: str | None) -> int:
-    """Size of a file on the hub in bytes; 0 where the hub does not say."""
-    from huggingface_hub import get_hf_file_metadata
-
-    with hub_errors(f"{repo}: {name}"):
-        return get_hf_file_metadata(hub_url(repo, name, subfolder, revision), timeout=TIMEOUT).size or 0
 
 
 def hub_url(repo: str, name: str, subfolder: str = "", revision: str | None = None) -> str:
@@ -83,38 +72,52 @@ def hub_url(repo: str, name: str, subfolder: str = "", revision: str | None = No
     return hf_hub_url(repo, name, subfolder=subfolder or None, revision=revision)
 
 
+def folder_or_hub_file(location: str, name: str, options: Mapping[str, str | bool | None]) -> Path:
+    """A safetensors model's file, from the folder or hub repository that holds it.
+
+    Raises:
+        FileNotFoundError, OSError: no such file, no connection.
+        ValueError: a file instead of a folder, or pickled weights.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from .checks import refuse_pickles  # imports torch, which the rest of this module must not
+
+    folder = Path(location).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds {name}")
+    if not folder.is_dir():
+        with hub_errors(f"{location}: {name}"):
+            return Path(hf_hub_download(location, name, **options))
+    if (folder / name).is_file():
+        return folder / name
+    refuse_pickles(folder)
+    raise FileNotFoundError(f"{folder} has no {name}: give a folder that `save_pretrained` wrote")
+
+
 @contextmanager
 def hub_errors(where: str) -> Iterator[None]:
-    """Turn the hub client's errors into an OSError that says what to do; a missing file passes as it is."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    """Turn the hub client's errors into an OSError that names the remedy; a missing file's error passes."""
+    from huggingface_hub import errors
 
-    transport_error = HfHubHTTPError.__bases__[0]  # the HTTP client's own; its package differs by version
     try:
         yield
-    except RemoteEntryNotFoundError:
+    except errors.RemoteEntryNotFoundError:
         raise
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise OSError(
-            f"{where}: not in the local cache, and the hub cannot be reached: connect, or give a local folder"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise OSError(
-            f"{where}: the hub has no such model, or it is private: check the name, or run `hf auth login`"
-        ) from error
-    except HFValidationError as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        reason = "not in the local cache, and the hub cannot be reached: connect, or give a local folder"
+        raise OSError(f"{where}: {reason}") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "the hub has no such model, or it is private: check the name, or run `hf auth login`"
+        raise OSError(f"{where}: {reason}") from error
+    except errors.HFValidationError as error:
         raise OSError(f"{where}: neither a folder nor a hub id") from error
-    except transport_error as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise OSError(
-            f"{where}: the hub did not deliver ({lines[0]}): try again, or give a local folder"
-        ) from error
+    except errors.HfHubHTTPError.__bases__[
+        0
+    ] as error:  # the HTTP client's own; its package differs by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{where}: the hub did not deliver ({reason}): try again, or give a local folder"
+        raise OSError(message) from error
 
 
 def _stream(url: str, start: int, end: int) -> Iterator[bytes]:
@@ -123,7 +126,7 @@ def _stream(url: str, start: int, end: int) -> Iterator[bytes]:
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
         hf_raise_for_status(response)
-        if response.status_code != 206:  # before the body: a 200 would bring the whole file
+        if response.status_code != 206:  # checked before the body, which would be the whole file
             raise OSError(f"{url}: the server answered {response.status_code} to a byte range, needed is 206")
         yield from response.iter_bytes()
 
@@ -135,9 +138,9 @@ def _answers(repo: str, name: str, subfolder: str, revision: str | None) -> bool
 
     try:
         get_hf_file_metadata(hub_url(repo, name, subfolder, revision), timeout=TIMEOUT)
-    except (RepositoryNotFoundError, OfflineModeIsEnabled) as error:
-        if isinstance(error, OfflineModeIsEnabled):
-            return False
+    except OfflineModeIsEnabled:
+        return False
+    except RepositoryNotFoundError:
         raise
     except HfHubHTTPError as error:
         return error.response.status_code < 500

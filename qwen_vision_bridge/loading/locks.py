@@ -36,7 +36,7 @@ def exclusive(function: Callable[P, R]) -> Callable[P, R]:
 def replaced(owner: object, **attributes: object) -> Iterator[None]:
     """Replace attributes of a module or object inside the `with`; afterwards it is as before.
 
-    A value that is made from the attribute's present one must be made while `model_lock` is held.
+    A value that is derived from the attribute's present one must be computed while `model_lock` is held.
     """
     with model_lock:
         before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
@@ -49,4 +49,4 @@ def replaced(owner: object, **attributes: object) -> Iterator[None]:
                 if name in before:
                     setattr(owner, name, before[name])
                 else:
-                    delattr(owner, name)  # the class's own is seen again
+                    delattr(owner, name)  # the class's own applies again

@@ -127,7 +127,7 @@ def cases_for(
     size, several = family.image_size, count // 2
     if group != "ocr" or not several:
         return list(make_cases(group, count, seed, size)), []
-    if family.name == "miniature":
+    if family.synthetic_only:
         alone = "other writing than Latin capitals: the miniature knows no other, so its words keep to them"
         return list(make_cases(group, count, seed, size)), [alone]
     cases, left_out = language_cases(several, seed, size)

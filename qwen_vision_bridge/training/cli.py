@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
-from ..specs import FAMILIES, LEVEL_NAMES, resolve_family
+from ..loading.families import resolve_family
+from ..specs import FAMILIES, LEVEL_NAMES
 from .config import Control, Method, RunConfig, Schedule, TrainingSettings, check_data_folder
 
 PARSERS = {"int": int, "float": float, "int | None": int, "Schedule": str}
@@ -55,8 +56,7 @@ def run_config_of(arguments: argparse.Namespace) -> RunConfig:
             "--report_to tensorboard needs the package `tensorboard`, which is not installed: `uv run --with "
             "tensorboard python train_bridge.py …`; the figures are in log.jsonl anyway"
         )
-    from ..bridge import BridgeConfig, check_strength
-    from ..shipped import resolve_bridge
+    from ..bridge import BridgeConfig, check_strength, resolve_bridge
 
     models = {role: getattr(arguments, role) for role in ("source", "target", "editor")}
     family = resolve_family(arguments.models, **models)

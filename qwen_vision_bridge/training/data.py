@@ -194,7 +194,7 @@ def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
         FileNotFoundError, ValueError: missing or faulty data.
     """
     if run.is_world:
-        knows_world, size = run.family.name == "miniature", run.family.image_size
+        knows_world, size = run.family.synthetic_only, run.family.image_size
         count = run.max_train_samples or WORLD_SAMPLES
         return Split(
             WorldSamples(kind, "train", count, knows_world, size),

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 MAX_TEXT = 512  # tokens after the image
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CLOSING = "<|im_end|>\n<|im_start|>assistant\n"
-LOOKAHEAD = 5  # last tokens of the prompt at which the miniature was trained to predict the answer
 
 
 class TextBatch(NamedTuple):
@@ -106,11 +105,11 @@ class FrozenLanguageModel:
     @property
     def lookahead(self) -> int:
         """How many of the prompt's last tokens predict the answer."""
-        return LOOKAHEAD if self.family.name == "miniature" else 1
+        return self.family.reply_tokens
 
     def template(self, prompt: str, edit: bool = False) -> tuple[str, str]:
         """Put a prompt into its template: up to the end of the image, and from there to the answer."""
-        if edit or self.family.name == "miniature":
+        if edit or not self.family.chat_template:
             label = "" if self.family.editor.pipeline_class == "QwenImageEditPipeline" else "Picture 1: "
             return f"{TEMPLATE_PREFIX}{label}{IMAGE}", prompt + CLOSING
         content = [{"type": "image"}, {"type": "text", "text": prompt}]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..loading.processors import load_processor
-from ..loading.towers import load_whole
+from ..loading.towers import load_processor, load_whole
 from ..pipeline import EnhancedQwenImageEdit
 from .config import Kind, RunConfig
 from .features import FeatureEncoder

@@ -66,7 +66,7 @@ class Batch:
             generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
             rows, columns = self.pack.lines[int(self.samples[0])]["latents"]
             self.latent_grid = (rows, columns)
-            width = self.pack.fields["after"].shape[-1]
+            width = self.pack.fields["after"][0].shape[-1]
             self.noise = torch.randn(size, rows * columns, width, generator=generator)
             self.time_noise = torch.randn(size, generator=generator)
             self.dropped = torch.rand(size, generator=generator) < settings.condition_dropout

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..bridge import VisionBridge, count_parameters
-from ..loading.editors import BYTES, UNQUANTISED_ENCODER_B
-from ..loading.memory import usable_gpu_bytes
+from ..loading.memory import BYTES, UNQUANTISED_ENCODER_B, usable_gpu_bytes
 from ..specs import Family, cache_home
 from ..synthetic.miniature import TARGET_PX
 from .config import WORLD_SAMPLES, RunConfig, TrainingSettings

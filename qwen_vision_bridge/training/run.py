@@ -16,7 +16,10 @@ import torch
 
 from ..bridge import VisionBridge
 from ..distributed import LONGEST_WAIT
+from ..features import FORMAT
 from ..io import digest_of, provenance, write_json
+from ..loading.editors import editor_revision
+from ..loading.memory import device_name
 from ..pipeline import EnhancedQwenImageEdit
 from ..specs import Family, cache_home
 from .calibration import Calibration, calibrate, token_stream
@@ -77,8 +80,9 @@ def train(
 
 def pack_name(encoder_key: str, kind: Kind, family: Family, samples: Samples) -> tuple[str, str]:
     """The key of the features of a kind, and the name of the folder of their pack."""
-    key = digest_of([encoder_key, kind, family.editor.name if kind == "edit" else ""])
-    return key, digest_of([key, samples.digest, len(samples)])
+    editor = editor_revision(family.editor) if kind == "edit" else ""
+    key = digest_of([encoder_key, kind, editor])
+    return key, digest_of([FORMAT, key, samples.digest, len(samples)])
 
 
 def _accelerator(run: RunConfig, mixed_precision: str | None, report_to: str | None) -> Accelerator:
@@ -205,7 +209,7 @@ def _write_summary(
     calibration: Calibration | None = None,
 ) -> None:
     """Write `training.json`: provenance, settings and validation figures of the bridge beside it."""
-    device = "cuda" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     family = {"family": run.family.name, "source": run.family.source.name, "target": run.family.target.name}
     summary = provenance([settings.seed], device, **family)
     names = ("method", "features", "lora_baseline", "strength")

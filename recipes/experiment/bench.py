@@ -17,7 +17,7 @@ from qwen_vision_bridge.bridge import BridgeConfig
 from qwen_vision_bridge.evaluation.scoring import Scorer
 from qwen_vision_bridge.evaluation.vqa import questions_of
 from qwen_vision_bridge.io import digest_of, write_json
-from qwen_vision_bridge.loading.processors import load_processor
+from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.synthetic.cases import Case, make_cases
 from qwen_vision_bridge.training.calibration import calibrate, token_stream

@@ -14,10 +14,11 @@ from zipfile import ZipFile
 from PIL import Image
 
 from qwen_vision_bridge import VisionBridge
-from qwen_vision_bridge.calls import LevelAttention
+from qwen_vision_bridge.edit import Edit
 from qwen_vision_bridge.evaluation.arms import Arm, target_levels
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.evaluation.tasks import Run
+from qwen_vision_bridge.injection import LevelAttention
 from qwen_vision_bridge.io import write_whole
 from qwen_vision_bridge.loading.towers import cast_weights
 from qwen_vision_bridge.synthetic.cases import Case, make_cases
@@ -26,7 +27,7 @@ from .asking import keep_records, read_records
 from .bench import Bench
 from .designs import EXTRA, Design
 
-SITES = ("tower", "deepstack", "prompt_embeds")  # every bridge is trained at the first
+SITES = ("tower", "deepstack")  # every bridge is trained at the first
 WEIGHTS = "level-weights.json"
 
 Record = dict[str, Any]
@@ -96,9 +97,9 @@ def _draw(bench: Bench, arm: str, seed: int, edits: Edits, path: Path) -> None:
         for first in range(0, len(cases), edits.batch):
             some = cases[first : first + edits.batch]
             if edits.batch == 1:
-                made = [_call(run, pipeline.edit, some[0])]
+                made = [pipeline.edit(_request(run, some[0]))]
             else:
-                prepared = [_call(run, pipeline.prepare, case) for case in some]
+                prepared = [pipeline.prepare(_request(run, case)) for case in some]
                 attentions = [one.attention for one in prepared]
                 made = list(zip(pipeline.denoise(prepared), attentions, strict=True))
             for case, (image, attention) in zip(some, made, strict=True):
@@ -108,8 +109,8 @@ def _draw(bench: Bench, arm: str, seed: int, edits: Edits, path: Path) -> None:
         file.writestr(WEIGHTS, json.dumps(weights))
 
 
-def _call(run: Run, make: Any, case: Case) -> Any:
-    """Call `edit` or `prepare` of the pipeline for a case, with the noise that an evaluation draws."""
+def _request(run: Run, case: Case) -> Edit:
+    """The edit of a case, with the noise that an evaluation draws."""
     (arm,) = run.arms
     source: Any = None
     if arm.features == "target":
@@ -119,16 +120,8 @@ def _call(run: Run, make: Any, case: Case) -> Any:
         if shown is None:
             raise ValueError(f"{case.case_id}: no other image of its part has its grid; take fewer --parts")
         source = run.pipeline.extract_source(run.cases[shown].images)
-    return make(
-        case.image,
-        case.prompt,
-        run.seed_of(case),
-        bridge=arm.bridge,
-        source=source,
-        strength=arm.strength,
-        site=arm.site,
-        **run.options,
-    )
+    edit = run.pipeline.check_edit(case.image, case.prompt, run.seed_of(case), arm.strength, **run.options)
+    return replace(edit, bridge=arm.bridge, source=source, site=arm.site)
 
 
 def _measured(bench: Bench, arm: str, seed: int, edits: Edits) -> Iterator[Record]:

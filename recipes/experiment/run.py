@@ -20,6 +20,7 @@ from typing import Any
 
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.io import provenance, write_json, write_whole
+from qwen_vision_bridge.loading.memory import device_name
 from qwen_vision_bridge.specs import read_json
 from qwen_vision_bridge.synthetic.cases import GROUPS
 from qwen_vision_bridge.training.config import TrainingSettings
@@ -226,7 +227,7 @@ def _write(arguments: argparse.Namespace, part: str, rows: list[Row]) -> None:
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     return provenance(arguments.seeds, device, tiny=arguments.tiny, settings=_plain(vars(arguments)))
 
 

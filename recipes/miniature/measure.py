@@ -24,6 +24,7 @@ import torch
 
 from qwen_vision_bridge.evaluation.statistics import bootstrap_interval
 from qwen_vision_bridge.io import write_json
+from qwen_vision_bridge.loading.memory import device_name
 from qwen_vision_bridge.patches import condition_size
 from qwen_vision_bridge.synthetic import cases as world
 
@@ -70,7 +71,7 @@ def main() -> None:
     }
     rows = [row for part in arguments.parts for row in parts[part]()]
     made = {
-        "device": _device_name(arguments.device),
+        "device": device_name(arguments.device),
         "seed": arguments.seed,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -205,7 +206,7 @@ def _edit(job: Job) -> dict[str, Any]:
         for first in (job.index, job.index + 1)
     )
     row = {"key": job.key, **job._asdict(), "right": None, "untouched_ssim": None}
-    row["device"] = _device_name(_settings["device"])
+    row["device"] = device_name(_settings["device"])
     if job.arm == "outright" and case.outright is None:
         return row
     prompt = case.outright if job.arm == "outright" else case.prompt
@@ -309,10 +310,6 @@ def cost_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     found = repeated(arguments.source, arguments.editor, arguments.steps)
     return [row_of(name, values) for name, values in named(found).items()]
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vision_bridge.io import write_json
+from qwen_vision_bridge.loading.memory import device_name
 
 from .feed import Feed, chunks
 from .loop import Loop, Settings, plot_log
@@ -154,7 +155,7 @@ def write_result(rows: list[dict[str, Any]], loop: Loop, arguments: argparse.Nam
         {"name": "training steps", "value": loop.step, "n": 1},
         {"name": "training time, s", "value": round(loop.seconds, 1), "n": 1},
     ]
-    device = torch.cuda.get_device_name() if loop.device.type == "cuda" else "CPU"
+    device = device_name(loop.device)
     provenance = {"seed": arguments.seed, "command": shlex.join(sys.argv), "device": device}
     provenance["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(

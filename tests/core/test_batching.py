@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from qwen_vision_bridge.batching import Prepared
+from qwen_vision_bridge.edit import Edit
 from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.synthetic.cases import make_cases
@@ -22,10 +24,10 @@ def farthest(one: Image.Image, other: Image.Image) -> int:
     return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
-def edits_of(cases: list[Any], bridge: Any) -> list[dict[str, Any]]:
-    arms = [{"bridge": None}, {"bridge": bridge, "strength": 0.0}, {"bridge": bridge, "strength": 3.0}]
+def edits_of(editor: Any, cases: list[Any]) -> list[Edit]:
+    arms = [{}, *({"bridge": editor.bridge, "strength": strength} for strength in (0.0, 3.0))]
     return [
-        {"image": case.images, "prompt": case.prompt, "seed": 7 + index, **arm, **SHORT}
+        replace(editor.check_edit(case.images, case.prompt, 7 + index, **SHORT), **arm)
         for index, case in enumerate(cases)
         for arm in arms
     ]
@@ -33,30 +35,30 @@ def edits_of(cases: list[Any], bridge: Any) -> list[dict[str, Any]]:
 
 def test_a_batch_of_one_is_the_stock_call_bit_for_bit(editor: Any) -> None:
     case = make_cases("consistency", 1)[0]
-    for asked in edits_of([case], editor.bridge):
-        alone, attention = editor.edit(**asked)
-        made = editor.prepare(**asked)
-        assert farthest(editor.denoise([made])[0], alone) == 0
-        assert (made.attention is None) == (attention is None)
+    for edit in edits_of(editor, [case]):
+        alone, attention = editor.edit(edit)
+        prepared = editor.prepare(edit)
+        assert farthest(editor.denoise([prepared])[0], alone) == 0
+        assert (prepared.attention is None) == (attention is None)
 
 
-def test_arms_and_cases_of_a_batch_are_close_to_those_made_alone_and_keep_their_order(editor: Any) -> None:
+def test_edits_of_a_batch_are_close_to_those_alone_in_order(editor: Any) -> None:
     cases = make_cases("ocr", 2) + make_cases("space", 1)
-    asked = edits_of(cases, editor.bridge)
-    made = [editor.prepare(**edit) for edit in asked]
-    lengths = {edit.prompts[0][0].shape[1] for edit in made}
+    edits = edits_of(editor, cases)
+    prepared = [editor.prepare(edit) for edit in edits]
+    lengths = {edit.prompts[0][0].shape[1] for edit in prepared}
     assert len(lengths) > 1  # so that padding and its mask are at work
-    together = editor.denoise(made)
-    alone = [editor.edit(**edit)[0] for edit in asked]
+    together = editor.denoise(prepared)
+    alone = [editor.edit(edit).image for edit in edits]
     assert max(map(farthest, together, alone)) <= CLOSE
-    for first in range(0, len(asked), 3):
+    for first in range(0, len(edits), 3):
         assert farthest(together[first], together[first + 2]) > 5 * CLOSE  # the bridge is in its own arm
 
 
 def test_the_padding_of_a_batch_is_never_seen(editor: Any) -> None:
     import torch
 
-    short, long = (editor.prepare(**edits_of([case], None)[0]) for case in make_cases("ocr", 2))
+    short, long = (editor.prepare(edits_of(editor, [case])[0]) for case in make_cases("ocr", 2))
     alone = editor.denoise([short])[0]
     embeds, _ = short.prompts[0]
     noise = 50 * torch.randn(1, 9, embeds.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -67,17 +69,19 @@ def test_the_padding_of_a_batch_is_never_seen(editor: Any) -> None:
     assert farthest(editor.denoise([masked, long])[0], alone) <= CLOSE
 
 
-def test_edits_that_cannot_share_a_batch_are_refused_and_the_pipeline_stays_stock(editor: Any) -> None:
+def test_edits_that_cannot_share_a_batch_are_refused(editor: Any) -> None:
     case = make_cases("detail", 1)[0]
-    one = editor.prepare(case.image, case.prompt, **SHORT)
-    other = editor.prepare(case.image.resize((128, 96)), case.prompt, **SHORT)
-    longer = editor.prepare(case.image, case.prompt, num_inference_steps=4)
+    inputs = [(case.image, 3), (case.image.resize((128, 96)), 3), (case.image, 4)]
+    one, other, longer = (
+        editor.prepare(editor.check_edit(image, case.prompt, num_inference_steps=steps))
+        for image, steps in inputs
+    )
     before = vars(editor.pipe).keys() - {"_callback_tensor_inputs"}
     for edits in ([one, other], [one, longer], []):
         with pytest.raises(ValueError, match="same sizes and the same options"):
             editor.denoise(edits)
     with pytest.raises(ValueError, match="prompt is empty"):
-        editor.prepare(case.image, " ")
+        editor.check_edit(case.image, " ")
     assert {"encode_prompt", "prepare_latents"}.isdisjoint(vars(editor.pipe))
     assert before <= vars(editor.pipe).keys()
     assert editor.pipe.vae.use_slicing is False
@@ -92,12 +96,12 @@ def test_the_first_edit_pipeline_denoises_together_too(pipe: Any, photo: Image.I
     first = diffusers.QwenImageEditPipeline(**pipe.components)
     first.set_progress_bar_config(disable=True)
     editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=first, dtype=torch.float32)
-    asked = [{"image": photo, "prompt": prompt, **SHORT} for prompt in ("a", "make the suit blue")]
-    together = editor.denoise([editor.prepare(**edit) for edit in asked])
-    assert max(map(farthest, together, [editor.edit(**edit)[0] for edit in asked])) <= CLOSE
+    edits = [editor.check_edit(photo, prompt, **SHORT) for prompt in ("a", "make the suit blue")]
+    together = editor.denoise([editor.prepare(edit) for edit in edits])
+    assert max(map(farthest, together, [editor.edit(edit).image for edit in edits])) <= CLOSE
 
 
-def test_a_run_in_batches_finds_what_one_by_one_finds_under_keys_of_its_own(
+def test_a_batched_run_has_equal_records_under_other_keys(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = make_cases("space", 2) + make_cases("consistency", 1)
@@ -134,16 +138,16 @@ def test_a_run_in_batches_finds_what_one_by_one_finds_under_keys_of_its_own(
         evaluate(editor, cases, tmp_path, arms, batch_arms=0, **SHORT)
 
 
-def test_one_bad_edit_of_a_batch_is_an_error_and_can_be_tried_again(
+def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = make_cases("detail", 2)
     prepare = editor.prepare
 
-    def fail(image: Any, prompt: str, *rest: Any, **options: Any) -> Prepared:
-        if prompt == bad.prompt:
+    def fail(edit: Edit) -> Prepared:
+        if edit.prompt == bad.prompt:
             raise ValueError("no such edit")
-        return prepare(image, prompt, *rest, **options)
+        return prepare(edit)
 
     arms = [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
     same = {"arms": arms, "perception": False, "batch_arms": 4, "num_inference_steps": 5}
@@ -160,7 +164,7 @@ def test_one_bad_edit_of_a_batch_is_an_error_and_can_be_tried_again(
     assert evaluate(editor, [good, bad], tmp_path, **same).records == tried.records
 
 
-def test_images_measured_in_other_processes_have_the_same_records(editor: Any, tmp_path: Path) -> None:
+def test_scoring_in_other_processes_gives_the_same_records(editor: Any, tmp_path: Path) -> None:
     cases, arms = make_cases("detail", 2), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
     found = [
         evaluate(editor, cases, tmp_path / str(workers), arms, perception=False, workers=workers, **SHORT)

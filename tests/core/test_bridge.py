@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from qwen_vision_bridge.bridge import (
+    WEIGHTS,
     BridgeConfig,
     VisionBridge,
     bridge_digest,
     check_strength,
     count_parameters,
+    resolve_bridge,
 )
-from qwen_vision_bridge.shipped import SHIPPED_BRIDGES, resolve_bridge
 from qwen_vision_bridge.specs import FAMILIES
 
 SMALL = BridgeConfig(source_dim=256, target_dim=224, rank=48, query_dim=48)
@@ -42,7 +43,7 @@ def test_an_untrained_bridge_is_exactly_the_identity(rank: int | None, levels_an
 
 
 @pytest.mark.parametrize("rank", [48, None])
-def test_a_random_bridge_changes_every_token_by_about_the_baselines_rms(
+def test_a_random_bridge_changes_each_token_by_about_its_rms(
     rank: int | None, levels_and_baseline: Any
 ) -> None:
     levels, baseline = levels_and_baseline
@@ -92,7 +93,7 @@ def test_the_update_follows_the_written_formula(levels_and_baseline: Any) -> Non
     torch.testing.assert_close(out, expected)
 
 
-def test_level_weights_sum_to_one_and_the_contributions_to_the_update(levels_and_baseline: Any) -> None:
+def test_level_weights_sum_to_1_and_parts_to_the_update(levels_and_baseline: Any) -> None:
     levels, baseline = levels_and_baseline
     bridge = VisionBridge(RANDOM)
     output = bridge(levels, baseline)
@@ -213,7 +214,7 @@ def test_incomplete_or_foreign_weights_are_refused(tmp_path: Path) -> None:
         VisionBridge.from_pretrained(tmp_path)
 
 
-def test_a_missing_bridge_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_bridge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         VisionBridge.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="hub cannot be reached"):
@@ -222,7 +223,7 @@ def test_a_missing_bridge_is_said_in_one_line(tmp_path: Path) -> None:
         VisionBridge.from_pretrained("/no/such/folder")
 
 
-def test_a_bridge_made_for_other_models_is_refused_and_both_are_named(tmp_path: Path) -> None:
+def test_a_bridge_of_other_models_is_refused_by_name(tmp_path: Path) -> None:
     VisionBridge().save_pretrained(tmp_path / "released")
     with pytest.raises(ValueError, match=r"4096.*3584.*miniature-source \(256\)"):
         resolve_bridge(tmp_path / "released", FAMILIES["miniature"])
@@ -231,7 +232,7 @@ def test_a_bridge_made_for_other_models_is_refused_and_both_are_named(tmp_path: 
         resolve_bridge(VisionBridge(config), FAMILIES["miniature"])
 
 
-def test_a_bridge_that_replaces_puts_the_levels_account_in_the_baselines_place(
+def test_blend_replace_puts_the_levels_in_the_baselines_place(
     levels_and_baseline: tuple[list[torch.Tensor], torch.Tensor],
 ) -> None:
     levels, baseline = levels_and_baseline
@@ -258,14 +259,20 @@ def test_a_bridge_that_replaces_puts_the_levels_account_in_the_baselines_place(
         BridgeConfig(blend="swap")
 
 
-def test_the_shipped_bridge_is_the_miniatures_default_small_and_does_something(
+def test_the_shipped_bridge_is_the_miniatures_default(
     levels_and_baseline: tuple[list[torch.Tensor], torch.Tensor],
 ) -> None:
     bridge, name = resolve_bridge(None, FAMILIES["miniature"])
-    folder = SHIPPED_BRIDGES["miniature"]
+    folder = WEIGHTS / "bridge-miniature"
     assert name == "bridge-miniature, as shipped"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
     levels, baseline = levels_and_baseline
     with torch.no_grad():
         assert not torch.equal(bridge(levels, baseline).features, baseline)
     assert not any(parameter.requires_grad for parameter in bridge.parameters())
+
+
+def test_a_bridge_prints_its_parameters_and_levels() -> None:
+    printed = repr(VisionBridge(SMALL))
+    assert "early/mid/late, 256 to 224" in printed
+    assert f"{count_parameters(VisionBridge(SMALL)) / 1e6:.2f} M parameters" in printed

@@ -7,7 +7,8 @@ from importlib import metadata
 import pytest
 
 from qwen_vision_bridge import environment
-from qwen_vision_bridge.environment import best_mode, choose_family, inspect_machine
+from qwen_vision_bridge.environment import choose_family, inspect_machine
+from qwen_vision_bridge.loading.memory import plan_for
 from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
@@ -38,17 +39,19 @@ def test_this_machine_can_run_the_miniature() -> None:
     ],
 )
 def test_the_preferred_mode_that_fits_is_recommended(gpu_gb: float, mode: str | None) -> None:
-    found = best_mode(QWEN, gpu_gb, ram_gb=128)
-    assert (found.name if found else None) == mode
+    plan = plan_for(QWEN, gpu_gb, ram_gb=128)
+    assert (plan.mode.name if plan else None) == mode
 
 
 def test_offload_needs_the_weights_to_fit_in_cpu_memory() -> None:
-    assert best_mode(QWEN, 12, ram_gb=16) is None
-    assert best_mode(QWEN, 24, ram_gb=24).name == "4-bit + model offload"
+    assert plan_for(QWEN, 12, ram_gb=16) is None
+    plan = plan_for(QWEN, 24, ram_gb=24)
+    assert plan is not None
+    assert plan.mode.name == "4-bit + model offload"
 
 
 @pytest.mark.parametrize(("gpu_gb", "family"), [(80, "qwen"), (4, "miniature"), (0, "miniature")])
-def test_auto_takes_the_released_models_where_they_fit_and_says_how_to_get_the_other(
+def test_auto_takes_the_released_models_where_they_fit(
     gpu_gb: float, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "gpu_memory_gb", lambda: gpu(gpu_gb))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from qwen_vision_bridge import extractor as extractor_module
-from qwen_vision_bridge.extractor import VisionCacheExtractor
+from qwen_vision_bridge.extractor import ExtractionOptions, VisionCacheExtractor
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.miniature import TARGET_PX, locate
 
@@ -23,7 +23,7 @@ def extractor() -> VisionCacheExtractor:
     return VisionCacheExtractor("miniature", feature_cache=False, device="cpu", keep_models=True)
 
 
-def test_the_seeds_calls_give_the_seeds_shapes(extractor: VisionCacheExtractor) -> None:
+def test_the_documented_calls_give_the_documented_shapes(extractor: VisionCacheExtractor) -> None:
     image = Image.new("RGB", (128, 128), "red")
     qwen3, qwen25 = extractor.extract_qwen3_vision(image, "x"), extractor.extract_qwen25_vision(image, "x")
     for features in (qwen3.early_features, qwen3.mid_features, qwen3.late_features, qwen3.merged_features):
@@ -39,7 +39,7 @@ def test_a_448_px_image_gives_256_tokens_at_the_released_shapes() -> None:
     assert smart_resize(448, 448, px, 56 * 56, 28 * 28 * 16384) == (16 * px, 16 * px)
 
 
-def test_the_levels_are_deepstacks_own_and_merged_is_the_towers_output(
+def test_levels_and_merged_are_the_stock_towers_own(
     extractor: VisionCacheExtractor, photo: Image.Image
 ) -> None:
     """Against the whole model called with the source's own processor."""
@@ -62,7 +62,7 @@ def test_the_levels_are_deepstacks_own_and_merged_is_the_towers_output(
     assert torch.equal(cache.merged_features[0], output.pooler_output[0])
 
 
-def test_the_baseline_is_what_the_pipelines_own_tower_makes(
+def test_the_baseline_is_the_pipelines_own_towers_output(
     extractor: VisionCacheExtractor, pipe: Any, photo: Image.Image
 ) -> None:
     from qwen_vision_bridge.injection import capture_vision
@@ -126,7 +126,7 @@ def test_several_images_are_packed_in_order(extractor: VisionCacheExtractor, pho
         torch.testing.assert_close(part.late_features, alone.late_features, atol=1e-4, rtol=1e-4)
 
 
-def test_the_prompt_changes_language_features_and_not_the_towers(photo: Image.Image) -> None:
+def test_the_prompt_changes_language_features_alone(photo: Image.Image) -> None:
     options = {"feature_cache": False, "device": "cpu"}
     towers = VisionCacheExtractor("miniature", **options)
     first, second = (towers.extract_qwen3_vision(photo, prompt) for prompt in ("a word", "another"))
@@ -139,7 +139,7 @@ def test_the_prompt_changes_language_features_and_not_the_towers(photo: Image.Im
         assert not torch.equal(first.features[name], second.features[name])
 
 
-def test_language_features_are_the_states_after_the_deepstack_adds(photo: Image.Image) -> None:
+def test_language_features_come_after_the_deepstack_adds(photo: Image.Image) -> None:
     """Against the inputs of the next layer, which are what DeepStack left."""
     whole = VisionCacheExtractor(
         "miniature", scope="language", feature_cache=False, device="cpu", keep_models=True
@@ -178,7 +178,7 @@ def test_a_second_extraction_loads_no_model(
         again.extract_qwen3_vision(photo.rotate(180))
 
 
-def test_features_of_an_earlier_version_are_made_anew(
+def test_features_of_an_earlier_version_are_recomputed(
     photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def extract() -> int:
@@ -192,7 +192,7 @@ def test_features_of_an_earlier_version_are_made_anew(
 
 
 @pytest.mark.parametrize("part", ["blocks.2.norm1.weight", "patch_embed.proj.bias"])
-def test_a_tower_with_nan_weights_is_refused_by_their_name(
+def test_a_tower_with_nan_weights_names_the_weight(
     part: str, extractor: VisionCacheExtractor, photo: Image.Image
 ) -> None:
     extractor.warm("qwen3")
@@ -208,7 +208,7 @@ def test_a_tower_with_nan_weights_is_refused_by_their_name(
     extractor.unload()
 
 
-def test_one_model_is_in_memory_at_a_time_unless_asked_otherwise(photo: Image.Image) -> None:
+def test_one_model_is_in_memory_unless_both_are_kept(photo: Image.Image) -> None:
     for keep in (False, True):
         extractor = VisionCacheExtractor("miniature", feature_cache=False, keep_models=keep)
         assert extractor._qwen3_model is None
@@ -220,7 +220,7 @@ def test_one_model_is_in_memory_at_a_time_unless_asked_otherwise(photo: Image.Im
         assert extractor._qwen25_model is None
 
 
-def test_del_of_the_model_keeps_working_and_the_next_call_loads_it_again(photo: Image.Image) -> None:
+def test_del_frees_a_model_and_the_next_call_reloads_it(photo: Image.Image) -> None:
     extractor = VisionCacheExtractor("miniature", feature_cache=False)
     first = extractor.extract_qwen3_vision(photo)
     del extractor._qwen3_model
@@ -229,7 +229,20 @@ def test_del_of_the_model_keeps_working_and_the_next_call_loads_it_again(photo: 
     assert torch.equal(extractor.extract_qwen3_vision(photo).late_features, first.late_features)
 
 
-def test_bad_arguments_are_refused_before_anything_is_loaded(photo: Image.Image) -> None:
+def test_rare_settings_come_as_options_or_keywords() -> None:
+    options = ExtractionOptions(vision_attention="stock", keep_models=True)
+    for extractor in (
+        VisionCacheExtractor("miniature", options=options),
+        VisionCacheExtractor("miniature", vision_attention="stock", keep_models=True),
+    ):
+        assert extractor.options == options
+    with pytest.raises(TypeError):
+        VisionCacheExtractor("miniature", keep_model=True)
+    with pytest.raises(ValueError, match="vision_attention"):
+        ExtractionOptions(vision_attention="fast")  # type: ignore[arg-type]
+
+
+def test_bad_arguments_are_refused_before_loading(photo: Image.Image) -> None:
     with pytest.raises(ValueError, match="scope"):
         VisionCacheExtractor("miniature", scope="all")
     with pytest.raises(ValueError, match="three rising numbers from 1 to 3"):
@@ -243,10 +256,10 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(photo: Image.Image)
             VisionCacheExtractor("miniature", load_in_8bit=True)
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_the_features_come_all_the_same(
+def test_a_full_disk_costs_the_cache_and_not_the_features(
     tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwen_vision_bridge.cache import FeatureCache
+    from qwen_vision_bridge.features import FeatureCache
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -10,15 +11,8 @@ import torch
 from PIL import Image
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
-from qwen_vision_bridge.injection import (
-    SITES,
-    FeaturesNotReadError,
-    capture_vision,
-    inject,
-    mrope_positions,
-    replace_vision,
-)
-from qwen_vision_bridge.patches import condition_grids, image_sizes
+from qwen_vision_bridge.injection import SITES, FeaturesNotReadError, capture_vision, inject, replace_vision
+from qwen_vision_bridge.patches import condition_grids, image_sizes, mrope_positions
 from qwen_vision_bridge.specs import FAMILIES
 
 FAMILY = FAMILIES["miniature"]
@@ -79,11 +73,8 @@ def test_the_sites_are_different_places(
     for site in SITES:
         with inject(pipe, bridge, cache, 1.0, site):
             results.append(encode(pipe, seen_by_tower))
-    assert not torch.equal(results[0], results[1])
-    assert not torch.equal(results[1], results[2])
-    stock = encode(pipe, seen_by_tower)
-    moved = (results[2] - stock).abs().sum(-1)[0] > 0
-    assert moved.sum() == cache.grid[0] * cache.grid[1]  # prompt_embeds: the image tokens and no others
+    results.append(encode(pipe, seen_by_tower))
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(results, 2))
 
 
 def test_the_tower_site_is_the_language_model_fed_with_the_bridges_output(
@@ -197,9 +188,9 @@ def test_token_types_that_are_given_already_are_left_alone(pipe: Any, seen_by_to
 def test_positions_are_announced_once(
     pipe: Any, seen_by_tower: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwen_vision_bridge import injection
+    from qwen_vision_bridge import patches
 
-    injection._announced.clear()
+    patches._announced.clear()
     for _ in range(2):
         with mrope_positions(pipe):
             encode(pipe, seen_by_tower)

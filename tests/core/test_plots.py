@@ -1,4 +1,4 @@
-"""Figures show what they say."""
+"""Panels of the figures, measured by their colours."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LEVELS = ("early", "mid", "late")
 
 def sheet(enhanced: Image.Image, count: int = 1) -> np.ndarray:
     inputs = [Image.new("RGB", (96, 64), "white")] * count
-    made = comparison_sheet(
+    figure = comparison_sheet(
         inputs, Image.new("RGB", (96, 64), "white"), enhanced, "a prompt", 3, 0.5, "caption"
     )
-    return np.asarray(made)
+    return np.asarray(figure)
 
 
-def test_equal_edits_have_a_black_difference_panel_and_others_do_not() -> None:
+def test_only_equal_edits_have_a_black_difference_panel() -> None:
     equal = sheet(Image.new("RGB", (96, 64), "white"))
     other = sheet(Image.new("RGB", (96, 64), (235, 235, 235)))
     right = slice(equal.shape[1] * 4 // 5, equal.shape[1] * 9 // 10)
@@ -38,7 +38,7 @@ def test_images_of_different_sizes_are_refused() -> None:
         sheet(Image.new("RGB", (64, 64)))
 
 
-def test_the_attention_map_colours_the_places_that_draw_on_a_level() -> None:
+def test_the_attention_map_colours_the_right_places() -> None:
     weights = np.zeros((4, 6, 3))
     weights[..., 0] = 1.0
     weights[:2, :3] = (0.0, 0.0, 1.0)  # the top left corner draws on `late`

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vision_bridge.specs import EDITORS, FAMILIES, MODELS, ModelSpec, resolve_family
+from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.specs import EDITORS, FAMILIES, MODELS, ModelSpec
 
 
 def test_the_registry_holds_every_released_size() -> None:
@@ -42,7 +43,7 @@ def test_an_editor_folder_keeps_the_familys_image_sizes(editor_folder: Path) -> 
     assert (editor.repo, editor.vae_area) == (str(editor_folder), 128 * 128)
 
 
-def test_an_editor_of_the_first_release_gets_its_own_pipeline_class(tmp_path: Path) -> None:
+def test_a_first_release_editor_gets_its_own_pipeline_class(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
     assert resolve_family("qwen", editor=tmp_path).editor.pipeline_class == "QwenImageEditPipeline"
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
@@ -81,7 +82,7 @@ def test_an_unregistered_hub_model_is_an_os_error_when_offline() -> None:
         resolve_family("qwen", editor="someone/else")
 
 
-def test_qwen25_vl_configs_of_the_hub_are_flat_and_read_all_the_same() -> None:
+def test_flat_qwen25_vl_configs_of_the_hub_are_read() -> None:
     vision = {
         "depth": 32,
         "hidden_size": 1280,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import example_extraction
-from qwen_vision_bridge import stream
+from qwen_vision_bridge import features, stream
 from qwen_vision_bridge.distributed import Processes
 from qwen_vision_bridge.extractor import VisionCacheExtractor
 from qwen_vision_bridge.loading.memory import GpuMemoryError
@@ -43,7 +44,7 @@ def images(tmp_path: Path, photo: Image.Image) -> Path:
 
 
 @pytest.mark.parametrize("role", ["qwen3", "qwen25"])
-def test_the_features_are_those_of_each_image_alone(
+def test_folder_features_equal_each_image_alone(
     role: Any, extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
     done = extract_folder(extractor, images, tmp_path / "out", role, shard_images=3, batch_tokens=150)
@@ -56,8 +57,8 @@ def test_the_features_are_those_of_each_image_alone(
     for name in found.names:
         alone = extract(images / name)
         assert found[name].grid == alone.grid
-        for key, features in found[name].features.items():
-            torch.testing.assert_close(features, alone.features[key], atol=1e-4, rtol=1e-4)
+        for key, rows in found[name].features.items():
+            torch.testing.assert_close(rows, alone.features[key], atol=1e-4, rtol=1e-4)
 
 
 def test_images_of_one_grid_share_a_batch(
@@ -75,11 +76,11 @@ def test_images_of_one_grid_share_a_batch(
     assert max(map(len, batches)) >= 3
 
 
-def test_a_run_that_was_stopped_goes_on_and_makes_nothing_twice(
+def test_a_stopped_run_resumes_without_repeating_a_shard(
     extractor: VisionCacheExtractor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = extract_folder(extractor, images, tmp_path / "whole", shard_images=2)
-    stock, calls = stream.atomic_save, []
+    stock, calls = features.write_shard, []
 
     def stops(*arguments: Any) -> None:
         calls.append(1)
@@ -88,10 +89,10 @@ def test_a_run_that_was_stopped_goes_on_and_makes_nothing_twice(
         stock(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "atomic_save", stops)
+        patch.setattr(features, "write_shard", stops)
         with pytest.raises(KeyboardInterrupt):
             extract_folder(extractor, images, tmp_path / "parts", shard_images=2)
-    with pytest.raises(FileNotFoundError, match="run the extraction to its end"):
+    with pytest.raises(FileNotFoundError, match="complete index"):
         FeatureFolder(tmp_path / "parts")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}
     assert kept
@@ -102,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on_and_makes_nothing_twice(
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_a_changed_image_and_a_damaged_shard_are_made_anew(
+def test_a_changed_image_and_a_damaged_shard_are_redone(
     extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -117,11 +118,11 @@ def test_a_changed_image_and_a_damaged_shard_are_made_anew(
     assert extract_folder(extractor, images, out, shard_images=2).done == 0
 
 
-def test_other_models_features_are_not_mixed_in(
+def test_features_of_other_models_are_not_mixed(
     extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
     extract_folder(extractor, images, tmp_path / "out")
-    with pytest.raises(ValueError, match="holds features of other models or settings"):
+    with pytest.raises(ValueError, match="model"):
         extract_folder(extractor, images, tmp_path / "out", "qwen25")
 
 
@@ -132,9 +133,7 @@ def used(extractor: VisionCacheExtractor, images: Path, tmp_path: Path) -> Path:
     return tmp_path / "used"
 
 
-def test_files_that_no_run_wrote_stay_as_they_are(
-    extractor: VisionCacheExtractor, images: Path, tmp_path: Path
-) -> None:
+def test_files_that_no_run_wrote_stay(extractor: VisionCacheExtractor, images: Path, tmp_path: Path) -> None:
     """Beside the shards they are left alone; where a shard would go they are refused before a model loads."""
     out = tmp_path / "out"
     out.mkdir()
@@ -169,12 +168,12 @@ def test_another_folders_features_are_not_overwritten(
     other.mkdir()
     Image.new("RGB", (64, 64), "red").save(other / "0.png")
     before = contents(used)
-    with pytest.raises(ValueError, match=r"of the images in .*images: give another"):
+    with pytest.raises(ValueError, match=re.escape(str(images))):
         extract_folder(cold(), other, used, shard_images=2)
     (tmp_path / "out").mkdir()
     used.rename(tmp_path / "out" / "target")
     monkeypatch.setattr(stream, "extract_folder", lambda *_: pytest.fail("the first one was begun"))
-    with pytest.raises(ValueError, match="give another --output"):  # the second encoder's, before the first
+    with pytest.raises(ValueError, match="target"):  # the second encoder's, before the first
         example_extraction.main(
             [
                 "--models",
@@ -190,9 +189,7 @@ def test_another_folders_features_are_not_overwritten(
     assert contents(tmp_path / "out" / "target") == before
 
 
-@pytest.mark.parametrize(
-    "content", ['{"format": "qwen-vision-bridge/feature-folder/1"}', '{"mine": 1}', "no"]
-)
+@pytest.mark.parametrize("content", ['{"format": "qwen-vision-bridge/features/0"}', '{"mine": 1}', "no"])
 def test_an_index_of_another_kind_or_version_is_refused(content: str, images: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "index.json").write_text(content)
@@ -203,7 +200,7 @@ def test_an_index_of_another_kind_or_version_is_refused(content: str, images: Pa
     assert contents(tmp_path / "out") == {"index.json": content.encode()}
 
 
-def test_an_index_names_shards_and_nothing_else(used: Path, images: Path, tmp_path: Path) -> None:
+def test_a_tampered_index_removes_nothing(used: Path, images: Path, tmp_path: Path) -> None:
     """What an index that was tampered with names is not removed."""
     index = json.loads((used / "index.json").read_text())
     (tmp_path / "precious").write_text("mine")
@@ -214,7 +211,7 @@ def test_an_index_names_shards_and_nothing_else(used: Path, images: Path, tmp_pa
 
 
 @pytest.mark.parametrize("kept", range(0, 12, 2))
-def test_a_run_killed_after_any_file_goes_on(
+def test_a_run_killed_after_any_file_resumes(
     kept: int,
     extractor: VisionCacheExtractor,
     images: Path,
@@ -242,8 +239,8 @@ def test_a_run_killed_after_any_file_goes_on(
         return counted
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "atomic_save", until_killed(stream.atomic_save))
-        patch.setattr(stream, "write_index", until_killed(stream.write_index))
+        patch.setattr(features, "write_shard", until_killed(features.write_shard))
+        patch.setattr(features, "write_json", until_killed(features.write_json))
         patch.setattr(Path, "unlink", until_killed(Path.unlink))
         with suppress(Killed):
             extract_folder(extractor, images, used, shard_images=2)
@@ -268,7 +265,7 @@ def test_added_and_removed_images_are_followed(
     assert len(list(used.glob("*.safetensors"))) == 1
 
 
-def test_no_more_than_the_depth_is_read_ahead() -> None:
+def test_read_ahead_is_limited_to_its_depth() -> None:
     taken, most = 0, 0
     begun = []
     with ThreadPoolExecutor(4) as pool:
@@ -280,7 +277,7 @@ def test_no_more_than_the_depth_is_read_ahead() -> None:
     assert most <= 5
 
 
-def test_a_batch_too_large_for_the_gpu_is_halved_and_said(
+def test_a_batch_too_large_for_the_gpu_is_halved(
     extractor: VisionCacheExtractor,
     images: Path,
     tmp_path: Path,
@@ -320,7 +317,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_two_processes_write_what_one_writes(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second runs while the first waits for it; test_processes.py starts real ones."""
+    """The second runs while the first waits for it; test_distributed.py starts real ones."""
 
     class Rank(Processes):
         def __init__(self, index: int) -> None:
@@ -356,7 +353,7 @@ def test_two_processes_write_what_one_writes(
     assert one == two
 
 
-def test_the_command_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_the_command_refuses_a_folder_without_images(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder of images"):
         example_extraction.main(["--models", "miniature", "--folder", str(tmp_path / "absent")])
     with pytest.raises(FileNotFoundError, match="holds no image"):
@@ -381,12 +378,12 @@ def test_compiled_blocks_compute_the_same() -> None:
     torch.testing.assert_close(compiled.pooler_output, plain.pooler_output)
 
 
-def test_the_index_says_what_the_features_were_made_from(
+def test_the_index_records_models_and_skipped_files(
     extractor: VisionCacheExtractor, images: Path, tmp_path: Path
 ) -> None:
     extract_folder(extractor, images, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["fingerprint"]["model"] == "miniature-source"
     assert index["fingerprint"]["target_grid"] == "miniature-target"
-    assert index["features"] == ["early", "mid", "late"]
+    assert list(FeatureFolder(tmp_path / "out")["0.png"].features) == ["early", "late", "mid"]
     assert set(index["skipped"]) == {"cut.png"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as plus
@@ -102,7 +103,9 @@ def test_bridges_made_while_a_model_loads_hold_weights() -> None:
 def test_batched_edits_in_threads_are_those_of_one(editor: Any, images: list[Image.Image]) -> None:
     def edit(number: int) -> list[bytes]:
         prepared = [
-            editor.prepare(images[number % 3], PROMPT, seed, bridge=editor.bridge, **SHORT)
+            editor.prepare(
+                replace(editor.check_edit(images[number % 3], PROMPT, seed, **SHORT), bridge=editor.bridge)
+            )
             for seed in range(2)
         ]
         return [image.tobytes() for image in editor.denoise(prepared)]
@@ -146,9 +149,11 @@ def test_200_edits_with_errors_leave_the_process_stock(editor: Any, images: list
         seed, options = number % 3, dict(SHORT)
         if number % 5:
             return editor.generate(images[seed], PROMPT, seed=seed, **options).tobytes()
-        options |= {"callback_on_step_end": fail} if number % 10 else {"source": fail}
+        if number % 10:
+            options["callback_on_step_end"] = fail
+        edit = replace(editor.check_edit(images[seed], PROMPT, seed, **options), bridge=editor.bridge)
         with pytest.raises(ZeroDivisionError):
-            editor.edit(images[seed], PROMPT, seed, bridge=editor.bridge, **options)
+            editor.edit(edit if number % 10 else replace(edit, source=fail))
         return None
 
     alone = [edit(number) for number in (6, 1, 2)]

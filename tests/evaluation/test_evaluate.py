@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vision_bridge.edit import Edit, EditResult
 from qwen_vision_bridge.evaluation.arms import Arm, default_arms, find_partners, parse_arm, target_levels
 from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.evaluation.report.tables import as_table, write_results
@@ -116,10 +117,10 @@ def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
     good, bad = make_cases("detail", 2, seed=0)
     edit = editor.edit
 
-    def fail(images: Any, prompt: str, *rest: Any, **options: Any) -> Any:
-        if prompt == bad.prompt:
+    def fail(request: Edit) -> EditResult:
+        if request.prompt == bad.prompt:
             raise ValueError("no such edit")
-        return edit(images, prompt, *rest, **options)
+        return edit(request)
 
     monkeypatch.setattr(editor, "edit", fail)
     found = evaluate(editor, [good, bad], tmp_path, perception=False, num_inference_steps=3)
@@ -132,17 +133,17 @@ def test_one_bad_case_is_an_error_in_the_results_and_the_others_go_on(
 def test_an_edit_sees_every_image_of_its_prompt_and_one_seed_in_all_arms(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Any] = []
+    seen: list[tuple[list[Image.Image], int]] = []
 
-    def edit(images: Any, _prompt: str, seed: int, **_: Any) -> Any:
-        seen.append((images, seed))
-        return case.image, None
+    def edit(request: Edit) -> EditResult:
+        seen.append((request.images, request.seed))
+        return EditResult(case.image, None)
 
     monkeypatch.setattr(editor, "edit", edit)
     case = make_cases("consistency", 1, kinds=("same_colour",))[0]
     arms = default_arms(editor.bridge, "random")[:2]
     evaluate(editor, [case], tmp_path, arms, perception=False)
-    assert [images for images, _ in seen] == [case.images] * 2
+    assert [images for images, _ in seen] == [list(case.images)] * 2
     assert len({seed for _, seed in seen}) == 1
     turned = replace(case, references=(case.references[0].rotate(90),))
     evaluate(editor, [turned], tmp_path, arms, perception=False)
@@ -168,7 +169,7 @@ def test_baselines_are_reused_until_the_pipeline_changes(
     edits: list[str] = []
     stock = type(editor).edit
     monkeypatch.setattr(
-        type(editor), "edit", lambda self, *a, **k: (edits.append(a[1]), stock(self, *a, **k))[1]
+        type(editor), "edit", lambda self, edit: (edits.append(edit.prompt), stock(self, edit))[1]
     )
     cases = make_cases("detail", 1, seed=6)
     weight = next(editor.pipe.transformer.parameters())
@@ -180,7 +181,7 @@ def test_baselines_are_reused_until_the_pipeline_changes(
         assert len(edits) == expected, name
 
 
-def test_a_image_shown_at_another_size_has_another_key(editor: Any, tmp_path: Path) -> None:
+def test_an_image_shown_at_another_size_has_another_key(editor: Any, tmp_path: Path) -> None:
     (case,) = make_cases("detail", 1, seed=6)
     keys = set()
     family = editor.family

@@ -83,7 +83,7 @@ def test_boxes_are_read_line_by_line_from_left_to_right() -> None:
     assert metrics.read_text(image) == "RIVER STONE MUSIC LEMON"
 
 
-def test_a_image_without_words_reads_empty_though_it_has_shapes() -> None:
+def test_an_image_without_words_reads_empty_though_it_has_shapes() -> None:
     images = [case.image for case in world.make_cases("space", 6, seed=2)]
     assert [metrics.read_text(image) for image in images] == [""] * 6
 
@@ -213,7 +213,7 @@ def test_a_mask_that_does_not_fit_is_refused(texture: np.ndarray, left_half: np.
         metrics.colour_error(texture, np.zeros_like(left_half), (0, 0, 0))
 
 
-def test_a_image_that_is_none_is_refused(texture: np.ndarray, left_half: np.ndarray) -> None:
+def test_an_image_that_is_none_is_refused(texture: np.ndarray, left_half: np.ndarray) -> None:
     with pytest.raises(ValueError, match="float32"):
         metrics.read_text(texture.astype(np.float32))
     with pytest.raises(ValueError, match=r"\(96, 96\)"):

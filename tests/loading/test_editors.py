@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from qwen_vision_bridge.loading.editors import load_models, load_pipeline
-from qwen_vision_bridge.loading.quantisation import quantisation_config
+from qwen_vision_bridge.loading.editors import load_models, load_pipeline, quantisation_config
+from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.loading.memory import MEMORY_MODES
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import resolve_family
 
 Tensors = dict[str, torch.Tensor]
 PARTS = ("text_encoder", "transformer", "vae")
@@ -159,8 +159,6 @@ def test_a_stock_editor_is_loaded_without_a_report(
     editor_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     editor = resolve_family("miniature", editor=editor_folder).editor
-    from qwen_vision_bridge.loading.editors import MEMORY_MODES
-
     pipe = load_pipeline(editor, MEMORY_MODES[0], torch.device("cpu"), torch.float32)
     assert {part: next(getattr(pipe, part).parameters()).dtype for part in PARTS} == dict.fromkeys(
         PARTS, torch.float32

@@ -106,14 +106,14 @@ def odd_tower() -> nn.Module:
     return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
 
 
-def test_every_kind_of_layer_of_the_targets_tower_is_fused_and_gives_the_same(seen: list[str]) -> None:
+def test_every_kind_of_layer_of_the_target_is_fused_and_equal(seen: list[str]) -> None:
     check_fused(odd_tower(), [[1, 4, 4], [1, 10, 18]])
     counts = {name: seen.count(name) for name in CALLS}
     assert counts == {"fused_attention": 2, "padded_feed_forward": 2, "fused_norm": 2 * 2 + 1}
 
 
 @pytest.mark.parametrize("offload", ["group", "sequential"])
-def test_layers_that_are_moved_to_the_gpu_one_by_one_keep_their_hooks(offload: str, seen: list[str]) -> None:
+def test_offloaded_layers_keep_their_hooks(offload: str, seen: list[str]) -> None:
     """As the pipeline's offloading modes place them; a CPU stands for the GPU here."""
     tower, cpu = odd_tower(), torch.device("cpu")
     pixels, grids = torch.randn(16, 3 * 2 * 14 * 14), torch.tensor([[1, 4, 4]])

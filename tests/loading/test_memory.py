@@ -14,14 +14,25 @@ from PIL import Image
 
 import check_environment
 from qwen_vision_bridge import pipeline as pipeline_module
-from qwen_vision_bridge.loading.editors import MEMORY_MODES, PREFERENCE, find_mode, free_gpu_gb
-from qwen_vision_bridge.loading.memory import GpuMemoryError, freed_after_out_of_memory, is_out_of_memory
-from qwen_vision_bridge.loading.placement import CARDS_GB, MemoryPlan, card_gb, plan_for
+from qwen_vision_bridge.loading.memory import (
+    CARDS_GB,
+    MEMORY_MODES,
+    GpuMemoryError,
+    MemoryPlan,
+    device_name,
+    find_mode,
+    free_gpu_gb,
+    is_out_of_memory,
+    out_of_memory_as,
+    plan_for,
+    smaller_mode_suggested,
+    total_gpu_gb,
+)
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
-SHORT = {"prompt": "make it blue", "num_inference_steps": 2}
+SHORT = {"prompt": "make it blue", "num_inference_steps": 2, "true_cfg_scale": 1.0}
 STAGES: dict[str, Callable[[Any], tuple[Any, str]]] = {
     "source tower": lambda editor: (editor.extractor, "_run_source"),
     "target tower": lambda editor: (editor.pipe.text_encoder.model.visual, "forward"),
@@ -33,12 +44,18 @@ STAGES: dict[str, Callable[[Any], tuple[Any, str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected(shared_pipe: Any, photo: Image.Image) -> np.ndarray:
+    """The edit of an editor that never ran out of memory."""
+    editor = EnhancedQwenImageEdit("miniature", "random", pipe=shared_pipe, feature_cache=False)
+    return np.asarray(editor.generate(photo, **SHORT))
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_out_of_memory_in_any_stage_is_one_line_and_the_next_edit_works(
-    stage: str, pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+def test_out_of_memory_is_one_line_and_the_next_edit_works(
+    stage: str, pipe: Any, photo: Image.Image, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, feature_cache=False)
-    before = np.asarray(editor.generate(photo, **SHORT))
     held: list[Any] = []
 
     def exhausted(*_: Any, **__: Any) -> None:
@@ -51,16 +68,16 @@ def test_out_of_memory_in_any_stage_is_one_line_and_the_next_edit_works(
         patch.setattr(owner, name, exhausted)
         with pytest.raises(GpuMemoryError) as caught:
             editor.generate(photo, **SHORT)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert "this needs less: 8-bit (load_in_8bit=True)" in said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "8-bit (load_in_8bit=True)" in message
     assert held
     gc.collect()
     assert held[0]() is None  # although the error is still here
-    assert np.array_equal(np.asarray(editor.generate(photo, **SHORT)), before)
+    assert np.array_equal(np.asarray(editor.generate(photo, **SHORT)), expected)
 
 
-def test_out_of_memory_while_loading_is_one_line_and_loading_again_works(
+def test_out_of_memory_while_loading_leaves_loading_possible(
     pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = EnhancedQwenImageEdit("miniature", "fresh", feature_cache=False)
@@ -96,7 +113,7 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
-    with pytest.raises(RuntimeError, match="planted"), freed_after_out_of_memory(lambda: "never"):
+    with pytest.raises(RuntimeError, match="planted"), out_of_memory_as(lambda: "never"):
         raise RuntimeError("planted")
 
 
@@ -107,16 +124,23 @@ def test_a_cap_on_the_processs_memory_counts(monkeypatch: pytest.MonkeyPatch) ->
     for fraction, free, card in ((1.0, 60, 80), (0.3, 19, 24)):
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, f=fraction: f)
         device = torch.device("cuda")
-        assert (free_gpu_gb(device), card_gb(device)) == pytest.approx((free, card))
-    assert (free_gpu_gb(torch.device("cpu")), card_gb(torch.device("cpu"))) == (None, 0)
+        assert (free_gpu_gb(device), total_gpu_gb(device)) == pytest.approx((free, card))
+    assert (free_gpu_gb(torch.device("cpu")), total_gpu_gb(torch.device("cpu"))) == (None, 0)
+
+
+def test_a_device_is_named_by_its_card_or_by_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H100 on {device}")
+    assert device_name("cuda:1") == "NVIDIA H100 on cuda:1"
+    for count, name in ((1, "CPU, 1 thread"), (2, "CPU, 2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert device_name(torch.device("cpu")) == name
+        assert device_name("cpu", threads=False) == "CPU"
 
 
 def test_the_smallest_mode_says_that_there_is_no_smaller_one() -> None:
-    from qwen_vision_bridge.loading.editors import out_of_memory_named
-
-    smallest = min(MEMORY_MODES, key=lambda mode: mode.gpu_gb(QWEN.editor))
+    smallest = min(MEMORY_MODES, key=lambda mode: mode.peak_gb(QWEN.editor))
     with pytest.raises(GpuMemoryError, match="the smallest there is"):  # noqa: SIM117
-        with out_of_memory_named(smallest, QWEN.editor):
+        with smaller_mode_suggested(smallest, QWEN.editor):
             raise torch.OutOfMemoryError("x")
 
 
@@ -135,7 +159,7 @@ def test_every_card_has_a_plan_whose_need_fits(card: int, mode: str) -> None:
     plan = plan_for(QWEN, card, ram_gb=64)
     assert plan is not None
     assert plan.mode.name == mode
-    assert plan.need_gb <= card
+    assert plan.peak_gb <= card
     assert plan.keeps_source == (card >= 48)
     text = "\n".join(plan.lines())
     for part in ("source tower", "text encoder", "transformer", "working space", f"for {card} GB", mode):
@@ -148,20 +172,23 @@ def test_without_memory_there_is_no_plan() -> None:
     assert plan_for(QWEN, 12, ram_gb=8) is None  # what is offloaded has to lie somewhere
 
 
-def test_every_mode_has_a_place_in_the_preference_and_is_found() -> None:
-    assert sorted(PREFERENCE) == sorted(mode.name for mode in MEMORY_MODES)
+def test_every_mode_has_a_name_of_its_own_and_is_found() -> None:
+    assert len({mode.name for mode in MEMORY_MODES}) == len(MEMORY_MODES)
     for mode in MEMORY_MODES:
         assert find_mode(mode.bits == 8, mode.bits == 4, mode.offload) is mode
 
 
-def test_the_plan_keeps_the_source_only_where_nothing_is_offloaded() -> None:
+def test_the_source_stays_only_where_nothing_is_offloaded() -> None:
     for mode in MEMORY_MODES:
         roomy = MemoryPlan(mode, QWEN, 200.0)
         assert roomy.keeps_source == (mode.offload is None)
-        assert not MemoryPlan(mode, QWEN, mode.gpu_gb(QWEN.editor) + 0.5).keeps_source
+        assert not MemoryPlan(mode, QWEN, mode.peak_gb(QWEN.editor) + 0.5).keeps_source
 
 
-def test_check_environment_plans_for_a_card_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_environment_plans_for_a_card_that_is_not_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_vision_bridge.environment._ram_gb", lambda: 64.0)
     assert check_environment.main(["--gpu-memory", "24"]) == 0
     printed = capsys.readouterr().out
     assert "Memory plan for 24 GB: 4-bit + model offload" in printed

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwen_vision_bridge.loading.quantisation import ENCODER_KEPT, quantise_to_4_bit
+from qwen_vision_bridge.loading.editors import quantise_to_4_bit
+from qwen_vision_bridge.loading.towers import KEPT_IN_16_BITS
 
 
-def test_layers_are_replaced_but_for_those_to_skip_and_stay_close() -> None:
+def test_layers_outside_skip_are_replaced_and_stay_close() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Sequential(nn.Linear(256, 128, bias=False)))
     inputs = torch.randn(16, 128)
@@ -46,9 +47,7 @@ def test_group_offloading_leaves_4_bit_weights_as_they_are(level: str) -> None:
         assert torch.equal(model(inputs), expected)
 
 
-def test_an_edit_in_4_bits_with_group_offload_runs_and_strength_zero_is_its_stock_image(
-    editor_folder: Path, photo: Image.Image
-) -> None:
+def test_strength_zero_is_stock_in_4_bits_with_group_offload(editor_folder: Path, photo: Image.Image) -> None:
     """Onto the same CPU: every step of the mode but the bus."""
     from diffusers import QwenImageEditPlusPipeline
 
@@ -57,7 +56,7 @@ def test_an_edit_in_4_bits_with_group_offload_runs_and_strength_zero_is_its_stoc
     pipe: Any = QwenImageEditPlusPipeline.from_pretrained(editor_folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert quantise_to_4_bit(pipe.transformer, "cpu", torch.float32) > 0
-    assert quantise_to_4_bit(pipe.text_encoder, "cpu", torch.float32, ENCODER_KEPT) > 0
+    assert quantise_to_4_bit(pipe.text_encoder, "cpu", torch.float32, KEPT_IN_16_BITS) > 0
     assert type(pipe.text_encoder.model.visual.blocks[0].attn.qkv) is nn.Linear
     pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, dtype=torch.float32, feature_cache=False)

@@ -62,7 +62,7 @@ def test_batched_attention_equals_the_loop_within_rounding(
         assert torch.equal(first, second)
 
 
-def test_the_whole_sequence_is_handed_over_and_not_one_window_at_a_time(
+def test_attention_gets_the_whole_sequence_at_once(
     towers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tower, calls = towers["target"], []
@@ -80,8 +80,8 @@ def test_the_whole_sequence_is_handed_over_and_not_one_window_at_a_time(
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [2, 5, 2, 1, 5], [1, 1, 4, 4], [2, 0, 3]], ids=str)
-def test_stretches_do_not_see_each_other(lengths: list[int]) -> None:
-    """Against attention called by hand on every stretch."""
+def test_segments_do_not_see_each_other(lengths: list[int]) -> None:
+    """Against attention called by hand on every segment."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, sum(lengths), 8, generator=generator) for _ in range(3))
     edges = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -93,7 +93,7 @@ def test_stretches_do_not_see_each_other(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [2, 5, 2, 1, 5]], ids=str)
-def test_on_a_gpu_stretches_of_several_lengths_go_through_one_kernel(
+def test_segments_of_several_lengths_take_one_kernel_on_a_gpu(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's kernel is asked as its reference says; what it gives is handed on."""
@@ -188,8 +188,7 @@ def test_strength_zero_is_the_pipeline_with_the_same_attention(
     mode: str, pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipeline called by hand, and both arms of the toolkit, use one and the same attention."""
-    from qwen_vision_bridge.injection import batched_vision, mrope_positions
-    from qwen_vision_bridge.patches import image_sizes
+    from qwen_vision_bridge.patches import batched_vision, image_sizes, mrope_positions
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
     used = []

@@ -110,11 +110,11 @@ def test_a_design_comes_behind_what_it_starts_from() -> None:
 def test_a_shuffled_edit_without_a_partner_says_what_to_change() -> None:
     from types import SimpleNamespace
 
-    from recipes.experiment.editing import _call
+    from recipes.experiment.editing import _request
 
     arm, case = SimpleNamespace(features="shuffled", bridge=object()), SimpleNamespace(case_id="unpaired")
     with pytest.raises(ValueError, match="unpaired: no other image of its part has its grid; take fewer"):
-        _call(SimpleNamespace(arms=[arm], partners={"unpaired": None}), None, case)
+        _request(SimpleNamespace(arms=[arm], partners={"unpaired": None}), case)
 
 
 class Bench:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import benchmark
+from benchmarks import calibration as bench_calibration
 from benchmarks import devices as bench_devices
 from benchmarks import edits as bench_edits
 from benchmarks import parts as bench_parts
@@ -27,9 +28,10 @@ from benchmarks.random_checkpoints import (
 )
 from benchmarks.runner import Bench, Settings, meets, table
 from benchmarks.timing import Measured, Stages, in_turn, peak_memory, summarise
+from qwen_vision_bridge.loading.families import resolve_family
 from qwen_vision_bridge.loading.towers import load_tower
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import MODELS, resolve_family
+from qwen_vision_bridge.specs import MODELS
 
 CPU = torch.device("cpu")
 COLUMNS = {"name", "value", "unit", "bar", "spread", "n", "device", "command", "date"}
@@ -46,7 +48,7 @@ def test_median_and_spread() -> None:
         summarise([])
 
 
-def test_calls_are_measured_in_turn_after_a_warm_up_and_stop_when_time_is_short() -> None:
+def test_calls_are_measured_in_turn_and_stop_when_time_is_short() -> None:
     order: list[str] = []
     calls = {name: (lambda n=name: order.append(n)) for name in "ab"}
     found = in_turn(calls, CPU, repeats=3, warmup=1)
@@ -55,7 +57,7 @@ def test_calls_are_measured_in_turn_after_a_warm_up_and_stop_when_time_is_short(
     assert all(len(values) == 1 for values in in_turn(calls, CPU, 5, 0, lambda took: took >= 0).values())
 
 
-def test_every_stage_of_both_arms_is_seen_and_nothing_is_left_behind(pipe: Any, photo: Image.Image) -> None:
+def test_every_stage_of_both_arms_is_measured_without_traces(pipe: Any, photo: Image.Image) -> None:
     editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, feature_cache=False)
     counts = {}
     for arm, options in bench_edits.ARMS.items():
@@ -101,7 +103,7 @@ def test_without_cuda_there_is_no_peak() -> None:
     assert math.isnan(peak[0])
 
 
-def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
+def test_edits_are_measured_and_strength_zero_has_stock_bits(
     tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwen_vision_bridge.pipeline.load_pipeline", lambda *_: pipe)
@@ -109,6 +111,7 @@ def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
     made = bench(tmp_path, side=64, steps=2, repeats=2)
     bench_edits.edits(made)
     bench_edits.memory_mode(made, 24)
+    bench_edits.miniature_modes(made)
     found = {row["name"]: row for row in made.rows}
     where = "whole edit at 64², 2 steps with guidance"
     assert found[f"{where}, enhanced ÷ baseline"]["n"] == 2
@@ -117,6 +120,7 @@ def test_edits_are_measured_in_both_arms_and_strength_zero_has_the_stock_bits(
         assert sum(name.startswith("stage, ") and name.endswith(arm) for name in found) == stages
     assert found["plain: strength 0 has the stock image's bits"]["value"] == 1
     assert found["plain: a random bridge changes the image"]["value"] == 1
+    assert found["miniature, plain: strength 0 has the stock image's bits"]["value"] == 1
     assert found["24 GB mode (plain): an enhanced edit completes inside the cap"]["value"] == 1
     assert not any("GPU memory" in name for name in found)  # which a CPU has none of
 
@@ -154,7 +158,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def test_a_part_that_fails_is_told_and_the_next_run_goes_on_with_it(
+def test_a_failed_part_is_listed_and_repeated_by_the_next_run(
     tmp_path: Path, parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--output", str(tmp_path), "--device", "cpu"]
@@ -174,7 +178,7 @@ def test_no_part_is_begun_that_the_time_does_not_do_for(
 ) -> None:
     benchmark.main(["--output", str(tmp_path), "--device", "cpu", "--family", "qwen", "--minutes", "1"])
     assert not parts
-    assert "not begun for lack of time, run again: first, second, third" in capsys.readouterr().out
+    assert "skipped for lack of time, run again: first, second, third" in capsys.readouterr().out
 
 
 def test_a_part_in_a_process_of_its_own_gets_the_same_settings() -> None:
@@ -211,13 +215,14 @@ def test_files_below_the_folder_that_are_not_its_own_stay(
 
 
 def test_every_number_that_has_to_be_shown_has_a_part() -> None:
-    needed = ("extraction", "source-tower", "target-tower", "bridge", "seed-numbers", "edits", "devices")
+    needed = ("extraction", "source-tower", "target-tower", "bridge", "expected-output", "edits", "devices")
     assert set(needed) <= set(bench_parts.PARTS)
     assert [name for name, part in bench_parts.PARTS.items() if part.alone] == [
         "mode-16",
         "mode-24",
         "mode-12",
         "mode-48",
+        "calibration",
     ]
 
 
@@ -236,7 +241,7 @@ def test_random_checkpoints_have_the_released_sizes() -> None:
     assert set(CONFIGS) <= set(MODELS)
 
 
-def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
+def test_a_random_checkpoint_is_sharded_and_its_tower_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.random_checkpoints.SHARD_BYTES", 8_000_000)
@@ -260,6 +265,14 @@ def test_a_random_checkpoint_is_sharded_as_on_the_hub_and_its_tower_loads(
     assert load_tower(resolve_family("qwen", source=tmp_path).source).total_bytes < tower.total_bytes
 
 
+def test_calibration_is_timed_with_its_memory(tmp_path: Path) -> None:
+    made = bench(tmp_path)
+    bench_calibration.calibration(made)
+    seconds, peak, before = (row["value"] for row in made.rows)
+    assert seconds > 0
+    assert peak >= before > 0.01
+
+
 def test_the_figure_shows_both_arms(tmp_path: Path) -> None:
     from benchmarks.figure import stage_figure
 
@@ -272,4 +285,5 @@ def test_the_figure_shows_both_arms(tmp_path: Path) -> None:
     ]
     with_memory, without = stage_figure(rows, "a device"), stage_figure(rows[::2], "a device")
     assert with_memory.width > without.width
-    assert len(with_memory.getcolors(100_000)) > 10
+    slower = [{**row, "value": 6.0} if "enhanced" in row["name"] else row for row in rows]
+    assert stage_figure(slower, "a device").tobytes() != with_memory.tobytes()

@@ -100,7 +100,7 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(
 
 def test_the_target_tower_listens_to_the_image_and_the_dit_to_the_prompt(pipe: Any, photo: Any) -> None:
     """Models this small go unsupported at transformers' own initialisation; see `randomise`."""
-    from qwen_vision_bridge.injection import mrope_positions
+    from qwen_vision_bridge.patches import mrope_positions
 
     with torch.no_grad(), mrope_positions(pipe):
         one, _ = pipe.encode_prompt("make it red", image=[photo])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_vision_bridge.loading.processors import load_processor
+from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.data import WorldSamples

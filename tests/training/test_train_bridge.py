@@ -59,7 +59,7 @@ def test_the_script_trains_calibrates_and_continues(tmp_path: Path) -> None:
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
     assert second.state_dict()["ups.0.weight"].abs().sum() > 0
-    packs = list((tmp_path / "packs").glob("*/pack.json"))
+    packs = list((tmp_path / "packs").glob("*/index.json"))
     assert len(packs) == 2  # the second run found the features of the first
     train_bridge.main([*SMALL, *places, str(tmp_path / "three"), "--method", "perceive+edit"])
     about = json.loads((tmp_path / "three" / "training.json").read_text())

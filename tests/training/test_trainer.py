@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
-from qwen_vision_bridge.loading.processors import load_processor
+from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
 from qwen_vision_bridge.training import checkpointing as checkpointing
 from qwen_vision_bridge.training.config import TrainingSettings

@@ -15,8 +15,8 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from .io import digest_of
-from .loading.locks import exclusive
+from ..io import digest_of
+from .locks import exclusive
 
 SAMPLES = 4096  # values of a tensor that enter with their positions
 LIBRARIES = ("accelerate", "diffusers", "transformers")  # whose hooks observe and offload

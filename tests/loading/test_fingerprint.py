@@ -17,8 +17,9 @@ from PIL import Image
 from torch import nn
 
 from qwen_vision_bridge import EnhancedQwenImageEdit
-from qwen_vision_bridge.fingerprint import changed_parts, loaded_state, weights_digest
 from qwen_vision_bridge.io import digest_of
+from qwen_vision_bridge.loading.fingerprint import changed_parts, loaded_state, weights_digest
+from qwen_vision_bridge.loading.memory import MEMORY_MODES, MemoryMode
 
 LORA = {"r": 2, "lora_alpha": 2, "init_lora_weights": False}
 PROMPT, SHORT = (
@@ -186,3 +187,23 @@ def test_a_bridge_with_another_clamp_has_another_digest() -> None:
     changes = ({}, {"clamp": 2.0}, {"heads": 4}, {"levels": ("late", "mid", "early")})
     bridges = [VisionBridge(BridgeConfig(**(shapes | change))) for change in changes]
     assert len({bridge_digest(bridge) for bridge in bridges}) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", MEMORY_MODES, ids=lambda mode: mode.name)
+def test_a_memory_mode_loads_strictly_and_keeps_its_key(mode: MemoryMode, photo: Image.Image) -> None:
+    """Offloading and quantisation change nothing that the key covers; a changed weight does."""
+    arguments = {"load_in_8bit": mode.bits == 8, "load_in_4bit": mode.bits == 4, "offload": mode.offload}
+    editor = EnhancedQwenImageEdit("miniature", "random", device="cuda", **arguments)
+    _ = editor.pipe
+    before = editor.fingerprint(True)
+    assert before["changes"] == {}
+    baseline = editor.generate(photo, PROMPT, use_qwen3_vision=False, **SHORT)
+    assert editor.generate(photo, PROMPT, strength=0.0, **SHORT).tobytes() == baseline.tobytes()
+    assert editor.generate(photo, PROMPT, **SHORT).tobytes() != baseline.tobytes()
+    assert editor.fingerprint(True) == before
+    weight = next(weight for weight in editor.pipe.transformer.parameters() if weight.ndim == 2)
+    if not weight.is_meta:  # under sequential offloading the weights lie in accelerate's hooks
+        weight.data[0, 0] += 1
+        assert set(editor.fingerprint(True)["changes"]) == {"transformer"}
