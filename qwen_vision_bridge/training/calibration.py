@@ -81,7 +81,7 @@ def calibrate(
     """
     if config.rank is None:
         raise ValueError("calibration gives a bridge of low rank: give the config a rank")
-    moments = Moments(compute_bases(config, stream(), components))
+    moments = Moments(basis_chunks(config, stream()), components)
     for number, chunk in enumerate(stream()):
         moments.add(chunk, number % FOLDS)
     if not all(moments.counts):
@@ -124,49 +124,48 @@ class Basis:
         return (features / self.scale) @ self.directions
 
 
-@dataclass(frozen=True)
-class Bases:
-    """The bases of all levels and of the target's features."""
-
-    levels: tuple[Basis, ...]
-    features: Basis
-
-
-def compute_bases(config: BridgeConfig, stream: Iterable[Tokens], components: int = COMPONENTS) -> Bases:
-    """Compute the principal components of the first `BASIS_TOKENS` tokens; at most as many as channels.
+def basis_chunks(config: BridgeConfig, stream: Iterable[Tokens]) -> list[Tokens]:
+    """The first chunks, up to `BASIS_TOKENS` tokens.
 
     Raises:
-        ValueError: no tokens, or wrong widths.
+        ValueError: no tokens, or widths that are not the config's.
     """
+    expected = [config.source_dim] * len(config.levels) + [config.target_dim]
     chunks, count = [], 0
     for chunk in stream:
-        _check(config, chunk)
+        widths = [tensor.shape[-1] for tensor in (*chunk.levels, chunk.baseline)]
+        if widths != expected:
+            raise ValueError(f"the bridge takes features of widths {expected}, the tokens have {widths}")
         chunks.append(chunk)
         count += len(chunk.baseline)
         if count >= BASIS_TOKENS:
             break
     if not count:
         raise ValueError("there are no tokens to calibrate on")
-    levels = []
-    for number in range(len(config.levels)):
-        rows = torch.cat([normalised(chunk.levels[number]) for chunk in chunks])
-        levels.append(_principal(rows, components))
-    rows = torch.cat([chunk.baseline.float() / _rms(chunk.baseline) for chunk in chunks])
-    return Bases(tuple(levels), _principal(rows, components))
+    return chunks
 
 
 class Moments:
-    """Second moments of levels and regression targets in their bases, fold by fold, in float64."""
+    """Second moments of levels and regression targets in their bases, fold by fold, in float64.
 
-    def __init__(self, bases: Bases) -> None:
-        self.bases = bases
-        width = sum(basis.directions.shape[1] for basis in bases.levels)
-        outputs = bases.features.directions.shape[1]
+    Args:
+        first: chunks whose tokens the bases are computed from.
+    """
+
+    def __init__(self, first: Sequence[Tokens], components: int) -> None:
+        self.level_bases = [
+            _principal(torch.cat([normalised(chunk.levels[number]) for chunk in first]), components)
+            for number in range(len(first[0].levels))
+        ]
+        rows = torch.cat([chunk.baseline.float() / _rms(chunk.baseline) for chunk in first])
+        self.basis = _principal(rows, components)
+        self.sizes = [basis.directions.shape[1] for basis in self.level_bases]
+        width, outputs = sum(self.sizes), self.basis.directions.shape[1]
         self.levels = torch.zeros(FOLDS, width, width, dtype=torch.float64)
         self.with_baseline = torch.zeros(FOLDS, width, outputs, dtype=torch.float64)
         self.with_highres = torch.zeros(FOLDS, width, outputs, dtype=torch.float64)
         self.energy = torch.zeros(FOLDS, 3, dtype=torch.float64)  # baseline, high resolution, difference
-        self.basis_energy = torch.zeros(len(bases.levels) + 1, 2, dtype=torch.float64)  # inside, total
+        self.basis_energy = torch.zeros(len(self.sizes) + 1, 2, dtype=torch.float64)  # inside, total
         self.counts = [0] * FOLDS
         self.has_highres = False
         self._chunks = 0
@@ -174,7 +173,7 @@ class Moments:
     def add(self, chunk: Tokens, fold: int) -> None:
         """Add a chunk's moments to a fold's."""
         x = torch.cat([self._project(n, level) for n, level in enumerate(chunk.levels)], dim=1)  # (n, L·K)
-        basis, rms = self.bases.features, _rms(chunk.baseline)
+        basis, rms = self.basis, _rms(chunk.baseline)
         baseline = (chunk.baseline.float() / rms).div_(basis.scale)
         projected = baseline @ basis.directions
         self.levels[fold] += (x.T @ x).double()
@@ -192,7 +191,7 @@ class Moments:
 
     def _project(self, number: int, level: Tensor) -> Tensor:
         """A level in its basis; norm and scale are applied on whichever side has fewer numbers."""
-        basis = self.bases.levels[number]
+        basis = self.level_bases[number]
         if self._chunks % MEASURE_EVERY == 0:
             rows = normalised(level).div_(basis.scale)
             projected = rows @ basis.directions
@@ -253,20 +252,11 @@ def normalised(level: Tensor) -> Tensor:
     return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def chunks_of(tokens: Tokens, size: int) -> Iterator[Tokens]:
-    """A stream of chunks from tokens that are in memory or mapped from disk."""
-    for start in range(0, len(tokens.baseline), size):
-        part = slice(start, start + size)
-        highres = None if tokens.highres is None else tokens.highres[part]
-        yield Tokens([level[part] for level in tokens.levels], tokens.baseline[part], highres)
-
-
 def _search(
     config: BridgeConfig, moments: Moments, ranks: Sequence[int], ridges: Sequence[float]
 ) -> Calibration:
     """Choose the ridge by cross-validation at full rank, then the rank at that ridge."""
     cross, energy = moments.regression_target(config.blend)
-    sizes = [basis.directions.shape[1] for basis in moments.bases.levels]
 
     def held_out(solve: Callable[[Tensor, Tensor], Tensor]) -> float:
         """Explained share of the energy of each fold by the weights of the others."""
@@ -283,14 +273,14 @@ def _search(
     def explained(rank: int) -> float:
         return held_out(
             lambda inputs, outputs: torch.cat(
-                [down @ up for down, up in fit(inputs, outputs, sizes, rank, ridge)]
+                [down @ up for down, up in fit(inputs, outputs, moments.sizes, rank, ridge)]
             )
         )
 
     ridge = max(ridges, key=explained_at_full_rank)
     by_rank = {rank: explained(rank) for rank in ranks}
     rank = max(by_rank, key=by_rank.__getitem__)
-    pairs = fit(moments.levels.sum(0), cross.sum(0), sizes, rank, ridge)
+    pairs = fit(moments.levels.sum(0), cross.sum(0), moments.sizes, rank, ridge)
     kept = (moments.basis_energy[:, 0] / moments.basis_energy[:, 1]).tolist()
     return Calibration(
         _bridge_of(replace(config, rank=rank), moments, pairs),
@@ -312,10 +302,10 @@ def _bridge_of(
     a token, so that training can continue from it.
     """
     bridge = VisionBridge(replace(config, init="zero"))
-    features, size = moments.bases.features, sum(moments.counts) ** 0.5
+    features, size = moments.basis, sum(moments.counts) ** 0.5
     with torch.no_grad():
         bridge.gate.fill_(1.0)
-        for number, (basis, (down, up)) in enumerate(zip(moments.bases.levels, pairs, strict=True)):
+        for number, (basis, (down, up)) in enumerate(zip(moments.level_bases, pairs, strict=True)):
             bridge.keys[number].weight.zero_()
             down = basis.directions @ (size * down).float() / basis.scale[:, None]  # (source_dim, rank)
             bridge.downs[number].weight.copy_(down.T)
@@ -355,10 +345,3 @@ def _principal(rows: Tensor, components: int) -> Basis:
 
 def _rms(features: Tensor) -> Tensor:
     return features.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-
-
-def _check(config: BridgeConfig, chunk: Tokens) -> None:
-    expected = [config.source_dim] * len(config.levels) + [config.target_dim]
-    widths = [tensor.shape[-1] for tensor in (*chunk.levels, chunk.baseline)]
-    if widths != expected:
-        raise ValueError(f"the bridge takes features of widths {expected}, the tokens have {widths}")

@@ -43,23 +43,22 @@ def save_checkpoint(
         raise FileExistsError(f"{path} is not of this run: move it away, then resume")
     temporary = run.temporary_folder() / path.name
     try:
-        try:
-            temporary.mkdir()
-            write(temporary)
-            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(plain, temporary / TENSORS)
-            data = {"run": run.run_id, "fingerprint": run.fingerprint, **state, "step": step}
-            write_json(temporary / STATE, data)
-        except (OSError, SafetensorError) as error:
-            earlier = checkpoints(run.folder, run.run_id)
-            last = f"the last one is {earlier[-1]}" if earlier else "there is none before it"
-            raise OSError(
-                f"the checkpoint of step {step} could not be written ({error}); {last}: make room and "
-                "continue with --resume_from_checkpoint latest"
-            ) from error
+        temporary.mkdir()
+        write(temporary)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, temporary / TENSORS)
+        data = {"run": run.run_id, "fingerprint": run.fingerprint, **state, "step": step}
+        write_json(temporary / STATE, data)
         if path.exists():
             run.discard(path)  # the run was resumed from an earlier one
         os.rename(temporary, path)
+    except (OSError, SafetensorError) as error:
+        earlier = checkpoints(run.folder, run.run_id)
+        last = f"the last one is {earlier[-1]}" if earlier else "there is none before it"
+        raise OSError(
+            f"the checkpoint of step {step} could not be written ({error}); {last}: make room and "
+            "continue with --resume_from_checkpoint latest"
+        ) from error
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
     for old in checkpoints(run.folder, run.run_id)[: -limit if limit else 0]:

@@ -11,9 +11,9 @@ Paths are relative to the folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, get_args
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,7 @@ from ..synthetic import questions
 from ..synthetic.scene import render
 from .config import METADATA, WORLD_SAMPLES, Kind, RunConfig, check_data_folder
 
+Part = TypeVar("Part")
 COLUMNS: dict[Kind, tuple[str, str]] = {"perceive": ("question", "answer"), "edit": ("instruction", "target")}
 MAX_FAULTS = 20  # that a message lists
 # A model that knows the world is asked what an instruction means; other questions have these shares.
@@ -55,6 +56,13 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class Split(NamedTuple, Generic[Part]):
+    """Samples, or what is computed from them, to train on and to validate on."""
+
+    train: Part
+    validation: Part
 
 
 class SampleFileError(ValueError):
@@ -99,8 +107,30 @@ class WorldSamples:
         return Sample(render(scene), *_question(scene, rng, self.knows_world))
 
 
-class FolderSamples:
-    """The samples of one kind in a user's folder, checked whole.
+class _UserSamples:
+    """Samples of one kind from rows with the user's columns; images are files or decoded."""
+
+    kind: Kind
+    rows: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        (image,) = load_images(row["image"], 1)
+        if self.kind == "perceive":
+            return Sample(image, row["question"], row["answer"])
+        (after,) = load_images(row["target"], 1)
+        if image.size != after.size:
+            raise SampleFileError(
+                f"row {index}: the target is {after.size} px, the image {image.size}: make them equal"
+            )
+        return Sample(image, row["instruction"], after=after)
+
+
+class FolderSamples(_UserSamples):
+    """The samples of one kind in a user's folder, all of them checked.
 
     Raises:
         FileNotFoundError: no such folder, or no `metadata.jsonl` in it.
@@ -108,33 +138,19 @@ class FolderSamples:
     """
 
     def __init__(self, folder: str | Path, kind: Kind) -> None:
-        root = Path(folder).expanduser()
+        root, files = Path(folder).expanduser(), ("image", "target")
         check_data_folder(root)
-        self.kind, self.root = kind, root
-        self.rows = _checked_rows(root, kind)
-        rows_and_bytes = [
-            [row, [(root / row[name]).stat().st_size for name in ("image", "target") if name in row]]
-            for row in self.rows
-        ]
-        self.digest = digest_of(["folder", kind, rows_and_bytes])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
-        (image,) = load_images(self.root / row["image"], 1)
-        if self.kind == "perceive":
-            return Sample(image, row["question"], row["answer"])
-        (after,) = load_images(self.root / row["target"], 1)
-        return Sample(image, row["instruction"], after=after)
+        rows = _checked_rows(root, kind)
+        sizes = [[(root / row[name]).stat().st_size for name in files if name in row] for row in rows]
+        self.kind, self.digest = kind, digest_of(["folder", kind, rows, sizes])
+        self.rows = [{k: root / v if k in files else v for k, v in row.items()} for row in rows]
 
 
-class DatasetSamples:
+class DatasetSamples(_UserSamples):
     """The samples of one kind in a Hugging Face dataset with the folder's columns; images are `Image`s.
 
     Raises:
-        ValueError: the `datasets` package is not there, or a column is missing.
+        ValueError: the `datasets` package is not installed, or a column is missing.
     """
 
     def __init__(self, name: str, kind: Kind, split: str = "train") -> None:
@@ -145,29 +161,14 @@ class DatasetSamples:
                 "--dataset_name needs the package `datasets`, which is not installed: `uv run --with "
                 "datasets python train_bridge.py …`, or give a folder with --train_data_dir"
             ) from error
-        self.kind, self.data = kind, datasets.load_dataset(name, split=split)
-        wanted = {"image", *COLUMNS[kind]}
-        if missing := sorted(wanted - set(self.data.column_names)):
+        self.kind, self.rows = kind, datasets.load_dataset(name, split=split)
+        columns, needed = self.rows.column_names, {"image", *COLUMNS[kind]}
+        if missing := sorted(needed - set(columns)):
             raise ValueError(
-                f"the dataset {name} has no column {missing[0]!r}, only {', '.join(self.data.column_names)}; "
-                f"for --method {kind} it needs {', '.join(sorted(wanted))}"
+                f"the dataset {name} has no column {missing[0]!r}, only {', '.join(columns)}; "
+                f"for --method {kind} it needs {', '.join(sorted(needed))}"
             )
-        self.digest = digest_of(["dataset", name, split, kind, self.data._fingerprint])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Sample:
-        row = self.data[index]
-        (image,) = load_images(row["image"])
-        if self.kind == "perceive":
-            return Sample(image, row["question"], row["answer"])
-        (after,) = load_images(row["target"])
-        if image.size != after.size:
-            raise SampleFileError(
-                f"row {index}: the target is {after.size} px, the image {image.size}: make them equal"
-            )
-        return Sample(image, row["instruction"], after=after)
+        self.digest = digest_of(["dataset", name, split, kind, self.rows._fingerprint])
 
 
 class Subset:
@@ -188,7 +189,7 @@ class Subset:
         return self.samples[self.indices[index]]
 
 
-def load_samples(run: RunConfig, kind: Kind) -> tuple[Samples, Samples]:
+def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
     """Samples to train on and to validate on, checked.
 
     Raises:
@@ -197,7 +198,7 @@ def load_samples(run: RunConfig, kind: Kind) -> tuple[Samples, Samples]:
     if run.is_world:
         knows_world, size = run.family.synthetic_only, run.family.image_size
         count = run.max_train_samples or WORLD_SAMPLES
-        return (
+        return Split(
             WorldSamples(kind, "train", count, knows_world, size),
             WorldSamples(kind, "validation", run.validation_samples, knows_world, size),
         )
@@ -207,10 +208,10 @@ def load_samples(run: RunConfig, kind: Kind) -> tuple[Samples, Samples]:
         else DatasetSamples(run.dataset_name, kind)
     )
     train, validation = split_samples(samples, run.validation_samples)
-    return Subset(samples, train.indices[: run.max_train_samples]), validation
+    return Split(Subset(samples, train.indices[: run.max_train_samples]), validation)
 
 
-def split_samples(samples: Samples, max_held_out: int, share: float = 0.1) -> tuple[Subset, Subset]:
+def split_samples(samples: Samples, max_held_out: int, share: float = 0.1) -> Split[Subset]:
     """Split off evenly spread samples to validate on, at most `max_held_out` and `share` of all.
 
     Raises:
@@ -221,7 +222,7 @@ def split_samples(samples: Samples, max_held_out: int, share: float = 0.1) -> tu
     count = max(1, min(max_held_out, int(share * len(samples))))
     held_out = {round(number * (len(samples) - 1) / count) for number in range(count)}
     rest = sorted(set(range(len(samples))) - held_out)
-    return Subset(samples, rest), Subset(samples, sorted(held_out))
+    return Split(Subset(samples, rest), Subset(samples, sorted(held_out)))
 
 
 def _question(scene: Scene, rng: np.random.Generator, knows_world: bool) -> tuple[str, str]:

@@ -145,7 +145,7 @@ def _sample_count(run: RunConfig) -> int:
     """Number of samples of a kind; those of a hub dataset are unknown before the download."""
     if run.train_data_dir is None:
         return run.max_train_samples or WORLD_SAMPLES
-    return max(len(load_samples(run, kind)[0]) for kind in run.kinds)
+    return max(len(load_samples(run, kind).train) for kind in run.kinds)
 
 
 def _is_small(family: Family) -> bool:

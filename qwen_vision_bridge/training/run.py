@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from ..specs import Family, cache_home
 from .calibration import Calibration, calibrate, token_stream
 from .checkpointing import save_result
 from .config import Kind, RunConfig, TrainingSettings
-from .data import Samples, load_samples
+from .data import Samples, Split, load_samples
 from .frozen_models import FrozenModels
 from .losses import TrainData
 from .packs import Pack, build_pack
@@ -68,18 +69,12 @@ def train(
     samples = {kind: load_samples(run, kind) for kind in run.kinds}
     accelerator = _accelerator(run, mixed_precision, report_to)
     models = FrozenModels(run, accelerator.device)
-    train_packs, held_out = (
-        {kind: _pack(run, models, kind, parts[split], accelerator) for kind, parts in samples.items()}
-        for split in (0, 1)
-    )
-    models.encoder.close()
+    packs = _packs(run, models, samples, accelerator)
     if calibrating:
-        _calibrate(run, settings, models, train_packs["perceive"], held_out, accelerator)
-        return run.output_dir
-    flow = models.flow if "edit" in run.kinds else None
-    train_data = TrainData(models.language_model, train_packs.get("perceive"), train_packs.get("edit"), flow)
-    edits = samples["edit"][1] if "edit" in run.kinds else None
-    _train(run, settings, models, train_data, held_out, edits, accelerator, resume)
+        _calibrate(run, settings, models, packs, accelerator)
+    else:
+        edits = samples["edit"].validation if "edit" in samples else None
+        _train(run, settings, models, packs, edits, accelerator, resume)
     return run.output_dir
 
 
@@ -101,36 +96,41 @@ def _accelerator(run: RunConfig, mixed_precision: str | None, report_to: str | N
     )
 
 
-def _pack(
-    run: RunConfig, models: FrozenModels, kind: Kind, samples: Samples, accelerator: Accelerator
-) -> Pack:
-    """The features of samples; the first process computes what is missing."""
-    key, name = pack_name(models.encoder.key(), kind, run.family, samples)
-    folder = (run.cache_dir or cache_home() / "packs") / name
-    with accelerator.main_process_first():
-        build_pack(folder, samples, lambda: models.encode_function(kind), key, run.dataloader_num_workers)
-    return Pack(folder, models.device)
+def _packs(
+    run: RunConfig, models: FrozenModels, samples: dict[Kind, Split[Samples]], accelerator: Accelerator
+) -> Split[dict[Kind, Pack]]:
+    """Features of all samples; the first process computes what is missing, then the towers are freed."""
+    packs: Split[dict[Kind, Pack]] = Split({}, {})
+    for kind, parts in samples.items():
+        for part, result in zip(parts, packs, strict=True):
+            key, name = pack_name(models.encoder.key(), kind, run.family, part)
+            folder = (run.cache_dir or cache_home() / "packs") / name
+            with accelerator.main_process_first():
+                encode = partial(models.encode_function, kind)
+                build_pack(folder, part, encode, key, run.dataloader_num_workers)
+            result[kind] = Pack(folder, models.device)
+    models.encoder.close()
+    return packs
 
 
 def _calibrate(
     run: RunConfig,
     settings: TrainingSettings,
     models: FrozenModels,
-    pack: Pack,
-    held_out: dict[Kind, Pack],
+    packs: Split[dict[Kind, Pack]],
     accelerator: Accelerator,
 ) -> None:
     fingerprint = {**run.fingerprint(), "seed": settings.seed}
     output, _ = open_run(run.output_dir, accelerator, fingerprint, overwrite=run.overwrite_output_dir)
     if accelerator.is_main_process:
-        config = run.bridge_config
+        config, pack = run.bridge_config, packs.train["perceive"]
         untrained = TrainableBridge(VisionBridge(config), run.features, seed=settings.seed)
         result = calibrate(config, lambda: token_stream(pack, untrained))
         train_data = TrainData(models.language_model, pack)
         bridge = result.bridge.to(models.device)
         trainable = TrainableBridge(bridge, run.features, run.strength, settings.seed)
         figures = {"gate": choose_gate(trainable, train_data)}
-        figures |= validate(trainable, train_data, held_out, run.is_world)
+        figures |= validate(trainable, train_data, packs.validation, run.is_world)
         save_result(run.output_dir, trainable.save, output)
         _write_summary(run, settings, figures, 0, output, result)
     accelerator.wait_for_everyone()
@@ -140,43 +140,36 @@ def _train(
     run: RunConfig,
     settings: TrainingSettings,
     models: FrozenModels,
-    train_data: TrainData,
-    held_out: dict[Kind, Pack],
+    packs: Split[dict[Kind, Pack]],
     edits: Samples | None,
     accelerator: Accelerator,
     resume: str | None,
 ) -> None:
     trainable = _trainable(run, settings, models)
+    flow = models.flow if "edit" in packs.train else None
+    train_data = TrainData(models.language_model, packs.train.get("perceive"), packs.train.get("edit"), flow)
 
     def validate_step(step: int) -> dict[str, float]:
         with trainer.averaged():
             if edits is not None and accelerator.is_main_process:
                 _save_edits(run, models, trainable, edits, step, trainer.output)
-            return validate(trainable, train_data, held_out, run.is_world)
+            return validate(trainable, train_data, packs.validation, run.is_world)
 
+    fingerprint, overwrite = run.fingerprint(), run.overwrite_output_dir
     trainer = Trainer(
-        run.output_dir,
-        trainable,
-        train_data,
-        settings,
-        accelerator,
-        validate_step,
-        run.fingerprint(),
-        run.overwrite_output_dir,
+        run.output_dir, trainable, train_data, settings, accelerator, validate_step, fingerprint, overwrite
     )
     trainer.resume(resume)
     accelerator.init_trackers(trainer.output.tracker, config={})
     finished = trainer.run()
     accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-    if not finished:
+    if finished and accelerator.is_main_process:
+        with trainer.averaged():
+            save_result(run.output_dir, trainable.save, trainer.output)
+        figures = trainer.figures or validate_step(trainer.step)
+        _write_summary(run, settings, figures, trainer.step, trainer.output)
+    elif accelerator.is_main_process:
         print(f"stopped after step {trainer.step}; continue with --resume_from_checkpoint latest")
-        return
-    with trainer.averaged():
-        save_result(run.output_dir, trainable.save, trainer.output)
-    figures = trainer.figures or validate_step(trainer.step)
-    _write_summary(run, settings, figures, trainer.step, trainer.output)
 
 
 def _trainable(run: RunConfig, settings: TrainingSettings, models: FrozenModels) -> Trainable:

@@ -159,16 +159,13 @@ def check_output_dir(
     fingerprint: Mapping[str, Any] | None = None,
     steps: int = 0,
 ) -> tuple[TrainingRun | None, Path | None]:
-    """Refuse a folder in which a run would touch files that are not its own; write nothing.
+    """The run that a folder holds, and the checkpoint to continue from; nothing is written.
 
     Args:
         resume: the checkpoint to continue from, see `find_checkpoint`.
         overwrite: replace the run that the folder holds.
         fingerprint: of the run that starts; None leaves it unchecked.
         steps: the last step of which the run may write a checkpoint.
-
-    Returns:
-        The run that the folder holds, and the checkpoint to continue from.
 
     Raises:
         FileExistsError: the folder holds another run, or files of no run.
@@ -203,14 +200,7 @@ def open_run(
     overwrite: bool = False,
     steps: int = 0,
 ) -> tuple[TrainingRun, Path | None]:
-    """Start a run in a folder or continue the one there; the first process decides for all.
-
-    Returns:
-        The run, and the checkpoint to continue from.
-
-    Raises:
-        FileExistsError, ValueError, FileNotFoundError: as `check_output_dir`.
-    """
+    """Start a run in a folder or continue the one there, as `check_output_dir`; the first process decides."""
     outcome: list[Any] = [None]
     if accelerator.is_main_process:
         try:

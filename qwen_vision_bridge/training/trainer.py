@@ -138,7 +138,7 @@ class Trainer:
         if path is None:
             return False
         state, tensors = load_checkpoint(path)
-        shapes = {name: tensors[f"parameter/{name}"].shape for name in state["trained"]}
+        shapes = {name: tensors[f"parameter/{name}"].shape for name in state.get("trained", ())}
         if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
             raise ValueError(f"{path} is of another model: its parameters have other names or shapes")
         self._log_changed_settings(state["settings"])

@@ -1,4 +1,4 @@
-"""What one edit of the miniature costs on this machine: loading, time and memory, in fresh processes.
+"""Time and memory of one edit of the miniature on this machine, in fresh processes.
 
 python -m recipes.miniature.cost --editor weights/editor --source weights/source --threads 2
 """
@@ -33,11 +33,11 @@ def main() -> None:
 
 
 def once(source: str, editor: str, steps: int) -> dict[str, float]:
-    """Seconds to load the whole family and for one edit of each arm, and the peak of resident memory, GB.
+    """Seconds to load the family and for one edit of each arm, and the peak of resident memory in GB.
 
-    Libraries are imported before the clock starts: they cost the same with any model.
+    Libraries are imported before the clock starts: their time does not depend on the model.
     """
-    from diffusers import QwenImageEditPlusPipeline  # noqa: F401 - both libraries import what is asked for
+    from diffusers import QwenImageEditPlusPipeline  # noqa: F401 - both libraries import lazily
     from transformers import (  # noqa: F401
         Qwen2_5_VLForConditionalGeneration,
         Qwen2VLProcessor,
@@ -73,18 +73,18 @@ def once(source: str, editor: str, steps: int) -> dict[str, float]:
 def repeated(
     source: str, editor: str, steps: int, times: int = 5, threads: int = 2
 ) -> dict[str, list[float]]:
-    """`once` in as many fresh processes, by figure."""
+    """Run `once` in several fresh processes; values by figure."""
     folders = ["--source", str(Path(source).resolve()), "--editor", str(Path(editor).resolve())]
     settings = ["--steps", str(steps), "--threads", str(threads)]
     command = [sys.executable, "-m", "recipes.miniature.cost", *folders, *settings]
-    found: dict[str, list[float]] = {}
+    figures: dict[str, list[float]] = {}
     for _ in range(times):
-        said = subprocess.run(
+        output = subprocess.run(
             command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
         )
-        for name, value in json.loads(said.stdout.splitlines()[-1]).items():
-            found.setdefault(name, []).append(value)
-    return found
+        for name, value in json.loads(output.stdout.splitlines()[-1]).items():
+            figures.setdefault(name, []).append(value)
+    return figures
 
 
 NAMES = {
@@ -95,9 +95,9 @@ NAMES = {
 }
 
 
-def named(found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The figures by their names in the card."""
-    return {NAMES[name]: values for name, values in found.items()}
+def named(figures: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The figures under their names in the card."""
+    return {NAMES[name]: values for name, values in figures.items()}
 
 
 if __name__ == "__main__":

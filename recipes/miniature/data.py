@@ -22,7 +22,7 @@ CONDITION = isqrt(FAMILIES["miniature"].editor.condition_area or 0)  # px: to wh
 SMALL = TARGET_PX  # and then the target's processor
 PROMPT_TOKENS = 32  # the longest prompt with the template's end, padded
 TEXT_TOKENS = 64  # the same with the longest answer
-SEEN_AHEAD = 8  # of the nine tokens that end the template: they learn the answer's first tokens
+SEEN_AHEAD = 8  # of the nine tokens that end the template: they predict the answer's first tokens
 ONE_IMAGE = [(g, kind) for g in ("ocr", "space", "detail") for kind in world.KINDS[g]]
 TWO_IMAGES = [("consistency", kind) for kind in world.KINDS["consistency"]]
 FINDING = [
@@ -44,14 +44,14 @@ def encode(text: str) -> list[int]:
 
 @lru_cache(maxsize=8)
 def opening(images: int) -> tuple[tuple[int, ...], int]:
-    """Token ids from the template's start to the prompt, a pad an image token, and how many are cut off."""
+    """Token ids from the template's start to the prompt, one pad an image token, and how many are dropped."""
     slots = 64 * "<|image_pad|>"
     shown = (f"Picture {i + 1}: <|vision_start|>{slots}<|vision_end|>" for i in range(images))
     return tuple(encode(tokens.TEMPLATE_PREFIX + "".join(shown))), tokens.TEMPLATE_PREFIX_TOKENS
 
 
 def closing() -> list[int]:
-    """Token ids from the end of the prompt to the reply."""
+    """Token ids from the end of the prompt to the answer."""
     return encode("<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -59,7 +59,7 @@ def small(image: Image.Image, side: int = CONDITION) -> np.ndarray:
     """The image as the target sees it, uint8 (SMALL, SMALL, 3).
 
     Args:
-        side: px to which it is reduced first: CONDITION by the pipeline, IMAGE where it is not reduced.
+        side: px to which it is resized first: the pipeline does so to CONDITION; IMAGE keeps it.
     """
     image = image.resize((side, side), Image.Resampling.LANCZOS)
     return np.asarray(image.resize((SMALL, SMALL), Image.Resampling.BICUBIC))
@@ -116,17 +116,17 @@ def dialogues(
 
     Args:
         shown: images a dialogue.
-        asked: how often it is a question about the image, not an instruction.
-        finding: how often it asks for a word or letter that the prompt names, mostly well legible: comparing
-            what is asked with what is seen is a skill of its own, which reading does not bring.
-        reading: how often an image with the smallest type is shown and its words are asked for.
-        sides: to which of them, drawn at random, images are reduced before the target sees them. With
-            larger ones than the pipeline's it knows what finer features mean than it gets there.
-        primer: samples up to this index show one large word and ask for it: with that, reading begins.
+        asked: share of questions about the image, beside instructions.
+        finding: share of prompts that name a word or letter to find, mostly well legible: comparing prompt
+            and image is a skill that reading does not teach.
+        reading: share of images with the smallest type whose words are asked for.
+        sides: px to which images are resized before the target sees them, one drawn for each sample. With
+            larger ones than the pipeline's it learns to read finer features than the pipeline gives it.
+        primer: samples below this index show one large word and ask for it, from which reading starts.
 
     Returns:
         `full` uint8 (count, shown, 128, 128, 3) and `small` (…, SMALL, SMALL, 3); `text` int16 (count, T)
-        from the prompt on; `label` (count, T), the token to predict at each place or -1; `weight` uint8
+        from the prompt on; `label` (count, T), the token to predict at each position or -1; `weight` uint8
         (count, T).
     """
     rows: dict[str, list[np.ndarray]] = {"full": [], "small": [], "text": [], "label": [], "weight": []}
@@ -163,11 +163,11 @@ def dialogues(
 
 
 def reply_rows(prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens from the prompt on, what to predict where (-1: nothing) and with what weight, each (T,).
+    """Tokens from the prompt on, labels (-1: none) and their weights, each (T,).
 
-    The nine tokens that end the template come before the answer and are all that an edit pipeline ever sees
-    of it. The last of them predicts the answer's first token, as always, and the ones before it the second to
-    the eighth: so hidden states of the prompt carry the answer, a whole word and its place included.
+    An edit pipeline reads no answer, only the nine tokens that end the template. The last of them predicts
+    the answer's first token, as always, and the ones before it the second to the eighth: hidden states of
+    the prompt so carry the answer, a whole word and its position included.
     """
     asked, end = encode(prompt), closing()
     replied = [*encode(answer), end[0]]
@@ -192,7 +192,7 @@ def edit_pairs(
     """Instructions with their images before and after.
 
     Args:
-        writing: how often a new word is asked for, beside the times that all kinds come up.
+        writing: share of prompts for a new word, in addition to the ones among all kinds.
 
     Returns:
         `full` uint8 (count, shown, 128, 128, 3), the last of each being the one to edit; `small` (…, SMALL,
@@ -214,7 +214,7 @@ def edit_pairs(
 
 
 def prompt_row(prompt: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a prompt and the template's end, padded to (P,), and how many they are."""
+    """Tokens of a prompt and the template's end, padded to (P,), and their number."""
     ids = [*encode(prompt), *closing()]
     if len(ids) > PROMPT_TOKENS:
         raise ValueError(f"{len(ids)} tokens of {prompt!r}; room is for {PROMPT_TOKENS}")

@@ -1,7 +1,7 @@
-"""The miniature's editor in batches: what the stock pipeline does to one prompt, for many at a time.
+"""Batched version of the stock edit pipeline for the miniature.
 
-Only for training and quick looks: figures come from the stock pipeline. `tests/test_recipes.py` holds both to
-the same image.
+It is for training only; figures come from the stock pipeline. `tests/recipes/test_miniature.py` proves that
+both give the same image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CUT = tokens.TEMPLATE_PREFIX_TOKENS
 
 
 class Editor(nn.Module):
-    """Frozen target and VAE with the transformer that is trained; all over images of 128² px."""
+    """Frozen target and VAE with the trained transformer, for images of 128² px."""
 
     def __init__(self, target: FastModel, vae: nn.Module, transformer: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Editor(nn.Module):
         self.register_buffer("nothing", nothing, persistent=False)
 
     def compile_blocks(self, on: bool) -> None:
-        """torch.compile the transformer's blocks, which share one result, or leave them as they are."""
+        """Turn torch.compile of the transformer's blocks on or off; they share one compilation."""
         compile_modules(self.transformer.transformer_blocks, on)
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Editor(nn.Module):
 
     @torch.no_grad()
     def embed(self, small: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What the transformer reads of images and prompts, and of the same images with no prompt.
+        """States that the transformer reads: of images with prompts, and of the same images with none.
 
         Args:
             small: (B, shown, 32, 32, 3) uint8.
@@ -83,7 +83,7 @@ class Editor(nn.Module):
     def conditions(
         self, states: Tensor, empty: Tensor, length: Tensor, dropped: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """States (B, T, D) and which of them are real (B, T); where `dropped` (B,), those without a prompt.
+        """States (B, T, D) and their mask (B, T); where `dropped` (B,), those without a prompt.
 
         Args:
             length: (B,) tokens of prompt and template's end.
@@ -149,10 +149,10 @@ class Editor(nn.Module):
 
 @contextmanager
 def fast_transformer() -> Iterator[None]:
-    """Spare the stock transformer what neither CUDA graphs nor compilers can take.
+    """Remove what CUDA graphs and compilers do not support from the stock transformer.
 
-    That is the search for each prompt's length, whose result it does not use and which moves a number to the
-    device in every call, and rotations by complex numbers, which become pairs of real ones.
+    The search for each prompt's length, whose result is unused and which moves a number to the device in
+    every call, is skipped; rotations by complex numbers become pairs of real ones.
     """
     from diffusers.models.transformers import transformer_qwenimage as stock
 
@@ -202,8 +202,8 @@ def _scheduler(steps: int) -> object:
 def build_transformer(seed: int, folder: Path | str | None = None) -> nn.Module:
     """The transformer in fp32, random from a seed or from a stock folder.
 
-    Its last layer and all modulation start at zero, as is usual for such models: at the start every block
-    leaves its input as it is.
+    Its last layer and all modulation start at zero, as is usual for such models, so that every block starts
+    as the identity.
     """
     from diffusers import QwenImageTransformer2DModel
 

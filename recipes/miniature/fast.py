@@ -1,9 +1,9 @@
-"""The stock vision-language models' forward passes for batches of equal layout, several times faster.
+"""Fast forward passes of the stock vision-language models for batches of equal layout.
 
 Stock code handles images of any size on one packed axis, with index arithmetic and synchronisation in
-every call. In training all grids and positions are equal: they are worked out once with the stock code, and
-the stock modules run batched, which CUDA graphs can replay. `tests/test_recipes.py` holds both to the same
-result.
+every call. In training all grids and positions are equal: they are computed once with the stock code, and
+the stock modules run batched, which CUDA graphs can replay. `tests/recipes/test_miniature.py` proves that
+both give the same result.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class FastModel(nn.Module):
             self.register_buffer(f"positions_{shown}", positions, persistent=False)
 
     def compile_blocks(self, on: bool) -> None:
-        """torch.compile the repeated parts alone, which share one result each, or leave them as they are."""
+        """Turn torch.compile of the repeated parts on or off; parts of a kind share one compilation."""
         block = self._tower_block
         self._block = torch.compile(block, dynamic=False, fullgraph=True) if on else block
         compile_modules(self.language.layers, on)
 
-    def see(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def vision(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Merged features (B, 64, D) in image order and DeepStack features, for uint8 (B, H, W, 3)."""
         patches = to_patches(images, self.patch, self.pixel_mean, self.pixel_std)
         batch, length, _ = patches.shape
@@ -115,25 +115,25 @@ class FastModel(nn.Module):
             text: (B, T) ids from the prompt on.
         """
         batch, shown = images.shape[:2]
-        features, taps = self.see(images.flatten(0, 1))
+        features, taps = self.vision(images.flatten(0, 1))
         ids = getattr(self, f"opening_{shown}")
         start = self.language.embed_tokens(ids).to(features.dtype).expand(batch, -1, -1)
         inputs = torch.cat([start, self.language.embed_tokens(text).to(features.dtype)], dim=1)
-        inputs = self._lay(inputs, features, shown)
-        laid = [self._lay(torch.zeros_like(inputs), tap, shown) for tap in taps]
+        inputs = self._insert(inputs, features, shown)
+        laid = [self._insert(torch.zeros_like(inputs), tap, shown) for tap in taps]
         return inputs, laid, getattr(self, f"positions_{shown}")[..., : inputs.shape[1]]
 
-    def _lay(self, base: Tensor, features: Tensor, shown: int) -> Tensor:
-        """`base` (B, L, D) with the images' features (B·shown, 64, D) in the places of their tokens."""
+    def _insert(self, base: Tensor, features: Tensor, shown: int) -> Tensor:
+        """`base` (B, L, D) with the images' features (B·shown, 64, D) at the positions of their tokens."""
         features = features.reshape(len(base), shown * GRID * GRID, -1)
         parts, place = [], 0
-        for seen, start in zip(features.chunk(shown, 1), self._starts[shown], strict=True):
-            parts += [base[:, place:start], seen]
+        for image, start in zip(features.chunk(shown, 1), self._starts[shown], strict=True):
+            parts += [base[:, place:start], image]
             place = start + GRID * GRID
         return torch.cat([*parts, base[:, place:]], dim=1)
 
     def hidden(self, images: Tensor, text: Tensor) -> Tensor:
-        """Hidden states after the final norm, (B, L, D): the opening first, then the text's places."""
+        """Hidden states after the final norm, (B, L, D): the opening first, then the text."""
         x, laid, positions = self.embed(images, text)
         rotations = self.language.rotary_emb(x, positions)
         for index, layer in enumerate(self.language.layers):
@@ -144,13 +144,13 @@ class FastModel(nn.Module):
         return self.language.norm(x)
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """Logits at the places of the text, (B, T, V)."""
+        """Logits at the positions of the text, (B, T, V)."""
         states = self.hidden(images, text)[:, -text.shape[1] :]
         return F.linear(states, self.language.embed_tokens.weight)
 
 
 def compile_modules(modules: Iterable[nn.Module], on: bool) -> None:
-    """torch.compile modules of one kind in place, or undo it."""
+    """Turn torch.compile of modules of one kind on or off, in place."""
     for module in modules:
         if on:
             module.compile(dynamic=False, fullgraph=True)
@@ -176,17 +176,17 @@ def _from_windows(x: Tensor) -> Tensor:
     return x.view(len(x), 2, 2, 4, 4, -1).transpose(2, 3).reshape(x.shape)
 
 
-class _Seen(Exception):  # noqa: N818  (no error: it ends a forward pass whose first block has been reached)
+class _Reached(Exception):  # noqa: N818  (no error: it ends a forward pass at the first block)
     pass
 
 
 def _tower_rotations(visual: nn.Module, patch: int) -> tuple[Tensor, Tensor]:
     """cos and sin (S, head) that the stock tower gives its blocks for one image, in its blocks' order."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.update(kwargs)
-        raise _Seen
+        arguments.update(kwargs)
+        raise _Reached
 
     handle = visual.blocks[0].register_forward_pre_hook(take, with_kwargs=True)
     weight = visual.patch_embed.proj.weight
@@ -194,8 +194,8 @@ def _tower_rotations(visual: nn.Module, patch: int) -> tuple[Tensor, Tensor]:
     try:
         with torch.no_grad():
             visual(patches, grid_thw=torch.tensor([[1, 2 * GRID, 2 * GRID]]))
-    except _Seen:
-        cos, sin = found["position_embeddings"]
+    except _Reached:
+        cos, sin = arguments["position_embeddings"]
         return cos.float(), sin.float()
     finally:
         handle.remove()
@@ -214,7 +214,7 @@ def _positions(model: nn.Module, ids: Tensor, shown: int) -> Tensor:
 def build(role: str, seed: int, folder: str | None = None) -> FastModel:
     """The source or target, random from a seed or from a stock folder, on the CPU in fp32.
 
-    A folder's patches may be of another size: their weights are then resized.
+    Patch embeddings of another size are resized.
     """
     import transformers
 
@@ -228,18 +228,18 @@ def build(role: str, seed: int, folder: str | None = None) -> FastModel:
     if folder:
         model = model_class.from_pretrained(folder, dtype=torch.float32)
         if model.config.vision_config.patch_size != vision["patch_size"]:
-            model = _with_patches(model, model_class(config).float())
+            model = _with_resized_patches(model, model_class(config).float())
     else:
         model = miniature.randomise(model_class(config).float(), seed)
         with torch.no_grad():  # also the output layer: logits of size 1 to begin with
             model.model.language_model.embed_tokens.weight.mul_(0.1)
-            if role == "source":  # places, at their full size, drown what is seen there
+            if role == "source":  # position embeddings of full size would drown the patches
                 model.model.visual.pos_embed.weight.mul_(0.1)
     return FastModel(model, processor.image_processor)
 
 
-def _with_patches(model: nn.Module, other: nn.Module) -> nn.Module:
-    """`other` with the weights of `model`, whose patches it resizes so that plain areas look the same."""
+def _with_resized_patches(model: nn.Module, other: nn.Module) -> nn.Module:
+    """`other` with the weights of `model`; the patch embedding is resized and keeps its sum."""
     weights = model.state_dict()
     name = "model.visual.patch_embed.proj.weight"
     old, side = weights[name], other.state_dict()[name].shape[-1]

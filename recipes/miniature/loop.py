@@ -99,14 +99,11 @@ class Loop:
         batches: Callable[[int], dict[str, Tensor]],
         on_log: Callable[[int, dict[str, float]], None] | None = None,
     ) -> bool:
-        """Train to the last step, the end of `minutes`, or a signal (SIGINT, SIGTERM), and save.
+        """Train to the last step, the end of `minutes`, or a signal, and save; return whether all is done.
 
         Args:
             batches: step → tensors on the device, of any of several layouts.
             on_log: called with the step and its row of the log after every `log_every` steps and the last.
-
-        Returns:
-            Whether all steps are done.
 
         Raises:
             FloatingPointError: the loss is not finite; the last checkpoint stays.

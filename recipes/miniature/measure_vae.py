@@ -1,4 +1,4 @@
-"""How well the miniature's VAE gives images back, and writing it in stock layout."""
+"""Reconstruction error of the miniature's VAE, and saving it in stock layout."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def finish(vae: nn.Module, some: Tensor, held_out: Tensor, output: Path, seed: i
 
 
 def worst_percentile(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """What one value in a hundred lies below."""
+    """The first percentile."""
     return np.percentile(values, 1, axis=axis)
 
 

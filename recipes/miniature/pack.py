@@ -1,4 +1,4 @@
-"""Put the trained parts together as the package ships them, and check that the result is complete.
+"""Put the trained parts together as the package ships them, and check their sizes.
 
     python -m recipes.miniature.pack --source runs/source/source --target runs/target/target \\
         --vae runs/vae/vae --transformer runs/dit/transformer
@@ -36,7 +36,7 @@ def main() -> None:
         ("transformer", arguments.transformer),
     ):
         shutil.copytree(folder, root / "editor" / name, ignore=_not_weights)
-    miniature.build(root, "editor")  # processor, tokenizer, scheduler, index: what is there already is kept
+    miniature.build(root, "editor")  # adds processor, tokenizer, scheduler and index
     check(root)
 
 

@@ -1,7 +1,7 @@
-"""Processes that train copies of one model on data of their own, and average them every few steps.
+"""Local SGD: processes train copies of one model on different data and average them every few steps.
 
-Local SGD (Stich 2019) with moments averaged as well: two devices see twice the data, and few steps wait for
-the network. Started by torchrun; without it there is one process, and nothing here does anything.
+Stich 2019, with the moments averaged as well: two devices see twice the data, and few steps wait for the
+network. Started by torchrun; without it there is one process, and these functions do nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process's number among its peers."""
+    """Rank of this process."""
     return int(os.environ.get("RANK", 0))
 
 
 def count() -> int:
-    """How many peers there are."""
+    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device_of(device: str) -> torch.device:
-    """The device of this process: `cuda` becomes one device a process."""
+    """The device of this process: `cuda` is one device a process."""
     if device == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(device)
@@ -34,7 +34,7 @@ def device_of(device: str) -> torch.device:
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """The processes' connection, as long as this lasts."""
+    """Connect the processes for the `with` block."""
     if count() == 1:
         yield
         return
@@ -49,19 +49,19 @@ def together(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def average(tensors: list[Tensor], stop: bool = False) -> bool:
-    """Set float32 tensors to their mean over all peers; whether any of the peers wants to `stop`.
+    """Set float32 tensors to their mean over all peers; return whether any of them wants to `stop`.
 
     Raises:
         ValueError: a tensor of another dtype.
     """
     if count() == 1:
         return stop
-    if strange := {tensor.dtype for tensor in tensors} - {torch.float32}:
-        raise ValueError(f"peers average float32, given are {strange}")
+    if other := {tensor.dtype for tensor in tensors} - {torch.float32}:
+        raise ValueError(f"peers average float32, got {other}")
     flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_full((1,), float(stop))])
     dist.all_reduce(flat)
     flat /= count()
     sizes = [tensor.numel() for tensor in tensors]
-    *means, wish = flat.split([*sizes, 1])
+    *means, stops = flat.split([*sizes, 1])
     torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)])
-    return bool(wish.item() > 0)
+    return bool(stops.item() > 0)

@@ -1,7 +1,7 @@
 """The stock VAE on single images: exact 2-D arithmetic instead of causal convolutions over time.
 
-An image is one frame after zeros. Of a causal kernel it meets the last slice in time, and of the layers that
-resample time nothing.
+An image is one frame after zeros: it meets only the last slice in time of a causal kernel, and none of the
+layers that resample time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOLERANCE = 1e-3
 
 
 def prepare(seed: int, start: str | None = None) -> nn.Module:
-    """The stock VAE, seeded or from a folder, on the CPU; what a single image never meets is zero.
+    """The stock VAE, seeded or from a folder, on the CPU; weights that a single image never meets are zero.
 
     Raises:
         RuntimeError: the zeros or the 2-D path change what the stock model does.
@@ -60,9 +60,9 @@ def _causal_convolutions(vae: nn.Module) -> Iterator[tuple[str, nn.Conv3d]]:
 
 @contextmanager
 def as_images(vae: nn.Module) -> Iterator[nn.Module]:
-    """The stock VAE with exact 2-D arithmetic for single frames, (B, C, 1, H, W), for as long as this lasts.
+    """The stock VAE with exact 2-D arithmetic for single frames, (B, C, 1, H, W), for the `with` block.
 
-    Other lengths raise ValueError. Calling `encoder` and `decoder` directly spares the frame caches as well.
+    Other lengths raise ValueError. Calling `encoder` and `decoder` directly avoids the frame caches as well.
     """
     from diffusers.models.autoencoders import autoencoder_kl_qwenimage as stock
 

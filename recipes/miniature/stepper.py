@@ -73,23 +73,10 @@ class Stepper:
         for p in parameters:  # graphs write to where gradients were at capture: these are never replaced
             p.grad = torch.zeros_like(p)
         self._gradients = [p.grad for p in parameters]
-        vectors = {p for p in parameters if p.squeeze().ndim < 2}  # (C, 1, 1, 1) is a norm's scale in the VAE
         self.muon = Muon(list(hidden), self._boosted, weight_decay)
         self._momentum = dict(zip(self.muon.parameters, self.muon.moments, strict=True))
         rest = [p for p in parameters if p not in set(hidden)]
-        groups = [
-            {"params": [p for p in rest if p not in vectors], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p in vectors], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.rate,
-            betas=betas,
-            fused=self.is_cuda,
-            capturable=self.is_cuda,
-        )
-        for group in self.optimizer.param_groups:  # the very tensor, which steps fill and graphs read
-            group["lr"] = self.rate
+        self.optimizer = _adamw(rest, self.rate, betas, weight_decay)
         self._stream = torch.cuda.Stream(self.device) if self.graphs else None
         self._memory = torch.cuda.graph_pool_handle() if self.graphs else None
 
@@ -195,6 +182,20 @@ class Stepper:
                 layout.names = [*values, "norm"]
                 layout.sums = torch.zeros(len(scalars), device=self.device)
             layout.sums.add_(torch.stack(scalars))
+
+
+def _adamw(
+    parameters: list[nn.Parameter], rate: Tensor, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and kernels alone."""
+    vectors = [p for p in parameters if p.squeeze().ndim < 2]  # (C, 1, 1, 1) is a norm's scale in the VAE
+    matrices = [p for p in parameters if p.squeeze().ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=rate.is_cuda, capturable=rate.is_cuda)
+    for group in optimizer.param_groups:  # the very tensor, which steps fill and graphs read
+        group["lr"] = rate
+    return optimizer
 
 
 def compiles(compute: Loss, batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]) -> bool:

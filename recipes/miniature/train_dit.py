@@ -22,6 +22,7 @@ from . import peers
 from .data import edit_pairs
 from .editor import Editor, build_transformer, fast_transformer
 from .fast import build
+from .feed import Render
 from .loop import Loop, plot_log
 from .single_frame import as_images
 from .stepper import compile_if_possible
@@ -111,7 +112,7 @@ def prepared(editor: Editor, rows: dict[str, Any]) -> dict[str, Tensor]:
     return {**{name: value.bfloat16() for name, value in kept.items()}, "length": on["length"]}
 
 
-def _make(writing: float, shown: int) -> Any:
+def _make(writing: float, shown: int) -> Render:
     return partial(edit_pairs, "train", shown=shown, writing=writing)
 
 

@@ -30,6 +30,7 @@ from . import build as miniature
 from . import tokenizer as tokens
 from .data import CONDITION, IMAGE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
 from .fast import FastModel, build
+from .feed import Render
 from .loop import Loop, plot_log
 from .stepper import compile_if_possible
 from .supply import Supply, settings_of, stage_parser
@@ -85,7 +86,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _make(role: str, kinds: dict[str, Any], sides: tuple[int, ...], shown: int) -> Any:
+def _make(role: str, kinds: dict[str, Any], sides: tuple[int, ...], shown: int) -> Render:
     return partial(rendered, role, kinds, sides, shown)
 
 

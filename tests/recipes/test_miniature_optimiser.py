@@ -13,7 +13,7 @@ from torch import nn
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
-def test_orthogonal_keeps_the_directions_and_levels_their_strengths(shape: tuple[int, int]) -> None:
+def test_orthogonal_keeps_directions_and_levels_strengths(shape: tuple[int, int]) -> None:
     from recipes.miniature.muon import orthogonal
 
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
-from qwen_vision_bridge.training.calibration import Calibration, Tokens, calibrate, chunks_of, fit, normalised
+from qwen_vision_bridge.training.calibration import Calibration, Tokens, calibrate, fit, normalised
 
 CONFIG = BridgeConfig(source_dim=24, target_dim=20, rank=8, heads=4, query_dim=8)
 
@@ -26,6 +26,13 @@ def tokens_of_rank(count: int = 4000, noise: float = 0.0, rank: int = 4, seed: i
     )
     features = (features + noise * torch.randn(count, 20, generator=generator)) * sizes
     return Tokens(levels, features / features.square().mean(-1, keepdim=True).sqrt())
+
+
+def chunks_of(tokens: Tokens, size: int) -> Iterator[Tokens]:
+    for start in range(0, len(tokens.baseline), size):
+        part = slice(start, start + size)
+        highres = None if tokens.highres is None else tokens.highres[part]
+        yield Tokens([level[part] for level in tokens.levels], tokens.baseline[part], highres)
 
 
 def calibrated(tokens: Tokens, config: BridgeConfig = CONFIG, **options: object) -> Calibration:

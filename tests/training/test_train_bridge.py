@@ -71,7 +71,7 @@ def test_the_script_trains_calibrates_and_continues(tmp_path: Path) -> None:
     assert VisionBridge.from_pretrained(tmp_path / "four").config.blend == "replace"
 
 
-def test_a_dry_run_plans_the_released_models_and_downloads_nothing(
+def test_a_dry_run_plans_released_models_and_downloads_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("a download"))
