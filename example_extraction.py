@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
 from qwen_vision_bridge.features import folder_store, shard_names
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qwen_vision_bridge.specs import Family
 
 PROMPT = "Describe the picture."
-ROLES = {"source": "qwen3", "target": "qwen25"}
+ROLES: dict[str, Literal["qwen3", "qwen25"]] = {"source": "qwen3", "target": "qwen25"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -33,6 +33,7 @@ from .specs import LEVEL_NAMES, Family, check_seed
 
 logger = logging.getLogger(__name__)
 
+Blend = Literal["add", "replace"]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -57,7 +58,7 @@ class BridgeConfig:
     """Largest size of one channel's update before the gate, in RMS of the baseline token."""
     init: Literal["zero", "random"] = "zero"
     """`zero`: an untrained bridge changes nothing; `random`: its update has about the baseline's RMS."""
-    blend: Literal["add", "replace"] = "add"
+    blend: Blend = "add"
     """`add`: the update is added to the baseline; `replace`: it takes its place, from a gate of 0 on."""
     seed: int = 0
     """Seed of the starting weights."""
@@ -89,7 +90,7 @@ class BridgeConfig:
     @classmethod
     def for_family(cls, family: Family, **changes: object) -> BridgeConfig:
         """The family's default config: its widths, its rank, and the names of its models."""
-        settings = {
+        settings: dict[str, Any] = {
             "source_dim": family.source.out_dim,
             "target_dim": family.target.out_dim,
             "rank": family.bridge_rank,
@@ -136,7 +137,7 @@ pipeline = EnhancedQwenImageEdit(family="qwen", bridge="<this repository>")
 """
 
 
-class VisionBridge(
+class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which mypy does not read
     nn.Module,
     PyTorchModelHubMixin,
     library_name="qwen-vision-bridge",

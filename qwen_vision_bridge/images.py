@@ -41,7 +41,9 @@ def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) 
         ValueError: an empty list, an image below one token, longer than 200:1, or too large to open safely;
             deep greyscale with NaN, infinity or values outside the range of its format.
     """
-    images = list(image) if isinstance(image, list | tuple) else [image]
+    images = [image] if isinstance(image, Image.Image | str | Path) else image
+    if not isinstance(images, list | tuple):
+        raise TypeError(f"an image is a PIL image or a path, not {type(image).__name__}")
     if not images:
         raise ValueError("no image given: pass a PIL image, a path, or a list of at least one")
     return [_load_one(image, smallest_side) for image in images]
@@ -131,8 +133,8 @@ def _check_size(image: Image.Image, name: str, smallest_side: int) -> None:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if getattr(image, "n_frames", 1) > 1:
-        logger.warning("%s is animated (%d frames): the first frame is used", name, image.n_frames)
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        logger.warning("%s is animated (%d frames): the first frame is used", name, frames)
         image.seek(0)
     image.load()
     white = _white_level(image)

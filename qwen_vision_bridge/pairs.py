@@ -61,7 +61,7 @@ def compare_pairs(
 
 def _read(path: Path) -> dict[str, Any]:
     """The records of a folder by key."""
-    results = read_json(path) if path.is_file() else {"format": FORMAT, "records": {}}
+    results: dict[str, Any] = read_json(path) if path.is_file() else {"format": FORMAT, "records": {}}
     if results.get("format") != FORMAT:
         raise ValueError(f"{path} is of another kind or version: give another folder, it is not overwritten")
     return results["records"]

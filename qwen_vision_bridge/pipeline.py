@@ -213,6 +213,7 @@ class EnhancedQwenImageEdit:
         source = self.extract_source(edit.images)  # first, so that the tower is freed before the DiT loads
         baseline, _ = self.edit(edit)
         enhanced, attention = self.edit(replace(edit, bridge=self.bridge, source=source))
+        assert attention is not None  # every edit with a bridge has it
         if save_comparison is not None:
             from .plots import comparison_sheet  # imports matplotlib, which nothing else here needs
 
@@ -224,9 +225,11 @@ class EnhancedQwenImageEdit:
         self, image: ImageLike | Sequence[ImageLike], prompt: str, strength: float = 1.0
     ) -> LevelAttention:
         """The level weights alone, for the price of two steps without guidance; no image is decoded."""
-        shortest = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
+        shortest: dict[str, Any] = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
         edit = self.check_edit(image, prompt, strength=strength, negative_prompt=None, **shortest)
-        return self.edit(replace(edit, bridge=self.bridge)).attention
+        attention = self.edit(replace(edit, bridge=self.bridge)).attention
+        assert attention is not None  # every edit with a bridge has it
+        return attention
 
     def benchmark(
         self,
@@ -295,7 +298,7 @@ class EnhancedQwenImageEdit:
             **edit.options,
         }
         with self.patched():
-            if edit.bridge is None:
+            if edit.bridge is None or source is None:
                 return call(self.pipe, **arguments), None
             with inject(self.pipe, edit.bridge, source, edit.strength, edit.site) as injection:
                 result = call(self.pipe, **arguments)

@@ -219,7 +219,9 @@ class _Extraction:
         caches = None
         try:
             caches = self.extractor.extract_batch(
-                self.role, [image.pixels for image in batch], [image.grid for image in batch]
+                self.role,
+                [image.pixels for image in batch if image.pixels is not None],
+                [image.grid for image in batch],
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -86,14 +86,15 @@ def load_models(folder: Path, dtype: torch.dtype, quantised: Mapping[str, object
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if library not in ("diffusers", "transformers"):
             continue
-        model_class = getattr(importlib.import_module(library), str(class_name), None)
+        model_class: Any = getattr(importlib.import_module(library), str(class_name), None)
         if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
             continue  # tokenizer, processor, scheduler, or a name that the pipeline's own loader refuses
         options = {"quantization_config": quantised[name]} if name in quantised else {}
         # `check_tensors` reports tensors of another shape; in quantised parts diffusers would drop them all.
         plain = not options and "quantization_config" not in read_json(folder / name / "config.json")
         with without_loading_reports():
-            models[name], report = model_class.from_pretrained(
+            load: Any = model_class.from_pretrained  # type: ignore[attr-defined]
+            models[name], report = load(
                 folder / name,
                 dtype=dtype,
                 use_safetensors=True,

@@ -65,7 +65,7 @@ def _resolve_editor(editor: str | Path, base: EditorSpec) -> EditorSpec:
             f"{editor} is a pipeline of class {pipeline_class}, needed is {' or '.join(classes)}"
         )
     # Image sizes are no part of a checkpoint: it keeps those of the family it is used in.
-    return replace(base, **where, pipeline_class=pipeline_class, revision=None)
+    return replace(base, pipeline_class=pipeline_class, revision=None, name=where["name"], repo=where["repo"])
 
 
 def _registered(specs: Mapping[str, Spec], name: str | Path) -> Spec | None:

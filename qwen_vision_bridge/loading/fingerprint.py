@@ -113,7 +113,7 @@ def _config(part: Any) -> str:
     if hasattr(part, "to_json_string"):  # processors
         return part.to_json_string()
     config = getattr(part, "config", None)
-    if hasattr(config, "to_json_string"):  # transformers
+    if config is not None and hasattr(config, "to_json_string"):  # transformers
         return config.to_json_string(use_diff=False) + str(getattr(config, "_attn_implementation", ""))
     return json.dumps(dict(config or {}), sort_keys=True, default=str)
 

@@ -47,8 +47,10 @@ class _Plan(NamedTuple):
 
 def check_vision_attention(mode: str) -> VisionAttention:
     """Return the mode; a ValueError where it is neither `batched` nor `stock`."""
-    if mode == "batched" or mode == "stock":
-        return mode
+    if mode == "batched":
+        return "batched"
+    if mode == "stock":
+        return "stock"
     raise ValueError(f'vision_attention is "batched" or "stock", not {mode!r}')
 
 
@@ -115,8 +117,8 @@ def batched_attention(
     outputs, start = [], 0
     for count, length in plan.groups:
         stop = start + count * length
-        parts = [tensor[0, start:stop].unflatten(0, (count, length)).transpose(1, 2) for tensor in packed]
-        attended = functional.scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scaling)
+        q, k, v = (tensor[0, start:stop].unflatten(0, (count, length)).transpose(1, 2) for tensor in packed)
+        attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))  # (count, H, length, D) → (tokens, H, D)
         start = stop
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..bridge import BridgeConfig, VisionBridge
+from ..bridge import Blend, BridgeConfig, VisionBridge
 from .packs import Pack
 from .trainable import TrainableBridge
 
@@ -87,12 +87,12 @@ def calibrate(
     if not all(moments.counts):
         tokens = sum(moments.counts)
         raise ValueError(f"cross-validation needs at least {FOLDS} chunks of tokens, got {tokens} tokens")
-    blends = ("add", "replace") if moments.has_highres else ("replace",)
+    blends: tuple[Blend, ...] = ("add", "replace") if moments.has_highres else ("replace",)
     ranks = ranks or sorted({max(config.rank // part, config.heads) for part in (4, 2, 1)})
     ranks = [rank for rank in ranks if rank % config.heads == 0]
     fits = {blend: _search(replace(config, blend=blend), moments, ranks, ridges) for blend in blends}
 
-    def error(blend: str) -> float:  # in the same unit for both blends
+    def error(blend: Blend) -> float:  # in the same unit for both blends
         return (1 - fits[blend].explained) * float(moments.regression_target(blend)[1].sum())
 
     return fits[min(fits, key=error)]

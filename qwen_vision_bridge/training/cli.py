@@ -156,7 +156,10 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
             continue
         choices = get_args(Schedule) if field.type == "Schedule" else None
         group.add_argument(
-            f"--{field.name}", type=PARSERS[field.type], choices=choices, help=f"default: {field.default}"
+            f"--{field.name}",
+            type=PARSERS[str(field.type)],
+            choices=choices,
+            help=f"default: {field.default}",
         )
     group.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on CUDA")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")

@@ -82,7 +82,13 @@ class RunConfig:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of samples that the method learns from."""
-        return ("perceive",) if self.method == "calibrate" else tuple(self.method.split("+"))  # type: ignore[return-value]
+        by_method: dict[Method, tuple[Kind, ...]] = {
+            "calibrate": ("perceive",),
+            "perceive": ("perceive",),
+            "edit": ("edit",),
+            "perceive+edit": ("perceive", "edit"),
+        }
+        return by_method[self.method]
 
     @property
     def bridge_config(self) -> BridgeConfig:

@@ -50,8 +50,9 @@ class Sample(NamedTuple):
 class Samples(Protocol):
     """A list of samples that are rendered or read one at a time, in any process."""
 
-    digest: str
-    """Changes whenever a sample does."""
+    @property
+    def digest(self) -> str:
+        """Changes whenever a sample does."""
 
     def __len__(self) -> int: ...
 
@@ -161,7 +162,8 @@ class DatasetSamples(_UserSamples):
                 "--dataset_name needs the package `datasets`, which is not installed: `uv run --with "
                 "datasets python train_bridge.py …`, or give a folder with --train_data_dir"
             ) from error
-        self.kind, self.rows = kind, datasets.load_dataset(name, split=split)
+        self.kind: Kind = kind
+        self.rows: Any = datasets.load_dataset(name, split=split)
         columns, needed = self.rows.column_names, {"image", *COLUMNS[kind]}
         if missing := sorted(needed - set(columns)):
             raise ValueError(
@@ -205,7 +207,7 @@ def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
     samples: Samples = (
         FolderSamples(run.train_data_dir, kind)
         if run.train_data_dir is not None
-        else DatasetSamples(run.dataset_name, kind)
+        else DatasetSamples(str(run.dataset_name), kind)
     )
     train, validation = split_samples(samples, run.validation_samples)
     return Split(Subset(samples, train.indices[: run.max_train_samples]), validation)

@@ -50,7 +50,7 @@ class FlowMatching:
         """The fields `references` and `after`, packed latents (n, 64), and `latents`, rows and columns."""
         images = [sample.image for sample in samples]
         before, shapes = self._latents(images, images)
-        after, _ = self._latents([sample.after for sample in samples], images)
+        after, _ = self._latents([sample.after for sample in samples if sample.after is not None], images)
         return [
             {"references": one, "after": other, "latents": list(shape)}
             for one, other, shape in zip(before, after, shapes, strict=True)

@@ -54,7 +54,8 @@ class TextBatch(NamedTuple):
         length = max(
             int(self.prompt_lengths.max()), int(labelled[-1]) + 2 if len(labelled) else 0, min_length
         )
-        return TextBatch(*(part[:, :length] for part in self[:3]), self.prompt_lengths)
+        ids, labels, weights = (part[:, :length] for part in self[:3])
+        return TextBatch(ids, labels, weights, self.prompt_lengths)
 
     def to(self, device: torch.device) -> TextBatch:
         """Move to a device."""
@@ -238,7 +239,7 @@ class FrozenLanguageModel:
         states = output.last_hidden_state
         if first is None:
             return states[:, states.shape[1] - ids.shape[1] :], output.past_key_values
-        if begin:
+        if prefix.states is not None and begin:
             states = torch.cat([prefix.states.to(states.dtype).expand(batch, -1, -1), states], dim=1)
         return states[:, first:], output.past_key_values
 

@@ -94,6 +94,7 @@ class Batch:
         )
         before_text = states.shape[1] - ids.shape[1]
         mask = torch.arange(states.shape[1])[None] < before_text + lengths[:, None]
+        assert self.train_data.flow is not None  # edits are trained through it
         return self.train_data.flow.losses(
             self.pack.rows("references", samples),
             self.pack.rows("after", samples),

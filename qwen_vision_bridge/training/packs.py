@@ -51,7 +51,7 @@ def build_pack(
         encode = see()
         starts = [SHARD_ITEMS * shards.index(shard) for shard in pending]
         chunks = [range(start, min(start + SHARD_ITEMS, len(samples))) for start in starts]
-        loader = DataLoader(samples, batch_sampler=chunks, collate_fn=list, num_workers=workers)  # type: ignore[arg-type]
+        loader = DataLoader(samples, batch_sampler=chunks, collate_fn=list, num_workers=workers)
         with tqdm(total=sum(map(len, chunks)), desc="features", unit="image") as progress:
             for shard, chunk in zip(pending, loader, strict=True):
                 store.put(shard, None, list(map(_item, chunk, encode(chunk))))

@@ -120,7 +120,7 @@ def checkpoints(folder: str | Path, run_id: str | None = None) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint was saved after."""
-    return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def run_of(checkpoint: Path) -> str:

@@ -275,7 +275,7 @@ def stop_requests() -> Iterator[list[str]]:
 
     def request(number: int, _frame: object) -> None:
         names.append(signal.Signals(number).name)
-        signal.signal(number, handlers[number])
+        signal.signal(number, handlers[signal.Signals(number)])
 
     if threading.current_thread() is not threading.main_thread():  # only that one can handle signals
         yield names
@@ -292,7 +292,10 @@ def _optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) 
     """AdamW with weight decay on matrices alone."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors},
+    ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
 

@@ -88,7 +88,7 @@ def answer_questions(
     texts = pack.texts()
     lengths = language_model.tokenize([(prompt, None) for prompt, _ in texts]).prompt_lengths.tolist()
     layout_of = {int(i): layout for layout, members in pack.layouts.items() for i in members}
-    chosen = [i for i, text in enumerate(texts) if kind in (None, Answer(i, *text, "").kind)]
+    chosen = [i for i, text in enumerate(texts) if kind in (None, Answer(i, text[0], text[1] or "", "").kind)]
     batches: dict[tuple[str, int], list[int]] = defaultdict(list)
     for index in chosen[:limit]:
         batches[layout_of[index], lengths[index]].append(index)
@@ -99,7 +99,7 @@ def answer_questions(
             prompts = [texts[index][0] for index in samples.tolist()]
             generated = language_model.generate(features, prompts, pack.grid_of(samples))
             answers += [
-                Answer(index, *texts[index], answer)
+                Answer(index, texts[index][0], texts[index][1] or "", answer)
                 for index, answer in zip(samples.tolist(), generated, strict=True)
             ]
     return sorted(answers)
@@ -153,6 +153,7 @@ def choose_gate(trainable: TrainableBridge, train_data: TrainData, samples: int 
 def edit_loss(trainable: Trainable, train_data: TrainData, batch_size: int = 32) -> float:
     """Flow-matching loss of the edits, without dropout of prompts and with the same noise in every call."""
     settings = TrainingSettings(condition_dropout=0.0, edit_weight=1.0)
+    assert train_data.edit is not None
     count, total = -(-len(train_data.edit) // batch_size), 0.0
     for step in range(count):
         batch = Batch(train_data, "edit", step, batch_size, settings)
