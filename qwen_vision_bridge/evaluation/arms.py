@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from ..bridge import VisionBridge, bridge_digest, check_strength, resolve_bridge
 from ..case import Case
@@ -107,7 +107,10 @@ def parse_arm(text: str, family: Family) -> Arm:
             )
     else:
         loaded, _ = resolve_bridge(bridge, family)
-    return Arm(name, loaded, bridge, strength, settings.get("site", "tower"), settings.get("features", "own"))
+    site, features = settings.get("site", "tower"), settings.get("features", "own")
+    return Arm(
+        name, loaded, bridge, strength, cast("Site", site), cast("Features", features)
+    )  # Arm checks them
 
 
 def check_arms(arms: Sequence[Arm]) -> None:

@@ -5,7 +5,7 @@ No transformer and no VAE run. Replies are decoded greedily, so equal features g
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,8 +50,8 @@ def ask(
     arguments["pixel_values"] = inputs["pixel_values"].to(pipe.text_encoder.dtype)
     if pipeline.options.mrope == "fixed":  # as in an edit, see `patches.mrope_positions`
         arguments["mm_token_type_ids"] = (ids == pipe.text_encoder.config.image_token_id).int()
-    encoder = nullcontext()
-    if arm.bridge is not None:
+    encoder: AbstractContextManager[object] = nullcontext()
+    if arm.bridge is not None and source is not None:
         encoder = inject(pipe, arm.bridge, source, arm.strength, arm.site)
     towers = batched_vision(pipe, pipeline.options.vision_attention)
     positions = mrope_positions(pipe, pipeline.options.mrope)  # puts back what generating leaves behind

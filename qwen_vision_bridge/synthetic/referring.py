@@ -115,7 +115,8 @@ def _sizes(draw: Draw) -> ReferringTarget:
     wanted = draw.pick(("smallest", "largest"))
     base, count = draw.between(0.1, 0.12), _count(draw)
     odd = 0.8 * base if wanted == "smallest" else 1.2 * base
-    others = base * draw.rng.uniform(*((1, 1.12) if wanted == "smallest" else (0.9, 1)), count - 1)
+    low, high = (1.0, 1.12) if wanted == "smallest" else (0.9, 1.0)
+    others = base * draw.rng.uniform(low, high, count - 1)
     discs = draw.discs([odd, *others.tolist()])
     return ReferringTarget(objects_at(draw.alike(count), discs), f"the {wanted} shape")
 
@@ -125,7 +126,7 @@ def _spread(draw: Draw, axis: int, least: float, count: int) -> list[Disc]:
     while True:
         discs = sorted(draw.discs(draw.between(0.085, 0.115, count).tolist()), key=lambda d: d[axis])
         steps = np.diff([disc[axis] for disc in discs])
-        if steps.min() >= least * draw.size:
+        if min(steps) >= least * draw.size:
             return discs
 
 

@@ -18,7 +18,17 @@ from ..case import RGB, Scene, SceneObject, TextBlock
 
 def _palette(listing: str) -> dict[str, RGB]:
     pairs = (entry.split(" #") for entry in listing.split(", "))
-    return {name: ImageColor.getrgb(f"#{code}") for name, code in pairs}
+    return {name: _rgb(code) for name, code in pairs}
+
+
+def _rgb(code: str) -> RGB:
+    red, green, blue = ImageColor.getrgb(f"#{code}")[:3]
+    return red, green, blue
+
+
+def _darker(colour: RGB) -> RGB:
+    red, green, blue = (level * 55 // 100 for level in colour)
+    return red, green, blue
 
 
 # Vivid shapes on muted backgrounds: any two shape colours are 36 or more CIE76 units apart, and a shape
@@ -162,10 +172,10 @@ def render(scene: Scene) -> Image.Image:
     canvas = _paint_background(scene)
     for item in scene.objects:
         colour, smaller = COLOURS[item.colour], replace(item, radius=0.92 * item.radius)
-        _fill(canvas, corners_of(item), tuple(level * 55 // 100 for level in colour))
+        _fill(canvas, corners_of(item), _darker(colour))
         _fill(canvas, corners_of(smaller), colour)  # the dark rim keeps yellow visible on beige
         for outline in MARKS.get(item.mark, ()):
-            _fill(canvas, outline * item.radius + item.centre, tuple(level * 55 // 100 for level in colour))
+            _fill(canvas, outline * item.radius + item.centre, _darker(colour))
     for block in scene.texts:
         _draw_text(canvas, block)
     return canvas

@@ -128,8 +128,9 @@ def pair_records(
     for (_, prompt), alike in by_prompt.items():
         for first, second in itertools.pairwise(alike):
             for arm in dict.fromkeys(record["arm"] for record in records):
-                both = [edits.get((case.case_id, arm)) for case in (first, second)]
-                if None in both:
+                pair = (edits.get((case.case_id, arm)) for case in (first, second))
+                both = [record for record in pair if record is not None]
+                if len(both) < 2:
                     continue
                 after = [Image.open(folder / record["image"]) for record in both]
                 agreed = edit_agreement(first.image, after[0], second.image, after[1])

@@ -58,6 +58,7 @@ def find_objects(
     for index, colour in enumerate(colours):
         patches, count = ndimage.label(ndimage.binary_opening(nearest == index, np.ones((3, 3))))
         areas = np.bincount(patches.ravel(), minlength=count + 1)
+        patch: int
         for patch in np.flatnonzero(areas[1:] >= max(least, 1)) + 1:
             y, x = np.nonzero(patches == patch)
             objects.append(
@@ -187,8 +188,9 @@ def relations_kept(image: ImageOrArray, expected_objects: Sequence[SceneObject])
         for axis in (0, 1):
             wanted = other.centre[axis] - item.centre[axis]
             if abs(wanted) >= size / 8:
-                both = place is not None and beside is not None
-                kept.append(both and (beside[axis] - place[axis]) * wanted > 0)
+                kept.append(
+                    place is not None and beside is not None and (beside[axis] - place[axis]) * wanted > 0
+                )
     return float(np.mean(kept)) if kept else None
 
 

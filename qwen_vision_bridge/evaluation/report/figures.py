@@ -134,7 +134,8 @@ def cases_figure(spread: Mapping[str, Mapping[str, np.ndarray]]) -> Image.Image:
 def _dots(axis: Axes, place: int, differences: np.ndarray, name: str) -> None:
     if len(differences) >= MANY and np.ptp(differences) > 0:
         drawn = axis.violinplot(differences, [place], widths=0.7, showextrema=False)
-        for body in drawn["bodies"]:
+        bodies: Any = drawn["bodies"]
+        for body in bodies:
             body.set(facecolor="#9db8ea", alpha=0.5)
     aside = np.random.default_rng(len(name)).uniform(-0.16, 0.16, len(differences))
     size = 7 if len(differences) >= MANY else 22
