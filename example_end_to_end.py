@@ -16,8 +16,8 @@ from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
 
 if TYPE_CHECKING:
     from qwen_vision_bridge.case import Case
-    from qwen_vision_bridge.edit import Comparison
     from qwen_vision_bridge.evaluation.arms import Arm
+    from qwen_vision_bridge.pairs import Comparison
 
 PROMPT = 'Change the text to "FOX".'
 GROUPS = {2: ("ocr", "ocr_tests"), 3: ("space", "spatial_tests"), 4: ("detail", "detail_tests")}
@@ -126,9 +126,9 @@ class Session:
     def __init__(self, arguments: argparse.Namespace) -> None:
         from qwen_vision_bridge.bridge import check_strength
         from qwen_vision_bridge.distributed import Processes
-        from qwen_vision_bridge.edit import check_steps
         from qwen_vision_bridge.evaluation.arms import BASELINE, Arm, parse_arm
         from qwen_vision_bridge.evaluation.public_datasets import load_cases
+        from qwen_vision_bridge.pairs import check_steps
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
         check_strength(arguments.strength)

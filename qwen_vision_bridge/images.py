@@ -17,13 +17,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 logger = logging.getLogger(__name__)
 
 ImageLike = Image.Image | str | Path
+Images = ImageLike | Sequence[ImageLike]
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_ASPECT_RATIO = 200  # the Qwen processors refuse anything longer
 FLOAT_RANGE = (-1.0, 2.0)  # beyond it floating-point pixels are evidently not from 0 to 1
 TIFF_BITS_PER_SAMPLE = 258
 
 
-def load_images(image: ImageLike | Sequence[ImageLike], smallest_side: int = 1) -> list[Image.Image]:
+def load_images(image: Images, smallest_side: int = 1) -> list[Image.Image]:
     """Open, check and convert one image or several to 8-bit RGB, upright by their EXIF orientation.
 
     Greyscale, palette, CMYK and 16-bit images are converted, transparency is laid over white, and of an

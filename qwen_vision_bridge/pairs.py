@@ -1,21 +1,149 @@
-"""A folder of paired edits, baseline and enhanced, with times and differences: needs no known answers."""
+"""One edit with its arguments checked before any model is loaded, and folders of paired edits."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from .edit import Comparison, Edit
-from .images import image_digest
+from .bridge import VisionBridge, check_strength
+from .cache import VisionCache
+from .images import Images, image_digest, load_images
+from .injection import SITES, LevelAttention, Levels, Site
 from .io import digest_of, write_image, write_json
 from .loading.locks import model_lock
-from .specs import read_json
+from .loading.tower_attention import VisionAttention, check_vision_attention
+from .patches import Mrope, takes_several
+from .specs import Family, check_seed, read_json
 
 FORMAT = "qwen-vision-bridge/pairs/2"
+PAIRED = ("generator", "prompt_embeds", "negative_prompt_embeds", "latents", "image", "num_images_per_prompt")
+"""Arguments of the stock call that pair baseline and enhanced: users cannot set them."""
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Rare settings of an `EnhancedQwenImageEdit`; baseline and enhanced edits share them."""
+
+    site: Site = "tower"
+    """Where the bridge goes in, see `injection.inject`."""
+    mrope: Mrope = "fixed"
+    """`fixed` gives the text encoder three-axis positions, `stock` leaves diffusers' behaviour."""
+    vision_attention: VisionAttention = "batched"
+    """`batched` runs both vision towers' attention over many windows and images at once, and fuses their
+    layers on a GPU; `stock` leaves transformers' loop."""
+    keep_source: bool | None = None
+    """Keep the source tower in memory between calls; None leaves it to the memory plan, which keeps it on a
+    GPU with room for it and frees it before the DiT runs elsewhere."""
+    compiled: bool = False
+    """`torch.compile` the source tower's blocks and the bridge: slow to begin with, equal up to rounding."""
+    feature_cache: bool | str | Path = True
+    """Keep source features on disk, see `VisionCacheExtractor`."""
+
+    def __post_init__(self) -> None:
+        check_vision_attention(self.vision_attention)
+        if self.mrope not in ("fixed", "stock"):
+            raise ValueError(f'mrope is "fixed" or "stock", not {self.mrope!r}')
+        if self.site not in SITES:
+            raise ValueError(f"site is one of {', '.join(SITES)}, not {self.site!r}")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit, ready to run."""
+
+    images: list[Image.Image]
+    prompt: str
+    seed: int
+    options: Mapping[str, Any]
+    """Arguments of the stock call, the family's defaults included."""
+    bridge: VisionBridge | None = None
+    """None is the baseline."""
+    source: VisionCache | Levels | None = None
+    """What the bridge sees; None extracts the source's levels of `images`."""
+    strength: float = 1.0
+    site: Site = "tower"
+
+
+class EditResult(NamedTuple):
+    """An edited image, and the bridge's attention over the levels where there was a bridge."""
+
+    image: Image.Image
+    attention: LevelAttention | None
+
+
+class Comparison(NamedTuple):
+    """The same edit without and with the bridge."""
+
+    baseline: Image.Image
+    enhanced: Image.Image
+    attention: LevelAttention
+
+
+def check_edit(
+    family: Family,
+    pipeline_name: str,
+    image: Images,
+    prompt: str,
+    seed: int,
+    options: Mapping[str, Any],
+    strength: float = 1.0,
+) -> Edit:
+    """Open an edit's images, check its arguments and complete its options with the family's defaults.
+
+    Args:
+        pipeline_name: class of the stock pipeline; the first edit pipeline takes one image only.
+
+    Returns:
+        The baseline's edit.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError, OSError: every refusal that needs no model.
+    """
+    check_prompt(prompt)
+    check_strength(strength)
+    check_seed(seed)
+    check_steps(options.get("num_inference_steps", family.steps))
+    if paired := sorted(set(options) & set(PAIRED)):
+        raise ValueError(f"{', '.join(paired)} cannot be set: the pairing of baseline and enhanced does")
+    images = load_images(image, family.target.token_px)
+    if len(images) > 1 and not takes_several(pipeline_name):
+        raise ValueError(f"{pipeline_name} takes one image, got {len(images)}: use Qwen-Image-Edit-2509")
+    defaults = {
+        "num_inference_steps": family.steps,
+        "true_cfg_scale": family.true_cfg_scale,
+        "negative_prompt": family.negative_prompt,
+    }
+    return Edit(images, prompt, seed, {**defaults, **options}, strength=strength)
+
+
+def check_prompt(prompt: object) -> str:
+    """Check that a prompt says something.
+
+    Raises:
+        TypeError: not a string. ValueError: empty or blank.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"a prompt is a string, not {type(prompt).__name__}")
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: say what to change")
+    return prompt
+
+
+def check_steps(steps: object) -> int:
+    """Check a number of denoising steps against what the released scheduler can do.
+
+    Raises:
+        ValueError: less than 2; the scheduler stretches its steps to a fixed end and divides by zero for one.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"num_inference_steps is a whole number from 2, not {steps!r}")
+    return steps
 
 
 def compare_pairs(

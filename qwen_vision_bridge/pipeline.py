@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,10 +15,9 @@ from PIL import Image
 from .batching import Prepared, denoise, prepare, run_stock
 from .bridge import VisionBridge, bridge_digest, resolve_bridge
 from .cache import VisionCache
-from .edit import Comparison, Edit, EditResult, check_edit
 from .extractor import VisionCacheExtractor
-from .images import ImageLike
-from .injection import SITES, Grids, LevelAttention, Site, inject
+from .images import ImageLike, Images
+from .injection import Grids, LevelAttention, inject
 from .io import provenance, write_image
 from .loading.editors import editor_revision, load_pipeline
 from .loading.families import resolve_family
@@ -34,43 +33,15 @@ from .loading.memory import (
     smaller_mode_suggested,
     total_gpu_gb,
 )
-from .loading.tower_attention import VisionAttention, check_vision_attention
 from .loading.towers import load_processor
-from .pairs import compare_pairs
-from .patches import Mrope, condition_grids, effective_sizes, patched, takes_several
+from .pairs import Comparison, Edit, EditResult, PipelineOptions, check_edit, compare_pairs
+from .patches import condition_grids, effective_sizes, patched, takes_several
 from .specs import Family
 
 if TYPE_CHECKING:
     from .patches import EditPipeline
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """Rare settings of an `EnhancedQwenImageEdit`; baseline and enhanced edits share them."""
-
-    site: Site = "tower"
-    """Where the bridge goes in, see `injection.inject`."""
-    mrope: Mrope = "fixed"
-    """`fixed` gives the text encoder three-axis positions, `stock` leaves diffusers' behaviour."""
-    vision_attention: VisionAttention = "batched"
-    """`batched` runs both vision towers' attention over many windows and images at once, and fuses their
-    layers on a GPU; `stock` leaves transformers' loop."""
-    keep_source: bool | None = None
-    """Keep the source tower in memory between calls; None leaves it to the memory plan, which keeps it on a
-    GPU with room for it and frees it before the DiT runs elsewhere."""
-    compiled: bool = False
-    """`torch.compile` the source tower's blocks and the bridge: slow to begin with, equal up to rounding."""
-    feature_cache: bool | str | Path = True
-    """Keep source features on disk, see `VisionCacheExtractor`."""
-
-    def __post_init__(self) -> None:
-        check_vision_attention(self.vision_attention)
-        if self.mrope not in ("fixed", "stock"):
-            raise ValueError(f'mrope is "fixed" or "stock", not {self.mrope!r}')
-        if self.site not in SITES:
-            raise ValueError(f"site is one of {', '.join(SITES)}, not {self.site!r}")
 
 
 class EnhancedQwenImageEdit:
@@ -126,19 +97,12 @@ class EnhancedQwenImageEdit:
         self.bridge, self.bridge_name = resolve_bridge(bridge, self.family)
         if options.compiled:
             self.bridge.compile()
+        shared = {name: getattr(options, name) for name in ("vision_attention", "compiled", "feature_cache")}
         self.extractor = VisionCacheExtractor(
-            self.family,
-            load_in_8bit=False,
-            device=self.device,
-            dtype=self.dtype,
-            vision_attention=options.vision_attention,
-            compiled=options.compiled,
-            feature_cache=options.feature_cache,
+            self.family, False, device=self.device, dtype=self.dtype, **shared
         )
         self._pipe = pipe
-        self._stock_state: dict[str, str] | None = (
-            None  # of the pipeline as loaded; None where it was passed in
-        )
+        self._stock_state: dict[str, str] | None = None  # as loaded; None for a pipeline passed in
         self._source_users = 0  # how many `keeping_source` are open
         self._image_processor: Any = None  # of the editor, needed before the pipeline is loaded
         self._editor_revision: str | None = None
@@ -163,7 +127,7 @@ class EnhancedQwenImageEdit:
 
     def generate(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: Images,
         prompt: str,
         use_qwen3_vision: bool = True,
         strength: float = 1.0,
@@ -187,13 +151,11 @@ class EnhancedQwenImageEdit:
             GpuMemoryError: the GPU ran out of memory.
         """
         edit = self.check_edit(image, prompt, seed, strength, **options)
-        if use_qwen3_vision:
-            edit = replace(edit, bridge=self.bridge)
-        return self.edit(edit).image
+        return self.edit(replace(edit, bridge=self.bridge if use_qwen3_vision else None)).image
 
     def compare(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: Images,
         prompt: str,
         save_comparison: str | Path | None = None,
         strength: float = 1.0,
@@ -221,9 +183,7 @@ class EnhancedQwenImageEdit:
             write_image(save_comparison, sheet)
         return Comparison(baseline, enhanced, attention)
 
-    def attend(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str, strength: float = 1.0
-    ) -> LevelAttention:
+    def attend(self, image: Images, prompt: str, strength: float = 1.0) -> LevelAttention:
         """The level weights alone, for the price of two steps without guidance; no image is decoded."""
         shortest: dict[str, Any] = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
         edit = self.check_edit(image, prompt, strength=strength, negative_prompt=None, **shortest)
@@ -260,12 +220,7 @@ class EnhancedQwenImageEdit:
         return compare_pairs(compare, edits, Path(output_dir), key, self.provenance([seed]))
 
     def check_edit(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str,
-        seed: int = 0,
-        strength: float = 1.0,
-        **options: Any,
+        self, image: Images, prompt: str, seed: int = 0, strength: float = 1.0, **options: Any
     ) -> Edit:
         """The baseline's edit with the arguments of `generate`, checked; for `edit` and `prepare`."""
         edit = check_edit(self.family, self._pipeline_name(), image, prompt, seed, options, strength)
@@ -336,25 +291,25 @@ class EnhancedQwenImageEdit:
 
     def condition_grids(self, images: Sequence[Image.Image]) -> Grids:
         """(gh, gw) of each image as the editor's target tower sees it, computed as the pipeline does."""
-        processor, editor = self._image_processor, self.family.editor
+        editor = self.family.editor
         if self._pipe is not None:
-            processor = self._pipe.processor.image_processor
-        elif processor is None:
-            processor = load_processor(editor.repo, "processor", editor.revision)
-            self._image_processor = processor
-        return condition_grids(self._pipeline_class(), editor, processor, list(images))
+            self._image_processor = self._pipe.processor.image_processor
+        elif self._image_processor is None:
+            self._image_processor = load_processor(editor.repo, "processor", editor.revision)
+        return condition_grids(self._pipeline_class(), editor, self._image_processor, list(images))
 
     def fingerprint(self, enhanced: bool) -> dict[str, Any]:
         """Everything about the models that decides an image of the bridge's arm, or of the baseline."""
         family, options = self.family, self.options
         if self._editor_revision is None:
             self._editor_revision = editor_revision(family.editor)
+        pipe = self._pipe
         parts: dict[str, Any] = {
             "family": family.name,
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
             "sizes": effective_sizes(self._pipeline_class(), family.editor),
-            "changes": {} if self._pipe is None else changed_parts(self._pipe, self._stock_state),
-            "adapters": {} if self._pipe is None else self._pipe.get_list_adapters(),
+            "changes": {} if pipe is None else changed_parts(pipe, self._stock_state),
+            "adapters": {} if pipe is None else pipe.get_list_adapters(),
             "mrope": options.mrope,
             "vision_attention": options.vision_attention,
             "memory_mode": self.mode.name,

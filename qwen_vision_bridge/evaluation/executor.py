@@ -19,10 +19,10 @@ from ..batching import Prepared
 from ..cache import VisionCache
 from ..case import Case
 from ..controls import target_levels
-from ..edit import Edit
 from ..images import load_images
 from ..injection import Levels
 from ..io import write_image
+from ..pairs import Edit
 from ..patches import shared_latents
 from ..specs import cache_home
 from .record_log import RecordLog

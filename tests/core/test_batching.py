@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from qwen_vision_bridge.batching import Prepared
-from qwen_vision_bridge.edit import Edit
 from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
+from qwen_vision_bridge.pairs import Edit
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 SHORT = {"num_inference_steps": 3}

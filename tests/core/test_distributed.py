@@ -19,7 +19,7 @@ import torch
 from qwen_vision_bridge.evaluation.arms import Arm
 from types import SimpleNamespace
 from qwen_vision_bridge.bridge import VisionBridge, BridgeConfig
-from qwen_vision_bridge.edit import Edit
+from qwen_vision_bridge.pairs import Edit
 from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.evaluation.report.tables import write_results

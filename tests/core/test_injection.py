@@ -44,7 +44,7 @@ def encode(pipe: Any, image: Image.Image, prompt: str = "make it red") -> torch.
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_a_random_bridge_changes_the_embeddings_and_strength_zero_does_not(
+def test_a_random_bridge_changes_embeddings_strength_0_does_not(
     site: str, pipe: Any, bridge: VisionBridge, cache: Any, seen_by_tower: Image.Image
 ) -> None:
     stock = encode(pipe, seen_by_tower)
@@ -77,7 +77,7 @@ def test_the_sites_are_different_places(
     assert not any(torch.equal(*pair) for pair in itertools.combinations(results, 2))
 
 
-def test_the_tower_site_is_the_language_model_fed_with_the_bridges_output(
+def test_the_tower_site_feeds_the_bridges_output_to_the_lm(
     pipe: Any, bridge: VisionBridge, cache: Any, seen_by_tower: Image.Image
 ) -> None:
     """Against transformers' own way of giving features, without a hook."""
@@ -110,7 +110,7 @@ def test_features_that_were_never_read_are_an_error(pipe: Any, bridge: VisionBri
         pass
 
 
-def test_an_error_in_the_middle_leaves_no_hook_and_is_not_replaced(
+def test_an_error_leaves_no_hook_and_is_not_replaced(
     pipe: Any, bridge: VisionBridge, cache: Any, seen_by_tower: Image.Image
 ) -> None:
     stock = encode(pipe, seen_by_tower)
@@ -235,9 +235,7 @@ def test_image_sizes_are_set_for_the_call_and_put_back() -> None:
 @pytest.mark.parametrize(
     ("ratio", "grid"), [((1, 1), (14, 14)), ((4, 3), (11, 16)), ((3, 2), (11, 17)), ((16, 9), (10, 18))]
 )
-def test_condition_grids_of_the_released_plus_pipeline_are_the_known_ones(
-    ratio: tuple[int, int], grid: tuple[int, int]
-) -> None:
+def test_condition_grids_of_the_released_plus_pipeline(ratio: tuple[int, int], grid: tuple[int, int]) -> None:
     import diffusers
     from transformers import Qwen2VLImageProcessor
 

@@ -70,7 +70,7 @@ def test_a_random_bridge_changes_the_image(site: str, pipe: Any, photo: Image.Im
     assert attention.weights.shape == (sum(rows * columns for rows, columns in attention.grids), 3)
 
 
-def test_the_source_image_and_not_only_the_bridge_decides_the_edit(editor: Any, photo: Image.Image) -> None:
+def test_the_source_image_decides_the_edit_too(editor: Any, photo: Image.Image) -> None:
     """With another image's source features the same edit comes out differently."""
     from qwen_vision_bridge.injection import inject
 
@@ -81,7 +81,7 @@ def test_the_source_image_and_not_only_the_bridge_decides_the_edit(editor: Any, 
     assert not same(own, other)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(editor: Any, photo: Image.Image) -> None:
+def test_the_seed_alone_decides_the_bits(editor: Any, photo: Image.Image) -> None:
     one, again, other = (editor.generate(photo, PROMPT, seed=seed, **SHORT) for seed in (4, 4, 5))
     assert same(one, again)
     assert not same(one, other)
@@ -100,7 +100,7 @@ def test_several_reference_images_are_one_edit(editor: Any, photo: Image.Image) 
     assert not same(result.baseline, result.enhanced)
 
 
-def test_the_source_tower_is_freed_before_the_dit_runs_unless_kept(pipe: Any, photo: Image.Image) -> None:
+def test_the_source_tower_is_freed_before_the_dit_unless_kept(pipe: Any, photo: Image.Image) -> None:
     for keep in (False, True):
         editor = EnhancedQwenImageEdit(
             "miniature", "random", pipe=pipe, keep_source=keep, feature_cache=False
@@ -186,7 +186,7 @@ def test_benchmark_writes_images_and_records_and_resumes(
     assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 3
 
 
-def test_ctrl_c_keeps_the_finished_pairs_and_leaves_the_pipeline_clean(
+def test_ctrl_c_keeps_finished_pairs_and_a_stock_pipeline(
     editor: Any, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = editor.pipe.scheduler.step
@@ -319,9 +319,7 @@ def test_a_damaged_editor_is_one_line(editor_folder: Path, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_running_out_of_gpu_memory_names_every_mode_and_leaves_no_hook(
-    editor: Any, photo: Image.Image
-) -> None:
+def test_out_of_gpu_memory_names_modes_and_leaves_no_hook(editor: Any, photo: Image.Image) -> None:
     def exhausted(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 

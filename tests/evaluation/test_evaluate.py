@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from qwen_vision_bridge.controls import find_partners, target_levels
-from qwen_vision_bridge.edit import Edit, EditResult
 from qwen_vision_bridge.evaluation.arms import Arm, default_arms, parse_arm
 from qwen_vision_bridge.evaluation.evaluate import evaluate
 from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.report.tables import as_table, write_results
 from qwen_vision_bridge.evaluation.scoring import measure, score_reply
 from qwen_vision_bridge.evaluation.tasks import Run, content_key
+from qwen_vision_bridge.pairs import Edit, EditResult
 from qwen_vision_bridge.synthetic.cases import GROUPS, make_cases
 from qwen_vision_bridge.synthetic.questions import Question, questions_of
 
