@@ -14,7 +14,7 @@ from ..io import digest_of
 from ..patches import condition_size
 from ..specs import LEVEL_NAMES, Family
 from .data import Sample
-from .packs import Seen
+from .packs import Fields
 
 HIGHRES = 2  # times the grid a side
 
@@ -59,7 +59,7 @@ class FeatureEncoder:
             ]
         )
 
-    def encode(self, samples: Sequence[Sample]) -> list[Seen]:
+    def encode(self, samples: Sequence[Sample]) -> list[Fields]:
         """The fields `early`, `mid`, `late`, `vision` and perhaps `highres`, and each sample's `grid`."""
         images = [sample.image for sample in samples]
         target = self.extractor.extract_qwen25_vision([self._as_shown(image) for image in images])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..patches import vae_size
 from ..specs import EditorSpec
 from .data import Sample
-from .packs import Seen
+from .packs import Fields
 
 if TYPE_CHECKING:
     from diffusers import QwenImageEditPlusPipeline
@@ -46,7 +46,7 @@ class FlowMatching:
             self.transformer.train()  # checkpointing acts in training mode only; these blocks have no dropout
 
     @torch.no_grad()
-    def encode(self, samples: Sequence[Sample]) -> list[Seen]:
+    def encode(self, samples: Sequence[Sample]) -> list[Fields]:
         """The fields `references` and `after`, packed latents (n, 64), and `latents`, rows and columns."""
         images = [sample.image for sample in samples]
         before, shapes = self._latents(images, images)

@@ -13,7 +13,7 @@ from .config import Kind, RunConfig
 from .features import FeatureEncoder
 from .flow_matching import FlowMatching
 from .frozen_lm import FrozenLanguageModel
-from .packs import See
+from .packs import Encode
 
 if TYPE_CHECKING:
     from diffusers import QwenImageEditPlusPipeline
@@ -62,7 +62,7 @@ class FrozenModels:
         """The pipeline's transformer, through which edits are trained."""
         return FlowMatching(self.pipe, self.run.family.editor, self.run.gradient_checkpointing)
 
-    def encode_function(self, kind: Kind) -> See:
+    def encode_function(self, kind: Kind) -> Encode:
         """The function that turns samples of a kind into the fields of a pack."""
         if kind == "perceive":
             return self.encoder.encode

@@ -20,18 +20,18 @@ from ..loading.memory import usable_gpu_bytes
 from ..specs import step_seed
 from .data import Sample, Samples
 
-Seen = dict[str, Any]
-"""What frozen models make of a sample: tensors (rows, width) by field, and plain data by name."""
-See = Callable[[Sequence[Sample]], list[Seen]]
+Fields = dict[str, Any]
+"""A sample's features (rows, width) by field, and plain data by name."""
+Encode = Callable[[Sequence[Sample]], list[Fields]]
 
 
 def build_pack(
-    folder: str | Path, samples: Samples, see: Callable[[], See], key: str, workers: int = 0
+    folder: str | Path, samples: Samples, load: Callable[[], Encode], key: str, workers: int = 0
 ) -> Pack:
     """Open the pack of some samples; shards that are missing or damaged are computed first.
 
     Args:
-        see: starts the frozen models; not called where nothing is missing.
+        load: loads the frozen models and returns their function; not called where nothing is missing.
         key: of everything that decides the features, beside the samples.
         workers: processes that read or render samples; 0 is this one.
 
@@ -48,7 +48,7 @@ def build_pack(
     store.claim(shards)
     if pending := store.pending(dict.fromkeys(shards)):
         store.begin(shards)
-        encode = see()
+        encode = load()
         starts = [SHARD_ITEMS * shards.index(shard) for shard in pending]
         chunks = [range(start, min(start + SHARD_ITEMS, len(samples))) for start in starts]
         loader = DataLoader(samples, batch_sampler=chunks, collate_fn=list, num_workers=workers)
@@ -137,11 +137,11 @@ def _on(shard: Shard, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
     return {field: moved.split(field) for field in moved.tensors}
 
 
-def _item(sample: Sample, seen: Seen) -> Item:
+def _item(sample: Sample, fields: Fields) -> Item:
     tensors = {
         name: value.detach().to("cpu", torch.bfloat16)
-        for name, value in seen.items()
+        for name, value in fields.items()
         if isinstance(value, Tensor)
     }
-    plain = {name: value for name, value in seen.items() if name not in tensors}
+    plain = {name: value for name, value in fields.items() if name not in tensors}
     return Item(tensors, {**plain, "prompt": sample.prompt, "answer": sample.answer})

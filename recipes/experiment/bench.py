@@ -23,7 +23,7 @@ from qwen_vision_bridge.training.features import FeatureEncoder
 from qwen_vision_bridge.training.flow_matching import FlowMatching
 from qwen_vision_bridge.training.frozen_lm import FrozenLanguageModel
 from qwen_vision_bridge.training.losses import TrainData
-from qwen_vision_bridge.training.packs import Pack, See, build_pack, join
+from qwen_vision_bridge.training.packs import Encode, Pack, build_pack, join
 from qwen_vision_bridge.training.run import pack_name
 from qwen_vision_bridge.training.trainable import LoraBaseline, Trainable, TrainableBridge
 from qwen_vision_bridge.training.trainer import Trainer
@@ -161,7 +161,7 @@ class Bench:
         key, name = pack_name(encoder.key(), kind, self.family, samples)
         return build_pack(self.packs / name, samples, lambda: self._see(kind, encoder), key, self.workers)
 
-    def _see(self, kind: str, encoder: FeatureEncoder) -> See:
+    def _see(self, kind: str, encoder: FeatureEncoder) -> Encode:
         if kind == "perceive":
             return encoder.encode
         return lambda samples: [
