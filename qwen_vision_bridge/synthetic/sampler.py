@@ -10,6 +10,7 @@ import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -58,6 +59,12 @@ class Draw:
     def pick(self, options: Iterable[str], *without: str) -> str:
         left = [option for option in options if option not in without]
         return left[int(self.rng.integers(len(left)))]
+
+    @overload
+    def between(self, low: float, high: float) -> float: ...
+
+    @overload
+    def between(self, low: float, high: float, count: int) -> np.ndarray: ...
 
     def between(self, low: float, high: float, count: int | None = None) -> np.ndarray | float:
         """Uniform lengths, as shares of the side; px."""
