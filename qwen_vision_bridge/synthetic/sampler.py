@@ -62,10 +62,8 @@ class Draw:
 
     @overload
     def between(self, low: float, high: float) -> float: ...
-
     @overload
     def between(self, low: float, high: float, count: int) -> np.ndarray: ...
-
     def between(self, low: float, high: float, count: int | None = None) -> np.ndarray | float:
         """Uniform lengths, as shares of the side; px."""
         return self.rng.uniform(low, high, count) * self.size
