@@ -25,6 +25,7 @@ from ..io import write_image
 from ..pairs import Edit
 from ..patches import shared_latents
 from ..specs import cache_home
+from ..synthetic.questions import Question
 from .record_log import RecordLog
 from .scoring import Scorer, score_reply
 from .tasks import Run, Task, content_key
@@ -71,7 +72,7 @@ class Executor:
         with shared_latents(self.run.pipeline.pipe):
             for task in tasks:
                 if task.question is not None:
-                    self._answer(task)
+                    self._answer(task, task.question)
             if self.run.batch > 1:
                 self._edit_together(edits)
             else:
@@ -204,9 +205,9 @@ class Executor:
 
     # --- questions ---------------------------------------------------------------------------------------
 
-    def _answer(self, task: Task) -> None:
+    def _answer(self, task: Task, question: Question) -> None:
         """One question about the last image of a case."""
-        started, question = time.perf_counter(), task.question
+        started = time.perf_counter()
         with self._recording_errors([task]):
             source = self._source(task)
             if isinstance(source, VisionCache):
@@ -222,9 +223,11 @@ class Executor:
             return None
         if task.arm.features == "target":
             return target_levels(task.arm.bridge.config)
-        case_id = task.case.case_id
+        case_id: str | None = task.case.case_id
         if task.arm.features == "shuffled":
-            case_id = self.run.partners[case_id]
+            case_id = self.run.partners[task.case.case_id]
+        if case_id is None:
+            raise ValueError(f"{task.case.case_id}: no other case has its grid and other images")
         if case_id not in self._sources:
             self._sources[case_id] = self.run.pipeline.extract_source(self.run.cases[case_id].images)
         return self._sources[case_id]

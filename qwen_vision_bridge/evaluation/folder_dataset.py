@@ -65,8 +65,8 @@ def load_folder(folder: str | Path) -> list[Case]:
         FileNotFoundError: no `cases.jsonl` there.
         CaseFileError: every fault in it.
     """
-    path = existing(Path(folder) / "cases.jsonl")
-    return collect([path], lambda row, where: _own_case(path.parent, row, where))
+    path = required_file(Path(folder) / "cases.jsonl")
+    return read_lines([path], lambda row, where: _own_case(path.parent, row, where))
 
 
 def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> Case:
@@ -81,7 +81,8 @@ def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> Case:
         image,
         image_at(folder, row, "target") if "target" in row else None,
         _mask(folder, row) if "mask" in row else None,
-        *(text_of(row, name) if name in row else None for name in ("source_text", "expected_text")),
+        text_of(row, "source_text") if "source_text" in row else None,
+        text_of(row, "expected_text") if "expected_text" in row else None,
         row.get("difficulty", "easy"),
         boxes=_boxes(row.get("boxes", []), image.size),
         dataset="own",
@@ -99,11 +100,11 @@ def _boxes(entries: Sequence[dict[str, Any]], size: tuple[int, int]) -> tuple[tu
     return tuple(boxes)
 
 
-Makers = Iterable[tuple[str, Callable[[], Case | None]]]
-"""Where a case is from, in words, and what makes it; None is no case of those that are asked for."""
+CaseReaders = Iterable[tuple[str, Callable[[], Case | None]]]
+"""Where each case is from, in words, and what reads it; None is a case that was not asked for."""
 
 
-def gather(makers: Makers, source: Path) -> list[Case]:
+def read_cases(readers: CaseReaders, source: Path) -> list[Case]:
     """The cases, or all faults at once.
 
     Raises:
@@ -112,9 +113,9 @@ def gather(makers: Makers, source: Path) -> list[Case]:
     cases: list[Case] = []
     faults: list[str] = []
     seen: dict[str, str] = {}
-    for place, make in makers:
+    for place, read in readers:
         try:
-            case = make()
+            case = read()
             if case is not None:
                 _keep(case, place, seen, cases)
         except (ValueError, TypeError, KeyError, OSError) as error:
@@ -126,14 +127,14 @@ def gather(makers: Makers, source: Path) -> list[Case]:
     return cases
 
 
-def collect(files: list[Path], make: Callable[[dict[str, Any], Path], Case | None]) -> list[Case]:
+def read_lines(files: list[Path], read: Callable[[dict[str, Any], Path], Case | None]) -> list[Case]:
     """A case from every line of JSON, or all faults at once."""
 
     def one(line: str, path: Path) -> Case | None:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError("needed is a JSON object")
-        return make(row, path)
+        return read(row, path)
 
     lines = (
         (f"{path}, line {number}", partial(one, line, path))
@@ -141,10 +142,10 @@ def collect(files: list[Path], make: Callable[[dict[str, Any], Path], Case | Non
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if line.strip()
     )
-    return gather(lines, files[0])
+    return read_cases(lines, files[0])
 
 
-def each(path: Path, entries: dict[str, Any], make: Callable[[str, Any], Case]) -> list[Case]:
+def read_entries(path: Path, entries: dict[str, Any], read: Callable[[str, Any], Case]) -> list[Case]:
     """A case from every entry, or all faults at once with the line that names the entry."""
     lines = path.read_text(encoding="utf-8").splitlines()
 
@@ -152,7 +153,7 @@ def each(path: Path, entries: dict[str, Any], make: Callable[[str, Any], Case]) 
         number = next((n for n, line in enumerate(lines, start=1) if json.dumps(key) in line), 1)
         return f"{path}, line {number}, entry {key!r}"
 
-    return gather(((place(key), partial(make, key, entry)) for key, entry in entries.items()), path)
+    return read_cases(((place(key), partial(read, key, entry)) for key, entry in entries.items()), path)
 
 
 def _keep(case: Case, place: str, seen: dict[str, str], cases: list[Case]) -> None:
@@ -191,7 +192,7 @@ def text_of(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def existing(path: Path) -> Path:
+def required_file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     return path

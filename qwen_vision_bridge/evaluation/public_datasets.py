@@ -20,14 +20,14 @@ from PIL import Image
 from ..case import OTHER, Case
 from ..images import load_images
 from .folder_dataset import (
-    Makers,
-    collect,
-    each,
-    existing,
-    gather,
+    CaseReaders,
     image_at,
     load_folder,
+    read_cases,
+    read_entries,
+    read_lines,
     read_object,
+    required_file,
     text_of,
 )
 
@@ -81,7 +81,7 @@ def load_textedit(folder: str | Path, subset: str = "miniset") -> list[Case]:
             dataset="textedit",
         )
 
-    return collect(files, case)
+    return read_lines(files, case)
 
 
 def load_pie(folder: str | Path) -> list[Case]:
@@ -91,7 +91,7 @@ def load_pie(folder: str | Path) -> list[Case]:
         FileNotFoundError: no `mapping_file.json`. CaseFileError: every faulty entry.
     """
     root = Path(folder)
-    path = existing(root / "mapping_file.json")
+    path = required_file(root / "mapping_file.json")
     entries = read_object(path)
 
     def case(key: str, row: dict[str, Any]) -> Case:
@@ -102,7 +102,7 @@ def load_pie(folder: str | Path) -> list[Case]:
         kind, prompt = f"type{row['editing_type_id']}", text_of(row, "editing_instruction")
         return Case(f"pie-{key}", "detail", kind, prompt, image, edit_mask=mask, dataset="pie")
 
-    return each(path, entries, case)
+    return read_entries(path, entries, case)
 
 
 def load_gedit(folder: str | Path, language: str = "en") -> list[Case]:
@@ -120,7 +120,7 @@ def load_gedit(folder: str | Path, language: str = "en") -> list[Case]:
     root = Path(folder)
     tables = [path for ending in ("arrow", "parquet") for path in sorted(root.rglob(f"*.{ending}"))]
     if tables:
-        return gather(_gedit_rows(tables, language), tables[0])
+        return read_cases(_gedit_rows(tables, language), tables[0])
     if not (root / "metadata.jsonl").is_file():
         raise FileNotFoundError(
             f"no *.arrow, *.parquet or metadata.jsonl in {root}: give GEdit-Bench's files"
@@ -129,7 +129,7 @@ def load_gedit(folder: str | Path, language: str = "en") -> list[Case]:
     def case(row: dict[str, Any], _where: Path) -> Case | None:
         return _gedit_case(row, language, lambda: image_at(root, row, "file_name"))
 
-    return collect([root / "metadata.jsonl"], case)
+    return read_lines([root / "metadata.jsonl"], case)
 
 
 def decode_runs(runs: list[int], shape: tuple[int, int]) -> np.ndarray:
@@ -142,7 +142,7 @@ def decode_runs(runs: list[int], shape: tuple[int, int]) -> np.ndarray:
     size = shape[0] * shape[1]
     if len(starts) != len(lengths) or any(not 0 <= start < size for start in starts):
         raise ValueError(f"the mask's runs do not fit {shape[1]} × {shape[0]} px")
-    flat = np.zeros(size, dtype=bool)
+    flat: np.ndarray = np.zeros(size, dtype=bool)
     for start, length in zip(starts, lengths, strict=True):
         flat[start : start + length] = True
     mask = flat.reshape(shape)
@@ -150,7 +150,7 @@ def decode_runs(runs: list[int], shape: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _gedit_rows(tables: list[Path], language: str) -> Makers:
+def _gedit_rows(tables: list[Path], language: str) -> CaseReaders:
     for path in tables:
         for number, row in enumerate(_table_rows(path)):
             yield f"{path}, row {number}", partial(_gedit_case, row, language, partial(_stored, row))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _append(path: Path, records: list[Mapping[str, Any]]) -> None:
+def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     if not records:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

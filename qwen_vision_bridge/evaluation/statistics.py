@@ -155,8 +155,8 @@ def compare_arms(
     table: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
     arms: dict[str, None] = {}
     for record in sorted(records, key=lambda record: record["case_id"]):
-        cases = table.setdefault((record["level"], record["group"]), {})
-        cases.setdefault(record["case_id"], {})[record["arm"]] = record
+        by_case = table.setdefault((record["level"], record["group"]), {})
+        by_case.setdefault(record["case_id"], {})[record["arm"]] = record
         arms.setdefault(record["arm"])
     rows = []
     for level in ("perception", "edit", "agreement"):

@@ -111,9 +111,9 @@ def make_cases(
         if value not in options:
             raise ValueError(f"unknown {name} {value!r}; needed: one of {', '.join(options)}")
     check_seed(seed)
-    for name, value, least in (("count", count, 1), ("size", size, 64)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; needed: at least {least}")
+    for name, number, least in (("count", count, 1), ("size", size, 64)):
+        if number < least:
+            raise ValueError(f"{name} is {number}; needed: at least {least}")
     kinds = KINDS[group] if kinds is None else kinds
     if unknown := sorted(set(kinds) - set(KINDS[group])):
         raise ValueError(f"unknown kind {unknown[0]!r} of {group}; needed: {', '.join(KINDS[group])}")

@@ -157,13 +157,11 @@ def _case(name: str, index: int, hard: int, seed: int, size: int) -> Case:
     place = int(rng.integers(1 + hard))
     before = [old, other][: 1 + hard] if place == 0 else [other, old]
     after = [new if word == old else word for word in before]
-    images = []
-    for words in (before, after):
-        canvas = ground.copy()
+    image, target = ground.copy(), ground.copy()
+    for canvas, words in ((image, before), (target, after)):
         for word, box in zip(words, boxes, strict=True):
             _draw_word(canvas, name, word, box, em, plate, ink)
-        images.append(canvas)
-    mask = np.zeros((size, size), bool)
+    mask: np.ndarray = np.zeros((size, size), bool)
     left, top, right, bottom = boxes[place]
     mask[max(top - 4, 0) : bottom + 4, max(left - 4, 0) : right + 4] = True
     verb = f'Replace the word "{old}" with "{new}"' if hard else f'Change the text to "{new}"'
@@ -172,7 +170,8 @@ def _case(name: str, index: int, hard: int, seed: int, size: int) -> Case:
         "ocr",
         name,
         verb,
-        *images,
+        image,
+        target,
         mask,
         " ".join(before),
         " ".join(after),

@@ -71,23 +71,24 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
     Raises:
         ValueError: a case without scenes, an image of another size.
     """
-    if case.edit is None:
+    edit, target = case.edit, case.target
+    if edit is None or target is None:
         raise ValueError(f"case {case.case_id} has no scenes to judge by")
-    if image.size != case.target.size:
-        raise ValueError(f"the edit is {image.size} px, the case {case.case_id} is {case.target.size} px")
-    if is_move(case.edit):
-        reason = _misplaced(case, image)
+    if image.size != target.size:
+        raise ValueError(f"the edit is {image.size} px, the case {case.case_id} is {target.size} px")
+    if is_move(edit):
+        reason = _misplaced(edit, target, image)
         return Verdict(not reason, reason, "places")
     if case.kind in WRITTEN:
         read = read_text(image) if reading is None else reading
         right = bool(exact_text(letters_of(read), case.expected_text or ""))
         reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
-        reason = reason or _damaged(case, image)
+        reason = reason or _damaged(edit, target, image)
         return Verdict(not reason, reason, "words", right)
     if case.kind in BACKGROUND:
-        reason = _wrong_background(case, image) or _damaged(case, image)
+        reason = _wrong_background(edit, target, image) or _damaged(edit, target, image)
         return Verdict(not reason, reason, "background")
-    reason = _unchanged(case, image) or _damaged(case, image)
+    reason = _unchanged(edit, case.image, target, image) or _damaged(edit, target, image)
     return Verdict(not reason, reason, "regions")
 
 
@@ -103,24 +104,24 @@ def is_move(edit: Edit) -> bool:
 # Each of the following says what is wrong, "" where nothing is.
 
 
-def _misplaced(case: Case, image: Image.Image) -> str:
+def _misplaced(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     """A shape that is lost or in the wrong place, or one too many."""
-    expected = case.expected_objects
+    expected = edit.after.objects
     for item, distance in zip(expected, place_distances(image, expected), strict=True):
         if distance is None:
             return f"the {item.name} is lost"
         if distance > PLACE_OFF * image.width:
             return f"the {item.name} is {distance:.0f} px from its place"
-    return _surplus(case, image)
+    return _surplus(edit, target, image)
 
 
-def _surplus(case: Case, image: Image.Image) -> str:
+def _surplus(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     """A shape too many of a colour that the scene has."""
     by_colour: dict[str, list[SceneObject]] = {}
-    for item in case.expected_objects:
+    for item in edit.after.objects:
         by_colour.setdefault(item.colour, []).append(item)
     least = {
-        colour: SCRAP * min(float(_flat(case.target, item).sum()) for item in items)
+        colour: SCRAP * min(float(_flat(target, item).sum()) for item in items)
         for colour, items in by_colour.items()
     }
     for patch in find_objects(image, min_area=min(least.values())):
@@ -136,47 +137,47 @@ def _surplus(case: Case, image: Image.Image) -> str:
     return ""
 
 
-def _unchanged(case: Case, image: Image.Image) -> str:
+def _unchanged(edit: Edit, original: Image.Image, target: Image.Image, image: Image.Image) -> str:
     """A change that was asked for and does not show."""
-    before, after = _parts(case.edit.before), _parts(case.edit.after)
-    visible = _differ(case.image, case.target)
+    before, after = _parts(edit.before), _parts(edit.after)
+    visible = _differ(original, target)
     undone = max(
-        _share(image, case.target, case.image, visible & _region(part, visible.shape))
+        _share(image, target, original, visible & _region(part, visible.shape))
         for part in set(before) ^ set(after)
     )
     return f"{undone:.0%} of the change is missing" if undone > MISSING else ""
 
 
-def _damaged(case: Case, image: Image.Image) -> str:
+def _damaged(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     """Something that both scenes share and does not show as in the target, or a shape in another colour."""
-    before = set(_parts(case.edit.before))
-    parts = _parts(case.edit.after)
+    before = set(_parts(edit.before))
+    parts = _parts(edit.after)
     shares = [(0.0, "")]
     for part in parts:
         if part in before:
-            without = render(_scene(case.edit.after, [other for other in parts if other is not part]))
-            visible = _differ(without, case.target)
+            without = render(_scene(edit.after, [other for other in parts if other is not part]))
+            visible = _differ(without, target)
             if visible.any():  # a thing that another covers wholly cannot be lost
-                shares.append((_share(image, case.target, without, visible), _name(part)))
+                shares.append((_share(image, target, without, visible), _name(part)))
     lost, name = max(shares)
     if lost > MISSING:
         return f"{lost:.0%} of {name} is gone"
-    for item in case.edit.after.objects:
-        inside = metrics.shrink(_flat(case.target, item), 1)
+    for item in edit.after.objects:
+        inside = metrics.shrink(_flat(target, item), 1)
         off = metrics.colour_error(image, inside, COLOURS[item.colour])
         if off > COLOUR_OFF:
             return f"the {item.name} is {off:.0f} CIEDE2000 off its colour"
     return ""
 
 
-def _wrong_background(case: Case, image: Image.Image) -> str:
+def _wrong_background(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     """A background of another colour, or without its texture."""
     from skimage.color import deltaE_ciede2000, rgb2lab
 
-    bare = np.asarray(render(_scene(case.edit.after, [])))
+    bare = np.asarray(render(_scene(edit.after, [])))
     # One px more than what is drawn: images are resized on their way, which smears edges.
-    where = metrics.shrink((bare == np.asarray(case.target)).all(-1), 1)
-    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (image, case.target))  # (P, 3)
+    where = metrics.shrink((bare == np.asarray(target)).all(-1), 1)
+    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (image, target))  # (P, 3)
     off = float(deltaE_ciede2000(edited.mean(0), wanted.mean(0)))
     if off > BACKGROUND_OFF:
         return f"the background is {off:.0f} CIEDE2000 off its colour"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -23,7 +23,14 @@ from .lpips import WEIGHTS, lpips, lpips_missing
 from .registration import Drift, measure_drift
 
 READ_UNKNOWN = ("ocr", OTHER)  # groups whose images are read before and after where no right text is known
+Known = TypeVar("Known")
 BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
+
+
+def _known(value: Known | None) -> Known:
+    if value is None:
+        raise ValueError("a metric asked for what its case does not have")
+    return value
 
 
 class EditedImage:
@@ -37,6 +44,22 @@ class EditedImage:
         if image.size != case.image.size:
             raise ValueError(f"the edit is {image.size} px, the case {case.case_id} is {case.image.size} px")
         self.case, self.image, self.original = case, image, case.image
+
+    @property
+    def target(self) -> Image.Image:
+        return _known(self.case.target)
+
+    @property
+    def mask(self) -> np.ndarray:
+        return _known(self.case.edit_mask)
+
+    @property
+    def source_text(self) -> str:
+        return _known(self.case.source_text)
+
+    @property
+    def expected_text(self) -> str:
+        return _known(self.case.expected_text)
 
     @cached_property
     def boxes(self) -> list[tuple[str, np.ndarray]]:
@@ -56,7 +79,7 @@ class EditedImage:
     @cached_property
     def unedited(self) -> np.ndarray:
         """Where nothing may change, without its rim, bool (H, W)."""
-        return pixels.shrink(~self.case.edit_mask)
+        return pixels.shrink(~self.mask)
 
     @cached_property
     def drift(self) -> Drift | None:
@@ -71,12 +94,12 @@ class EditedImage:
     def region_scores(self) -> RegionScores:
         """TextEdit's scores of the edited line."""
         before = _words_of(self.original.tobytes(), self.original.size)
-        return region_scores(before, as_words(self.boxes), self.case.source_text, self.case.expected_text)
+        return region_scores(before, as_words(self.boxes), self.source_text, self.expected_text)
 
     @cached_property
     def masked_scores(self) -> dict[str, float]:
         """PIE-Bench's scores of the background."""
-        return masked_scores(self.image, self.original, self.case.edit_mask) or {}
+        return masked_scores(self.image, self.original, self.mask) or {}
 
 
 @dataclass(frozen=True)
@@ -98,7 +121,7 @@ class Metric:
     name: str
     needs: tuple[str, ...]
     """What a case or question must have for it, see `facts_of`."""
-    function: EditFunction | Callable[[Reply], float | None] | None
+    function: Callable[..., float | None] | None
     """None as a value is no value; a metric without a function is measured over several images at once."""
     higher_is_better: bool | None
     """None where neither is: such a metric is neither won nor lost, whatever its interval."""
@@ -148,17 +171,17 @@ def facts_of(case: Case) -> frozenset[str]:
 def _right(edit: EditedImage) -> float:
     case = edit.case
     if case.edit is None:  # a word is all that is asked for
-        return text.exact_text(*map(text.letters_of, (edit.text, case.expected_text)))
+        return text.exact_text(text.letters_of(edit.text), text.letters_of(edit.expected_text))
     return float(judge(case, edit.image, edit.text if case.kind in WRITTEN else None).right)
 
 
 def _exact_text(edit: EditedImage) -> float:
     compare = text.contains_text if edit.case.text_is_part else text.exact_text
-    return compare(edit.text, edit.case.expected_text)
+    return compare(edit.text, edit.expected_text)
 
 
 def _source_text_left(edit: EditedImage) -> float:
-    return text.source_text_left(edit.text, edit.case.source_text, edit.case.expected_text)
+    return text.source_text_left(edit.text, edit.source_text, edit.expected_text)
 
 
 def _psnr(edit: EditedImage) -> float:
@@ -170,11 +193,11 @@ def _objects(function: Callable[..., float | None]) -> EditFunction:
 
 
 def _object_overlap(function: Callable[..., float]) -> EditFunction:
-    return lambda edit: function(edit.image, edit.case.target, edit.case.expected_objects)
+    return lambda edit: function(edit.image, edit.target, edit.case.expected_objects)
 
 
 def _edited(function: Callable[..., float]) -> EditFunction:
-    return lambda edit: function(edit.image, edit.case.target, edit.case.edit_mask)
+    return lambda edit: function(edit.image, edit.target, edit.mask)
 
 
 def _unedited(function: Callable[..., float | None]) -> EditFunction:
@@ -183,7 +206,7 @@ def _unedited(function: Callable[..., float | None]) -> EditFunction:
 
 def _lpips(net: str) -> EditFunction:
     def measure(edit: EditedImage) -> float | None:
-        return None if lpips_missing(net) else lpips(edit.image, edit.original, net, ~edit.case.edit_mask)
+        return None if lpips_missing(net) else lpips(edit.image, edit.original, net, ~edit.mask)
 
     return measure
 
@@ -223,7 +246,7 @@ _ENTRIES = (
     Metric(
         "edit_similarity",
         ("whole text",),
-        lambda edit: text.edit_similarity(edit.text, edit.case.expected_text),
+        lambda edit: text.edit_similarity(edit.text, edit.expected_text),
         HIGHER,
         _1NED,
         SHARE,
@@ -251,7 +274,7 @@ _ENTRIES = (
     Metric(
         "target_difference",
         ("target",),
-        lambda edit: pixels.mean_abs_difference(edit.image, edit.case.target),
+        lambda edit: pixels.mean_abs_difference(edit.image, edit.target),
         LOWER,
     ),
     _agrees("agrees_text", HIGHER, _1NED, SHARE),

@@ -13,7 +13,7 @@ from ..evaluate import Evaluation
 from ..metrics.registry import HEADLINES, METRICS
 from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
 
-PLAIN = (
+LABELS = (
     "level",
     "case_id",
     "group",
@@ -171,11 +171,11 @@ def _finite(row: Difference) -> dict[str, object]:
 
 def _as_csv(evaluation: Evaluation) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*PLAIN, *METRICS])
+    writer = csv.DictWriter(buffer, [*LABELS, *METRICS])
     writer.writeheader()
     for record in evaluation.records:
-        plain = {name: _inert(record.get(name)) for name in PLAIN}
-        writer.writerow({**plain, **record["metrics"]})
+        labels = {name: _inert(record.get(name)) for name in LABELS}
+        writer.writerow({**labels, **record["metrics"]})
     return buffer.getvalue()
 
 
