@@ -99,10 +99,15 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text, whole or not at all."""
+    return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: str | Path, data: object) -> Path:
     """Write indented JSON; NaN and infinity, which JSON does not know, are refused."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    return write_text(path, text)
 
 
 def write_image(path: str | Path, image: Image.Image) -> Path:

@@ -200,7 +200,10 @@ def _boxes(
 def _font(name: str, em: float) -> ImageFont.FreeTypeFont:
     script = SCRIPTS[name]
     engine = ImageFont.Layout.RAQM if script.shaped else ImageFont.Layout.BASIC
-    return ImageFont.truetype(find_font(name), em, index=script.face, layout_engine=engine)
+    font = find_font(name)
+    if font is None:
+        raise FileNotFoundError(f"no font for {name} on this machine: make_cases leaves such words out")
+    return ImageFont.truetype(font, em, index=script.face, layout_engine=engine)
 
 
 def _extent(name: str, word: str, em: float) -> tuple[float, float]:

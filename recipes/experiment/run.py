@@ -25,7 +25,7 @@ from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
 from qwen_vision_bridge.evaluation.report.figures import difference_figure
 from qwen_vision_bridge.evaluation.statistics import BASELINE
 from qwen_vision_bridge.injection import Site
-from qwen_vision_bridge.io import provenance, write_image, write_json, write_whole
+from qwen_vision_bridge.io import provenance, write_image, write_json, write_text
 from qwen_vision_bridge.loading.memory import device_name
 from qwen_vision_bridge.synthetic.cases import make_cases
 from qwen_vision_bridge.training.config import TrainingSettings
@@ -118,7 +118,7 @@ class Experiment:
         write_json(folder / f"{part}-about.json", about)
         write_json(folder / ("results.json" if part == "final" else f"{part}.json"), rows)
         shown = [row for row in rows if row["against"] == BASELINE]
-        write_whole(folder / f"{part}.md", lambda file: file.write_text(table(shown), encoding="utf-8"))
+        write_text(folder / f"{part}.md", table(shown))
         print(table([row for row in shown if row["difficulty"] == "all"]))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...io import write_image, write_whole
+from ...io import write_image, write_text
 from ..evaluate import Evaluation
 from ..statistics import BASELINE
 from .figures import evaluation_figures
@@ -61,7 +61,7 @@ def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
         style_hash=_digest(style),
         script_hash=_digest(script),
     )
-    return write_whole(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return write_text(folder / "report.html", page)
 
 
 def gain_of(baseline: dict[str, float], arm: dict[str, float]) -> float:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ...io import write_json, write_whole
+from ...io import write_json, write_text
 from ..evaluate import Evaluation
 from ..metrics.registry import HEADLINES, METRICS
 from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
@@ -107,8 +107,8 @@ def write_results(folder: str | Path, evaluation: Evaluation) -> None:
         "records": evaluation.records,
     }
     write_json(folder / "results.json", data)
-    for name, text in (("results.csv", _as_csv(evaluation)), ("summary.md", _as_markdown(evaluation))):
-        write_whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "results.csv", _as_csv(evaluation))
+    write_text(folder / "summary.md", _as_markdown(evaluation))
 
 
 def expectations(evaluation: Evaluation) -> list[Expectation]:
