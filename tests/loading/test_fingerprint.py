@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_everything_a_user_can_change_changes_the_key() -> None:
         change(editor.pipe)
         keys[name] = digest_of(editor.fingerprint(False))
     assert len(set(keys.values())) == len(keys), keys
-    editor.mrope = "stock"
+    editor.options = replace(editor.options, mrope="stock")
     assert digest_of(editor.fingerprint(False)) not in keys.values()
 
 
