@@ -23,8 +23,6 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
 
-KEY_VERSION = 2
-"""Version of what keys are computed from. Raise it when that changes, so that results are recomputed."""
 PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes")
 FULL_HASH_LIMIT = 64 * 2**20  # bytes; smaller folders are identified by their whole content
 
@@ -43,12 +41,12 @@ def provenance(seeds: Sequence[int], device: str, **models: object) -> dict[str,
 
 
 def digest_of(data: object) -> str:
-    """Compute a short digest of plain data, to key whatever is computed from it.
+    """Compute a short digest of plain data, for keys, and for seeds that must never change.
 
     Raises:
         TypeError: the data holds a function, a tensor or the like, whose content JSON cannot tell.
     """
-    text = json.dumps([KEY_VERSION, data], sort_keys=True, default=_plain)
+    text = json.dumps(data, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .patches import EditPipeline
 
 Result = TypeVar("Result")
+KEY_VERSION = 2  # raise it when `fingerprint` covers other things, so that kept results are made anew
 
 
 class EnhancedQwenImageEdit:
@@ -203,9 +204,7 @@ class EnhancedQwenImageEdit:
         """Compare every image with every prompt and keep images, times and differences in a folder.
 
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
-
-        Returns:
-            One record a pair: files, seconds, and the mean absolute difference of the two edits.
+        Returns one record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
         edits = [
             self.check_edit(image, prompt, seed, strength, **options)
@@ -305,6 +304,7 @@ class EnhancedQwenImageEdit:
             self._editor_revision = editor_revision(family.editor)
         pipe = self._pipe
         parts: dict[str, Any] = {
+            "key_version": KEY_VERSION,
             "family": family.name,
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
             "sizes": effective_sizes(self._pipeline_class(), family.editor),

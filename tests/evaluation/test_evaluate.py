@@ -153,6 +153,20 @@ def test_all_arms_see_every_image_and_one_seed(
     assert (tmp_path / "consistency" / f"{case.case_id}_reference1.png").is_file()
 
 
+def test_seeds_and_partners_are_those_of_published_results(editor: Any, tmp_path: Path) -> None:
+    """Figures in results.json hang on them: they must never change, whatever keys are made of."""
+    case = replace(make_cases("ocr", 1)[0], case_id="ocr-128px-test-seed0-0000-change_text")
+    assert Run(editor, tmp_path, [Arm("baseline")], 0, {}, {case.case_id: case}).seed_of(case) == 108657124
+    partners = find_partners({f"case{number}": ((8, 8),) for number in range(5)}, 0)
+    assert partners == {
+        "case3": "case1",
+        "case1": "case2",
+        "case2": "case4",
+        "case4": "case0",
+        "case0": "case3",
+    }
+
+
 def test_partners_are_a_derangement_on_one_grid() -> None:
     grids = {f"case{i}": ((8, 8),) if i % 3 else ((8, 6),) for i in range(20)} | {"alone": ((2, 2),)}
     partners = find_partners(grids, 0)

@@ -175,10 +175,10 @@ def test_results_of_another_kind_are_not_overwritten(editor: Any, photo: Image.I
     assert (tmp_path / "results.json").read_text() == '{"records": {}}'
 
 
-def test_an_older_version_of_the_key_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = digest_of(["x"])
-    monkeypatch.setattr("qwen_vision_bridge.io.KEY_VERSION", 1)
-    assert digest_of(["x"]) != before
+def test_an_older_version_of_the_key_is_another_key(editor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = editor.fingerprint(True)
+    monkeypatch.setattr("qwen_vision_bridge.pipeline.KEY_VERSION", 1)
+    assert digest_of(editor.fingerprint(True)) != digest_of(before)
 
 
 def test_a_bridge_with_another_clamp_has_another_digest() -> None:
