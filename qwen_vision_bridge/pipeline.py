@@ -331,8 +331,7 @@ class EnhancedQwenImageEdit:
         return provenance(seeds, device_name(self.device), **parts)
 
     def __repr__(self) -> str:
-        loaded = "loaded" if self._pipe is not None else "not loaded"
-        return f"{self.family.editor.name} ({loaded}), bridge: {self.bridge_name}"
+        return f"{self.family.editor.name}, bridge: {self.bridge_name}"
 
     def _free_source(self) -> None:
         if not (self.keep_source or self._source_users):
