@@ -33,6 +33,7 @@ def edits_of(editor: Any, cases: list[Any]) -> list[Edit]:
     ]
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_is_the_stock_call_bit_for_bit(editor: Any) -> None:
     case = make_cases("consistency", 1)[0]
     for edit in edits_of(editor, [case]):
@@ -42,6 +43,7 @@ def test_a_batch_of_one_is_the_stock_call_bit_for_bit(editor: Any) -> None:
         assert (prepared.attention is None) == (attention is None)
 
 
+@pytest.mark.slow
 def test_edits_of_a_batch_are_close_to_those_alone_in_order(editor: Any) -> None:
     cases = make_cases("ocr", 2) + make_cases("space", 1)
     edits = edits_of(editor, cases)
@@ -101,6 +103,7 @@ def test_the_first_edit_pipeline_denoises_together_too(pipe: Any, photo: Image.I
     assert max(map(farthest, together, [editor.edit(edit).image for edit in edits])) <= CLOSE
 
 
+@pytest.mark.slow
 def test_a_batched_run_has_equal_records_under_other_keys(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +168,7 @@ def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
     assert evaluate(editor, [good, bad], tmp_path, options=batched, **same).records == tried.records
 
 
+@pytest.mark.slow
 def test_scoring_in_other_processes_gives_the_same_records(editor: Any, tmp_path: Path) -> None:
     cases, arms = make_cases("detail", 2), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
     found = [

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qwen_vision_bridge.evaluation.record_log import RecordLog
 
 RUN = """
@@ -69,6 +71,7 @@ def results(folder: Path) -> dict[str, Any]:
     return {name: data[name] for name in ("records", "summary", "arms")}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_record_by_record(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN, encoding="utf-8")

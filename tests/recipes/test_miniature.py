@@ -166,6 +166,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
 TINY = ("--steps", 2, "--batch", 2, "--pool", 8, "--workers", 0, "--log-every", 1, "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_training_a_vision_language_model_runs_resumes_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

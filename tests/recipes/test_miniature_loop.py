@@ -91,6 +91,7 @@ def test_a_failed_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch:
     assert {path.name for path in tmp_path.iterdir()} == {module.CHECKPOINT, "log.jsonl"}
 
 
+@pytest.mark.slow
 def test_chunks_come_in_order_from_several_processes() -> None:
     from recipes.miniature.feed import chunks
 
@@ -108,6 +109,7 @@ def test_a_feed_raises_what_its_workers_raise() -> None:
         feed.fill(6)
 
 
+@pytest.mark.slow
 def test_a_feed_ends_its_workers() -> None:
     import multiprocessing
 

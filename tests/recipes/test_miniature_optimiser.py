@@ -100,6 +100,7 @@ with peers.together(torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 def test_peers_see_data_of_their_own_and_share_one_model(tmp_path: Path) -> None:
     script = tmp_path / "peer.py"
     script.write_text(PEER)

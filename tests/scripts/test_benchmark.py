@@ -103,6 +103,7 @@ def test_without_cuda_there_is_no_peak() -> None:
     assert math.isnan(peak[0])
 
 
+@pytest.mark.slow
 def test_edits_are_measured_and_strength_zero_has_stock_bits(
     tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

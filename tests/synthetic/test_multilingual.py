@@ -105,6 +105,7 @@ def test_words_read_in_another_unicode_form_are_the_same_words() -> None:
     assert text.exact_text("Größe", "Gro\u0308ße") == 1
 
 
+@pytest.mark.slow
 def test_a_run_has_multilingual_cases_of_both_sorts(editor: Any, tmp_path: Path) -> None:
     cases, _ = language_cases(3, size=128)  # latin, accented, cyrillic
     arms = [Arm("baseline"), Arm("on", editor.bridge, "random")]

@@ -42,6 +42,7 @@ def refused(arguments: list[str], capsys: Any) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_the_script_trains_calibrates_and_continues(tmp_path: Path) -> None:
     places = ["--cache_dir", str(tmp_path / "packs"), "--output_dir"]
     train_bridge.main(
@@ -200,6 +201,7 @@ open(f"{folder}-id-{accelerator.process_index}", "w").write(trainer.output.run_i
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_within_rounding(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN, encoding="utf-8")

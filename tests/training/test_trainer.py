@@ -118,6 +118,7 @@ def trained(
     return trainer, trainable
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_only_the_bridge_has_changed(
     tmp_path: Path, train_data: TrainData, shared_pipe: Any
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_fresh_bridge_costs_what_the_baseline_costs(train_data: TrainData) -> 
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.slow
 def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, train_data: TrainData) -> None:
     _, whole = trained(tmp_path / "whole", train_data)
     cut = tmp_path / "cut"
