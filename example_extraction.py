@@ -83,7 +83,7 @@ def extract_one(arguments: argparse.Namespace) -> int:
 def extract_all(arguments: argparse.Namespace) -> int:
     """Extract every image of a folder into shards; print the rate and the files that were skipped."""
     encoders = list(ROLES) if arguments.encoder == "both" else [arguments.encoder]
-    shards = shard_names(len(list_images(arguments.folder)))
+    shards = shard_names(len(list_images(arguments.folder).names))
     for name in encoders:  # before torch is imported
         folder_store(arguments.folder, arguments.output / name).claim(shards)
     from qwen_vision_bridge.distributed import Processes
@@ -104,7 +104,7 @@ def extract_all(arguments: argparse.Namespace) -> int:
             print(f"left out: {file}: {reason}")
         print(
             f"{name}: {result.done} of {result.images} images in {result.seconds:.1f} s, "
-            f"{result.images_per_second:.1f} images/s, in {result.folder}/"
+            f"{result.images_per_second:.1f} images/s, in {result.folder}/; left out: {len(result.skipped)}"
         )
     return 0
 

@@ -15,8 +15,9 @@ Names are imported on first use, because torch, transformers and diffusers take 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from .io import version_of
 
 if TYPE_CHECKING:
     from .bridge import BridgeConfig, VisionBridge
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .pipeline import EnhancedQwenImageEdit
     from .specs import FAMILIES
 
-__version__ = version("qwen-vision-bridge")
+__version__ = version_of("qwen-vision-bridge")
 _MODULES = {
     "BridgeConfig": "bridge",
     "EnhancedQwenImageEdit": "pipeline",

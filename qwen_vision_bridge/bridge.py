@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
+from .io import read_json
 from .loading.checks import broken_weight
 from .loading.hub import folder_or_hub_file
 from .loading.locks import exclusive
@@ -293,7 +295,7 @@ def check_strength(strength: float) -> float:
     Raises:
         TypeError: not a number. ValueError: NaN or infinite.
     """
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
+    if isinstance(strength, bool) or not isinstance(strength, Real):  # NumPy's numbers are of this kind too
         raise TypeError(f"strength is a number such as 1.0, not {strength!r}")
     if not math.isfinite(strength):
         raise ValueError(f"strength is a finite number such as 1.0, not {strength}")
@@ -344,7 +346,6 @@ def bridge_digest(bridge: VisionBridge) -> str:
 
 def _read_config(path: Path) -> BridgeConfig:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return BridgeConfig(**settings)
+        return BridgeConfig(**read_json(path))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no bridge config: {error}") from error

@@ -6,14 +6,18 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from io import TextIOWrapper
 from pathlib import Path
+
+from PIL import Image
 
 from .images import load_images
 from .loading.families import resolve_family
 from .loading.memory import is_out_of_memory
-from .specs import FAMILIES, Family, check_seed
+from .specs import FAMILIES, Family, check_prompt, check_seed
 
 OUTPUT = Path("examples_output")
 PHOTO_NOTE = "Note: the miniature was trained on synthetic scenes only; expect little of a photograph."
@@ -42,6 +46,9 @@ def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a script's `main` and exit; 2 with one line for bad input, 130 after Ctrl-C."""
     quieten_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a console of another encoding gets `?` for what it cannot show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     silent = open(os.devnull, "w") if os.environ.get("RANK", "0") != "0" else None  # noqa: SIM115
     try:
         with redirect_stdout(silent or sys.stdout):  # of several processes the first one prints
@@ -72,8 +79,8 @@ def check_inputs(arguments: argparse.Namespace) -> None:
     if arguments.image is not None:
         smallest = min(family.target.token_px for family in FAMILIES.values())
         load_images(arguments.image, smallest)
-    if arguments.prompt is not None and not arguments.prompt.strip():
-        raise ValueError("the prompt is empty: say what to change")
+    if arguments.prompt is not None:
+        check_prompt(arguments.prompt)
 
 
 def choose_models(arguments: argparse.Namespace) -> Family:
@@ -96,6 +103,7 @@ def quieten_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qwen_vision_bridge.loading.towers").setLevel(logging.INFO)  # how many bytes were read
     logging.getLogger("qwen_vision_bridge.loading.memory").setLevel(logging.INFO)  # what will lie where
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_images` refuses such an image
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

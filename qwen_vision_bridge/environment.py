@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .io import version_of
 from .loading.memory import device_name, plan_for
 from .specs import FAMILIES, cache_home
 
@@ -124,16 +125,19 @@ def _python() -> Check:
 def _packages() -> list[Check]:
     from packaging.requirements import Requirement
 
+    try:
+        lines = metadata.requires("qwen-vision-bridge") or []
+    except metadata.PackageNotFoundError:
+        return [Check("qwen-vision-bridge", False, "not installed", "run `uv sync` in its folder")]
     checks = []
-    for line in metadata.requires("qwen-vision-bridge") or []:
+    for line in lines:
         package = Requirement(line)
-        try:
-            version = metadata.version(package.name)
-        except metadata.PackageNotFoundError:
-            version = "missing"
-        ok = version != "missing" and package.specifier.contains(version, prereleases=True)
+        if package.marker is not None and not package.marker.evaluate({"extra": ""}):
+            continue  # of an extra, or of another platform
+        version = version_of(package.name)
+        ok = version != "unknown" and package.specifier.contains(version, prereleases=True)
         remedy = f"run `uv sync`: {package.name}{package.specifier} is needed"
-        checks.append(Check(package.name, ok, version, remedy))
+        checks.append(Check(package.name, ok, "missing" if version == "unknown" else version, remedy))
     return checks
 
 

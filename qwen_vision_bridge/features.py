@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .io import atomic_save, first_difference, write_json
-from .specs import cache_home, read_json
+from .io import atomic_save, first_difference, read_json, write_json
+from .specs import cache_home
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,33 +6,49 @@ Imports only Pillow and numpy, so that a wrong path is refused before anything h
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
-import warnings
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
 ImageLike = Image.Image | str | Path
 Images = ImageLike | Sequence[ImageLike]
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_ASPECT_RATIO = 200  # the Qwen processors refuse anything longer
 FLOAT_RANGE = (-1.0, 2.0)  # beyond it floating-point pixels are evidently not from 0 to 1
 TIFF_BITS_PER_SAMPLE = 258
+STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their headers, not their pixels
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → the turn that makes an image upright."""
 
 
 def load_images(image: Images, smallest_side: int = 1) -> list[Image.Image]:
-    """Open, check and convert one image or several to 8-bit RGB, upright by their EXIF orientation.
+    """Open, check and convert one image or several to 8-bit sRGB, upright by their EXIF orientation.
 
-    Greyscale, palette, CMYK and 16-bit images are converted, transparency is laid over white, and of an
-    animation the first frame is taken (with a log line). Deep greyscale is scaled by the range of its format,
-    never by its content, so that a dark image stays dark: see `_to_eight_bit`.
+    Greyscale, palette, CMYK and 16-bit images are converted, colours of an embedded ICC profile become sRGB,
+    transparency is laid over white, and of an animated file the first frame is taken (with a log line).
+    Metadata that cannot be read never costs an image: it is ignored with a log line. Deep greyscale is scaled
+    by the range of its format, never by its content, so that a dark image stays dark: see `_to_eight_bit`.
 
     Args:
-        image: a PIL image, a path, or a list of either.
+        image: a PIL image, which stays as it is and is taken at its current frame, a path, or a list of
+            either.
         smallest_side: px of one vision token; an image with a shorter side is refused.
 
     Raises:
@@ -50,22 +66,70 @@ def load_images(image: Images, smallest_side: int = 1) -> list[Image.Image]:
     return [_load_one(image, smallest_side) for image in images]
 
 
-def list_images(folder: Path) -> list[str]:
-    """List the images below a folder, as sorted paths relative to it.
+class ImageList(NamedTuple):
+    """The files below a folder."""
+
+    names: list[str]
+    """Images, as sorted paths relative to the folder."""
+    left_out: dict[str, str]
+    """What else there is, and why it is not read; bytes of a name that are no UTF-8 are escaped."""
+
+
+def list_images(folder: Path) -> ImageList:
+    """List the images below a folder by their suffixes, and what is left out.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of images: {folder}")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        left_out[_printable(os.path.relpath(error.filename, folder))] = f"cannot be listed: {error.strerror}"
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
+        below = Path(root).relative_to(folder)
+        for name in folders:
+            if (Path(root) / name).is_symlink():
+                left_out[_printable((below / name).as_posix())] = "a link to a folder: links are not followed"
+        for name in files:
+            path = (below / name).as_posix()
+            if reason := _reason_to_leave_out(folder / path):
+                left_out[_printable(path)] = reason
+            else:
+                names.append(path)
     if not names:
-        raise FileNotFoundError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
-    return names
+        found = next(iter(sorted(left_out.items())), None)
+        example = f", only {found[0]} ({found[1]})" if found else ""
+        raise FileNotFoundError(f"{folder} holds no image{example}")
+    return ImageList(sorted(names), dict(sorted(left_out.items())))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the formats that are read; HEIC where `pillow-heif` is installed."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    known = Image.registered_extensions()  # loads every plugin
+    return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in STUBS)
+
+
+def _reason_to_leave_out(path: Path) -> str:
+    if _printable(path.name) != path.name:
+        return "its name is not UTF-8: rename it"
+    if path.suffix.lower() not in suffixes():
+        needs_heif = path.suffix.lower() in (".heic", ".heif")
+        return "HEIC needs the package `pillow-heif`" if needs_heif else "not a suffix of an image"
+    return "" if path.is_file() else "not a file"
+
+
+def _printable(name: str) -> str:
+    r"""A file name as text; bytes that are no UTF-8 become `\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def on_grids(images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px: int) -> list[Image.Image]:
@@ -83,11 +147,23 @@ def image_digest(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
+class _RefusedError(ValueError):
+    """A sound image that is not taken."""
+
+
+class _Decoded(NamedTuple):
+    """Pixels, and what decides how they are shown."""
+
+    pixels: Image.Image
+    orientation: int
+    """By EXIF, from 1."""
+    white: float | None
+    """The value of white in a deep greyscale image's format; None for all other images."""
+
+
 def _load_one(image: ImageLike, smallest_side: int) -> Image.Image:
     if isinstance(image, Image.Image):
-        name = "the image"
-        _check_size(image, name, smallest_side)
-        return _to_rgb(image, name)
+        return _opened_image(image, smallest_side)
     if not isinstance(image, str | Path):
         raise TypeError(f"an image is a PIL image or a path, not {type(image).__name__}")
     path = Path(image).expanduser()
@@ -97,55 +173,148 @@ def _load_one(image: ImageLike, smallest_side: int) -> Image.Image:
         raise OSError(f"{path} is not a file: give the path of one image")
     if path.stat().st_size == 0:
         raise OSError(f"{path} is empty (0 bytes): give an image file")
-    return _decode(path, smallest_side)
-
-
-def _decode(path: Path, smallest_side: int) -> Image.Image:
+    suffixes()  # registers HEIC
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                _check_size(opened, str(path), smallest_side)
-                return _to_rgb(opened, str(path))
+        decoded = _decode_file(path, smallest_side)
+    except _RefusedError:
+        raise
+    except FileNotFoundError as error:  # it vanished since
+        raise FileNotFoundError(f"no such image: {path}") from error
     except UnidentifiedImageError as error:
-        raise OSError(
-            f"{path} is not an image that Pillow can read (PNG, JPEG, WebP, TIFF, GIF, …)"
-        ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise ValueError(
-            f"{path} has more than {limit:,} pixels, so Pillow fears a decompression bomb: scale it down"
-        ) from error
-    except (SyntaxError, EOFError, OSError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-        raise OSError(f"{path} is damaged or cut short: {error}") from error
+        kinds = "PNG, JPEG, WebP, TIFF, GIF, AVIF, …"
+        raise OSError(f"{path} is not an image that Pillow can read ({kinds})") from error
+    except Exception as error:  # decoders raise nearly anything
+        raise OSError(f"{path} is damaged or cut short: {_reason(error)}") from error
+    return _to_rgb(decoded, str(path))
+
+
+def _opened_image(image: Image.Image, smallest_side: int) -> Image.Image:
+    """The caller's image at its current frame; a copy is worked on."""
+    _check_size(image, "the image", smallest_side)
+    try:
+        decoded = _Decoded(image.copy(), _orientation(image, "the image"), _white_level(image))
+    except Exception as error:  # one that was opened and not yet read raises what a file does
+        raise OSError(f"the image cannot be read: {_reason(error)}") from error
+    return _to_rgb(decoded, "the image")
+
+
+def _decode_file(path: Path, smallest_side: int) -> _Decoded:
+    """The first frame; PNG metadata that Pillow chokes on is left out."""
+    try:
+        return _decode(path, str(path), smallest_side)
+    except _RefusedError:
+        raise
+    except Exception:
+        if (bare := _without_metadata(path)) is None:
+            raise
+    decoded = _decode(io.BytesIO(bare), str(path), smallest_side)
+    logger.warning("%s has metadata that cannot be read: ignored", path)
+    return decoded
+
+
+def _decode(file: Path | io.BytesIO, name: str, smallest_side: int) -> _Decoded:
+    limit = Image.MAX_IMAGE_PIXELS or np.inf
+    too_large = f"{name} has more than {limit:,} pixels, maybe a decompression bomb: scale it down"
+    try:
+        opened = Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise _RefusedError(too_large) from error
+    with opened:
+        if opened.width * opened.height > limit:
+            raise _RefusedError(too_large)
+        _check_size(opened, name, smallest_side)
+        if (frames := getattr(opened, "n_frames", 1)) > 1:
+            logger.warning("%s is animated (%d frames): the first frame is used", name, frames)
+            opened.seek(0)
+        opened.load()
+        return _Decoded(opened, _orientation(opened, name), _white_level(opened))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _without_metadata(path: Path) -> bytes | None:
+    """A PNG with nothing but the chunks of its pixels; None for another format.
+
+    Pillow refuses a whole image for compressed text or a colour profile above 1 MB.
+    """
+    data = path.read_bytes()
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return None
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """The EXIF orientation, 1 where there is none or it cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of broken EXIF Pillow raises nearly anything
+        logger.warning("%s has EXIF data that cannot be read: ignored", name)
+        return 1
 
 
 def _check_size(image: Image.Image, name: str, smallest_side: int) -> None:
     width, height = image.size
     if min(width, height) < smallest_side:
-        raise ValueError(
+        raise _RefusedError(
             f"{name} is {width}×{height} px, smaller than one vision token "
             f"({smallest_side}×{smallest_side} px): give a larger image"
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(
+        raise _RefusedError(
             f"{name} is {width}×{height} px, longer than the models' {MAX_ASPECT_RATIO}:1: crop it"
         )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if (frames := getattr(image, "n_frames", 1)) > 1:
-        logger.warning("%s is animated (%d frames): the first frame is used", name, frames)
-        image.seek(0)
-    image.load()
-    white = _white_level(image)
-    upright = ImageOps.exif_transpose(image)  # a copy without the TIFF's tags
-    if white is not None:
-        upright = _to_eight_bit(upright, white, name)
-    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return upright.convert("RGB")
+def _to_rgb(decoded: _Decoded, name: str) -> Image.Image:
+    image, profile = decoded.pixels, decoded.pixels.info.get("icc_profile")
+    if decoded.orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[decoded.orientation])
+    if decoded.white is not None:
+        image = _to_eight_bit(image, decoded.white, name)
+    alpha = None
+    if image.mode in ("La", "RGBa"):  # premultiplied, which converts to nothing else
+        image = image.convert(image.mode.upper())
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    image = _to_srgb(image, profile, name) if profile else image.convert("RGB")
+    if alpha is None:
+        return image
+    image.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """RGB pixels whose colours are those that the ICC profile says; one that cannot be read is ignored."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image.convert("RGB")
+        space = source.profile.xcolor_space.strip()
+        fitting = {"CMYK": ("CMYK",), "1": ("GRAY", "RGB"), "L": ("GRAY", "RGB")}.get(image.mode, ("RGB",))
+        if space not in fitting:
+            raise ValueError(f"a profile of {space} in an image of mode {image.mode}")
+        converted = ImageCms.profileToProfile(
+            image.convert("L" if space == "GRAY" else space),
+            source,
+            ImageCms.createProfile("sRGB"),
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            "RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        assert converted is not None  # it is None for work in place only
+        return converted
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s has a colour profile that cannot be used: ignored (%s)", name, _reason(error))
+        return image.convert("RGB")
 
 
 def _white_level(image: Image.Image) -> float | None:

@@ -5,6 +5,7 @@ Imports neither torch nor safetensors before a tensor is written.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes")
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 FULL_HASH_LIMIT = 64 * 2**20  # bytes; smaller folders are identified by their whole content
 
 
@@ -33,11 +35,19 @@ def provenance(seeds: Sequence[int], device: str, **models: object) -> dict[str,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seeds": list(seeds),
         **models,
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "python": sys.version.split()[0],
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def version_of(package: str) -> str:
+    """A package's version; "unknown" where it has no metadata, such as this one in a bare checkout."""
+    try:
+        return metadata.version(package) or "unknown"
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def digest_of(data: object) -> str:
@@ -76,6 +86,56 @@ def first_difference(before: Mapping[str, object], now: Mapping[str, object]) ->
         if before.get(key) != now.get(key):
             return f"{key} {before.get(key)!r}, now {now.get(key)!r}"
     return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ValueError: no such object in it; the file is named.
+    """
+    return parse_object(path.read_bytes(), str(path))
+
+
+def json_lines(path: Path) -> list[tuple[str, bytes]]:
+    r"""The lines of a JSONL file that are not blank, each with its place in words, for `parse_object`.
+
+    Lines end at `\n` alone: inside strings JSON may hold U+2028 and the like, where `str.splitlines` breaks.
+
+    Raises:
+        ValueError: UTF-16, which has no such lines.
+    """
+    data = path.read_bytes()
+    if data.startswith(UTF16_MARKS):
+        raise ValueError(f"{path} is UTF-16: save it as UTF-8")
+    lines = enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1)
+    return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+
+
+def parse_object(data: bytes, place: str) -> dict[str, Any]:
+    """Parse one JSON object.
+
+    Args:
+        place: where it is from, for messages.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, half a surrogate pair, or no object.
+    """
+    if data.startswith(UTF16_MARKS):
+        raise ValueError(f"{place} is UTF-16: save it as UTF-8")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} has half a surrogate pair ({error.object[error.start]!r})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 (at byte {error.start}): save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # JSON's own errors, or numbers of thousands of digits
+        raise ValueError(f"{place} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} holds a {type(value).__name__}, needed is a JSON object")
+    return value
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,15 +18,21 @@ from .bridge import VisionBridge, check_strength
 from .cache import VisionCache
 from .images import Images, image_digest, load_images
 from .injection import SITES, LevelAttention, Levels, Site
-from .io import digest_of, write_image, write_json
+from .io import digest_of, read_json, write_image, write_json
 from .loading.locks import model_lock
 from .loading.tower_attention import VisionAttention, check_vision_attention
 from .patches import Mrope, takes_several
-from .specs import Family, check_seed, read_json
+from .specs import STOCK_STEP, Family, check_prompt, check_seed, whole_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = "qwen-vision-bridge/pairs/2"
 PAIRED = ("generator", "prompt_embeds", "negative_prompt_embeds", "latents", "image", "num_images_per_prompt")
 """Arguments of the stock call that pair baseline and enhanced: users cannot set them."""
+MAX_PROMPT_TOKENS = 3000
+"""The DiT has positions for 4096 tokens of text, of which template, references and output take a part."""
+MAX_SIDE = 8192  # px
 
 
 @dataclass(frozen=True)
@@ -106,12 +115,16 @@ def check_edit(
         TypeError, ValueError, FileNotFoundError, OSError: every refusal that needs no model.
     """
     check_prompt(prompt)
-    check_strength(strength)
-    check_seed(seed)
-    check_steps(options.get("num_inference_steps", family.steps))
-    if paired := sorted(set(options) & set(PAIRED)):
-        raise ValueError(f"{', '.join(paired)} cannot be set: the pairing of baseline and enhanced does")
+    strength, seed = check_strength(strength), check_seed(seed)
+    options = check_options(options)
     images = load_images(image, family.target.token_px)
+    longest = family.editor.max_aspect_ratio
+    for one in images:
+        if max(one.size) >= longest * min(one.size):
+            raise ValueError(
+                f"an image is {one.width}×{one.height} px, longer than the {longest:g}:1 that "
+                f"{family.editor.name} can edit: crop it"
+            )
     if len(images) > 1 and not takes_several(pipeline_name):
         raise ValueError(f"{pipeline_name} takes one image, got {len(images)}: use Qwen-Image-Edit-2509")
     defaults = {
@@ -122,17 +135,30 @@ def check_edit(
     return Edit(images, prompt, seed, {**defaults, **options}, strength=strength)
 
 
-def check_prompt(prompt: object) -> str:
-    """Check that a prompt says something.
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the options of an edit that the stock call takes, and make NumPy's numbers plain ones.
 
     Raises:
-        TypeError: not a string. ValueError: empty or blank.
+        TypeError: an option of another name or type.
+        ValueError: one that pairs baseline and enhanced, or a value that gives no image.
     """
-    if not isinstance(prompt, str):
-        raise TypeError(f"a prompt is a string, not {type(prompt).__name__}")
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: say what to change")
-    return prompt
+    if paired := sorted(set(options) & set(PAIRED)):
+        raise ValueError(f"{', '.join(paired)} cannot be set: the pairing of baseline and enhanced does")
+    if unknown := sorted(set(options) - set(CHECKS)):
+        raise TypeError(f"unknown option {unknown[0]!r} of an edit; known: {', '.join(CHECKS)}")
+    return {name: CHECKS[name](name, value) for name, value in options.items()}
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "the prompt") -> None:
+    """Refuse a text of more tokens than the DiT has positions for.
+
+    Raises:
+        ValueError: how many tokens it has, and how many fit.
+    """
+    if len(text.encode()) > MAX_PROMPT_TOKENS:  # a token has one byte or more
+        tokens = len(tokenizer(text)["input_ids"])
+        if tokens > MAX_PROMPT_TOKENS:
+            raise ValueError(f"{name} has {tokens} tokens, at most {MAX_PROMPT_TOKENS} fit: shorten it")
 
 
 def check_steps(steps: object) -> int:
@@ -141,9 +167,64 @@ def check_steps(steps: object) -> int:
     Raises:
         ValueError: less than 2; the scheduler stretches its steps to a fixed end and divides by zero for one.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+    number = whole_number(steps)
+    if number is None or number < 2:
         raise ValueError(f"num_inference_steps is a whole number from 2, not {steps!r}")
-    return steps
+    return number
+
+
+def _scale(name: str, value: object) -> float | None:
+    if value is None and name == "guidance_scale":
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} is a finite number from 0, not {value!r}")
+    return float(value)
+
+
+def _side(name: str, value: object) -> int | None:
+    number = whole_number(value)
+    if value is not None and (number is None or not STOCK_STEP <= number <= MAX_SIDE):
+        raise ValueError(f"{name} is a whole number of px from {STOCK_STEP} to {MAX_SIDE}, not {value!r}")
+    return number
+
+
+def _sigmas(name: str, value: Any) -> list[float] | None:
+    if value is None:
+        return None
+    sigmas = [float(sigma) for sigma in value]
+    falling = all(before > after for before, after in pairwise(sigmas))
+    if len(sigmas) < 2 or not falling or not sigmas[-1] > 0 or not sigmas[0] <= 1:
+        raise ValueError(f"{name} are two or more falling numbers from 1 to above 0, not {value!r}")
+    return sigmas
+
+
+def _negative(name: str, value: object) -> str | None:
+    if value is not None and value != "" and not (isinstance(value, str) and not value.strip()):
+        check_prompt(value, name)  # a blank one is the models' own default
+    return value  # type: ignore[return-value]  # checked above
+
+
+def _output(name: str, value: object) -> object:
+    if value not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f'{name} is "pil", "np", "pt" or "latent", not {value!r}')
+    return value
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "num_inference_steps": lambda _name, value: check_steps(value),
+    "true_cfg_scale": _scale,
+    "guidance_scale": _scale,
+    "negative_prompt": _negative,
+    "height": _side,
+    "width": _side,
+    "sigmas": _sigmas,
+    "output_type": _output,
+    "attention_kwargs": lambda _name, value: value,
+    "callback_on_step_end": lambda _name, value: value,
+    "callback_on_step_end_tensor_inputs": lambda _name, value: value,
+    "max_sequence_length": lambda _name, value: value,
+}
+"""Options of the stock call that users may set, each with what checks it."""
 
 
 def compare_pairs(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .loading.locks import model_lock, replaced
 from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
-from .specs import EditorSpec
+from .specs import STOCK_AREA, STOCK_STEP, EditorSpec
 
 if TYPE_CHECKING:
     from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Mrope = Literal["fixed", "stock"]
-STOCK_AREA = 1024 * 1024  # px², the default of both pipelines' outputs
-STOCK_STEP = 32  # px, to whose multiples they round
 
 
 _announced: set[str] = set()

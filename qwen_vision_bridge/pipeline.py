@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +17,7 @@ from .cache import VisionCache
 from .extractor import VisionCacheExtractor
 from .images import ImageLike, Images
 from .injection import Grids, LevelAttention, inject
-from .io import provenance, write_image
+from .io import provenance, version_of, write_image
 from .loading.editors import editor_revision, load_pipeline
 from .loading.families import resolve_family
 from .loading.fingerprint import changed_parts, loaded_state
@@ -34,7 +33,16 @@ from .loading.memory import (
     total_gpu_gb,
 )
 from .loading.towers import load_processor
-from .pairs import Comparison, Edit, EditResult, PipelineOptions, check_edit, compare_pairs
+from .pairs import (
+    MAX_PROMPT_TOKENS,
+    Comparison,
+    Edit,
+    EditResult,
+    PipelineOptions,
+    check_edit,
+    check_length,
+    compare_pairs,
+)
 from .patches import condition_grids, effective_sizes, patched, takes_several
 from .specs import Family
 
@@ -173,6 +181,8 @@ class EnhancedQwenImageEdit:
             The two images and the level weights of the enhanced one.
         """
         edit = self.check_edit(image, prompt, seed, strength, **options)
+        if save_comparison is not None and edit.options.get("output_type", "pil") != "pil":
+            raise ValueError("a comparison sheet needs images: leave out output_type or save_comparison")
         source = self.extract_source(edit.images)  # first, so that the tower is freed before the DiT loads
         baseline, _ = self.edit(edit)
         enhanced, attention = self.edit(replace(edit, bridge=self.bridge, source=source))
@@ -206,6 +216,8 @@ class EnhancedQwenImageEdit:
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
         Returns one record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
+        if options.get("output_type", "pil") != "pil":
+            raise ValueError("a benchmark writes images: leave out output_type")
         edits = [
             self.check_edit(image, prompt, seed, strength, **options)
             for image in images
@@ -223,6 +235,8 @@ class EnhancedQwenImageEdit:
     ) -> Edit:
         """The baseline's edit with the arguments of `generate`, checked; for `edit` and `prepare`."""
         edit = check_edit(self.family, self._pipeline_name(), image, prompt, seed, options, strength)
+        for text in (prompt, edit.options["negative_prompt"]):
+            self._check_length(text or "")
         return replace(edit, site=self.options.site)
 
     def edit(self, edit: Edit) -> EditResult:
@@ -297,6 +311,15 @@ class EnhancedQwenImageEdit:
             self._image_processor = load_processor(editor.repo, "processor", editor.revision)
         return condition_grids(self._pipeline_class(), editor, self._image_processor, list(images))
 
+    def _check_length(self, prompt: str) -> None:
+        """Refuse a prompt of more tokens than the DiT has positions for."""
+        if len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # no tokenizer is loaded for a short one
+            return
+        editor, processor = self.family.editor, self._pipe.processor if self._pipe is not None else None
+        if processor is None:
+            processor = load_processor(editor.repo, "processor", editor.revision, images_only=False)
+        check_length(processor.tokenizer, prompt)
+
     def fingerprint(self, enhanced: bool) -> dict[str, Any]:
         """Everything about the models that decides an image of the bridge's arm, or of the baseline."""
         family, options = self.family, self.options
@@ -315,7 +338,7 @@ class EnhancedQwenImageEdit:
             "memory_mode": self.mode.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": device_name(self.device, threads=False),
-            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
+            "versions": {name: version_of(name) for name in ("torch", "transformers", "diffusers")},
         }
         if enhanced:
             parts["source"] = self.extractor.provenance("qwen3")

@@ -1,9 +1,10 @@
-"""Specs of models and editors, families of models that belong together, and valid seeds: data, no weights."""
+"""Specs of models and editors, families that belong together, and which seeds and prompts they take."""
 
 from __future__ import annotations
 
-import json
+import operator
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ TARGET_PX = 64  # a side of what the miniature's target tower takes, however far
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)
+TEMPLATE_TOKEN = re.compile(r"<\|\w+\|>")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+STOCK_CONDITION_AREA, STOCK_AREA = 384 * 384, 1024 * 1024  # px², diffusers' own for the tower and the output
+STOCK_STEP = 32  # px, to whose multiples it rounds
 MAX_SEED = 2**63 - 1  # the largest that NumPy, PyTorch and a signed 64-bit column of a table all take
 
 
@@ -176,6 +181,14 @@ class EditorSpec:
     revision: str | None = None
     """Branch, tag or commit; None is the default branch."""
 
+    @property
+    def max_aspect_ratio(self) -> float:
+        """The longest image, its long side by its short one, whose sides the pipeline does not round to 0."""
+        single = self.pipeline_class == "QwenImageEditPipeline"  # its tower sees the output's size
+        condition = self.condition_area or (STOCK_AREA if single else STOCK_CONDITION_AREA)
+        areas = ((condition, self.condition_step), (self.vae_area or STOCK_AREA, STOCK_STEP))
+        return min(4 * area / step**2 for area, step in areas)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -287,32 +300,55 @@ FAMILIES: dict[str, Family] = {
 
 
 def check_seed(seed: object) -> int:
-    """A seed that every random generator of the toolkit takes.
+    """A seed that every random generator of the toolkit takes, as a plain `int`.
 
     Raises:
         TypeError: no whole number. ValueError: outside 0 to `MAX_SEED`.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = whole_number(seed)
+    if number is None:
         raise TypeError(f"seed is a whole number, not {seed!r}")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed}; needed: a whole number from 0 to {MAX_SEED} (2**63 - 1)")
-    return seed
+    if not 0 <= number <= MAX_SEED:
+        raise ValueError(f"seed is {number}; needed: a whole number from 0 to {MAX_SEED} (2**63 - 1)")
+    return number
+
+
+def whole_number(value: object) -> int | None:
+    """The value of a whole number, NumPy's included; None for anything else, `True` included."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # NumPy's arrays of more than one number, and its booleans
+        return None
+
+
+def check_prompt(prompt: object, name: str = "the prompt") -> str:
+    """Check that a text for the language model says something, and nothing to its chat template.
+
+    Args:
+        prompt: an instruction, a question or an answer.
+        name: what it is, for messages.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: blank, with a token of the chat template such as `<|image_pad|>`, or with half a surrogate
+            pair, which is no text.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"{name} is not a string but a {type(prompt).__name__}")
+    if not prompt.strip():
+        raise ValueError(f"{name} is empty: say what to change")
+    if token := TEMPLATE_TOKEN.search(prompt):
+        raise ValueError(f"{name} has {token[0]}, a token of the models' chat template: leave it out")
+    if half := SURROGATE.search(prompt):
+        raise ValueError(f"{name} has half a surrogate pair ({half[0]!r}): it was decoded wrongly")
+    return prompt
 
 
 def step_seed(seed: int, step: int) -> int:
     """The seed of one training step, within the 64 bits that PyTorch takes however large `seed` is."""
     return (seed * 1_000_003 + step) % 2**64
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a broken file is a ValueError that names it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, needed is a JSON object")
-    return data
 
 
 def cache_home() -> Path:

@@ -49,7 +49,7 @@ class FolderResult(NamedTuple):
     done: int
     """Those of this run, all processes together."""
     skipped: dict[str, str]
-    """Files that could not be read, and why."""
+    """Files that were left out, and why."""
     seconds: float
     """From both towers being ready to the last shard on disk."""
 
@@ -117,7 +117,7 @@ def extract_folder(
             somebody else's file where a shard would go.
     """
     images, processes = Path(images), Processes()
-    plan = _plan(images, shard_images)
+    plan, left_out = _plan(images, shard_images)
     store = folder_store(images, output, folder_provenance(extractor, role))
     store.claim(plan)
     pending = store.pending(plan)
@@ -135,7 +135,9 @@ def extract_folder(
     if not processes.is_main:
         return None
     headers = store.headers(plan)
-    skipped = {name: reason for header in headers.values() for name, reason in header["skipped"].items()}
+    skipped = left_out | {
+        name: reason for header in headers.values() for name, reason in header["skipped"].items()
+    }
     store.finish(plan, skipped=skipped)
     count = {shard: len(header["items"]) for shard, header in headers.items()}
     done = sum(count[shard] for shard in pending)
@@ -271,11 +273,20 @@ def folder_provenance(extractor: VisionCacheExtractor, role: Role) -> dict[str, 
     }
 
 
-def _plan(images: Path, size: int) -> dict[str, Stamps]:
-    """Shard file → its images with their stamps, `size` images a shard."""
-    names = list_images(images)
-    stats = {name: (images / name).stat() for name in names}
-    stamps = [(name, [stat.st_size, stat.st_mtime_ns]) for name, stat in stats.items()]
-    starts = range(0, len(names), size)
-    shards = shard_names(len(names), size)
-    return {shard: dict(stamps[start : start + size]) for shard, start in zip(shards, starts, strict=True)}
+def _plan(images: Path, size: int) -> tuple[dict[str, Stamps], dict[str, str]]:
+    """Shard file → its images with their stamps, `size` images a shard; and files that are no images."""
+    listed = list_images(images)
+    stamps = [(name, _stamp(images / name)) for name in listed.names]
+    starts = range(0, len(stamps), size)
+    shards = shard_names(len(stamps), size)
+    plan = {shard: dict(stamps[start : start + size]) for shard, start in zip(shards, starts, strict=True)}
+    return plan, listed.left_out
+
+
+def _stamp(path: Path) -> list[int]:
+    """A file's size in bytes and modification time, zeros if it has vanished: reading it tells."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return [0, 0]
+    return [stat.st_size, stat.st_mtime_ns]

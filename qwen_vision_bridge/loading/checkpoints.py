@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 
-from ..io import atomic_save, folder_digest
-from ..specs import BUILTIN, ModelSpec, cache_home, read_json
+from ..io import atomic_save, folder_digest, read_json
+from ..specs import BUILTIN, ModelSpec, cache_home
 from .checks import refuse_pickles
 from .hub import hub_file, hub_range
 

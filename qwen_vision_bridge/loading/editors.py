@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..io import folder_digest
-from ..specs import EditorSpec, read_json
+from ..io import folder_digest, read_json
+from ..specs import EditorSpec
 from .checkpoints import locate
 from .checks import check_tensors, one_line_errors, without_loading_reports
 from .hub import hub_file

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..specs import EDITORS, FAMILIES, MODELS, EditorSpec, Family, ModelSpec, read_json
+from ..io import read_json
+from ..specs import EDITORS, FAMILIES, MODELS, EditorSpec, Family, ModelSpec
 from .hub import hub_file
 
 Spec = TypeVar("Spec", ModelSpec, EditorSpec)

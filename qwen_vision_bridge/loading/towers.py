@@ -184,7 +184,13 @@ def load_processor(
     loader = AutoImageProcessor if images_only else AutoProcessor
     location = locate(repo)
     if not Path(location).is_dir():  # fails at once where the hub is out of reach
-        hub_file(repo, "preprocessor_config.json", subfolder, revision)
+        try:
+            hub_file(repo, "preprocessor_config.json", subfolder, revision)
+        except OSError as error:
+            try:  # transformers 5 writes this one alone
+                hub_file(repo, "processor_config.json", subfolder, revision)
+            except OSError:
+                raise error from None
     try:
         return loader.from_pretrained(location, subfolder=subfolder, revision=revision or "main")
     except (OSError, ValueError) as error:

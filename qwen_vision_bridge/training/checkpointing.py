@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..io import write_json
-from ..specs import read_json
+from ..io import read_json, write_json
 from .run_folder import STATE, TrainingRun, checkpoints, run_of
 
 TENSORS = "state.safetensors"

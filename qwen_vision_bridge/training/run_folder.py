@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..io import first_difference, write_json
-from ..specs import read_json
+from ..io import first_difference, read_json, write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

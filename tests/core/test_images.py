@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.images import image_digest, load_images
+from qwen_vision_bridge.images import image_digest, list_images, load_images
 
 GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 
@@ -19,7 +21,7 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "La", "RGBa", "CMYK", "1", "I;16", "I", "F"])
 def test_every_mode_becomes_eight_bit_rgb_of_the_same_size(mode: str) -> None:
     grey = Image.fromarray(GRADIENT)
     if mode == "I;16":
@@ -29,7 +31,7 @@ def test_every_mode_becomes_eight_bit_rgb_of_the_same_size(mode: str) -> None:
     elif mode == "F":
         image = Image.fromarray(GRADIENT.astype(np.float32) / 255)
     else:
-        image = grey.convert(mode)
+        image = (grey.convert(mode.upper()) if mode in ("La", "RGBa") else grey).convert(mode)
     (loaded,) = load_images(image)
     assert (loaded.mode, loaded.size) == ("RGB", (64, 48))
 
@@ -177,8 +179,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) ->
     path = saved(tmp_path / "bomb.png", Image.new("1", (64, 64)))
     data = bytearray(path.read_bytes())
     data[16:24] = struct.pack(">II", 100_000, 100_000)  # the header claims 10 gigapixels
-    import zlib
-
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="decompression bomb"):
@@ -194,3 +194,192 @@ def test_other_types_are_type_errors(value: object) -> None:
 def test_an_empty_list_is_refused() -> None:
     with pytest.raises(ValueError, match="no image given"):
         load_images([])
+
+
+def display_p3() -> bytes:
+    """A Display P3 profile: its primaries adapted to D50, and sRGB's curve (ICC.1:2010, section 8.3)."""
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    gamma = fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    name = b"desc" + bytes(4) + struct.pack(">I", 11) + b"Display P3\0" + bytes(78)
+    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + gamma
+    tags = {
+        b"desc": name,
+        b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249),
+        b"rXYZ": b"XYZ " + bytes(4) + fixed(0.51512, 0.2412, -0.00105),
+        b"gXYZ": b"XYZ " + bytes(4) + fixed(0.29198, 0.69225, 0.04189),
+        b"bXYZ": b"XYZ " + bytes(4) + fixed(0.1571, 0.06657, 0.78407),
+        b"rTRC": curve,
+        b"gTRC": curve,
+        b"bTRC": curve,
+    }
+    table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += tag + struct.pack(">II", start + len(data), len(content))
+        data += content
+    header = struct.pack(">I4sI4s4s4s", start + len(data), b"", 0x04200000, b"mntr", b"RGB ", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1.0, 0.8249)
+    return header.ljust(128, b"\0") + table + data
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+def test_colours_of_an_embedded_profile_become_srgb(tmp_path: Path, ending: str) -> None:
+    wide = Image.new("RGB", (64, 48), (255, 60, 40))
+    options = {"quality": 100} if ending in ("jpg", "webp") else {}
+    path = saved(tmp_path / f"wide.{ending}", wide, icc_profile=display_p3(), **options)
+    assert np.allclose(load_images(path)[0].getpixel((9, 9)), (255, 16, 0), atol=3)
+    assert np.allclose(load_images(Image.open(path))[0].getpixel((9, 9)), (255, 16, 0), atol=3)
+
+
+def test_the_profile_of_a_transparent_image_changes_its_colours_alone(tmp_path: Path) -> None:
+    wide = Image.new("RGBA", (64, 48), (255, 60, 40, 255))
+    wide.putpixel((0, 0), (255, 60, 40, 0))
+    (loaded,) = load_images(saved(tmp_path / "wide.png", wide, icc_profile=display_p3()))
+    assert [loaded.getpixel(place) for place in ((0, 0), (9, 9))] == [(255, 255, 255), (255, 16, 0)]
+
+
+@pytest.mark.parametrize("profile", [b"not a profile", display_p3()[:200], bytes(1_200_000)])
+def test_a_profile_that_cannot_be_used_is_a_warning(
+    tmp_path: Path, profile: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(tmp_path / "a.png", Image.new("RGB", (64, 48), (255, 60, 40)), icc_profile=profile)
+    assert load_images(path)[0].getpixel((9, 9)) == (255, 60, 40)
+    assert "a.png" in caplog.text
+
+
+def test_a_profile_of_other_channels_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ink = Image.new("CMYK", (64, 48), (0, 200, 200, 0))
+    path = saved(tmp_path / "ink.jpg", ink, icc_profile=display_p3(), quality=100)
+    assert load_images(path)[0].getpixel((9, 9)) == Image.open(path).convert("RGB").getpixel((9, 9))
+    assert "a profile of RGB in an image of mode CMYK" in caplog.text
+
+
+def png_with_chunk(folder: Path, kind: bytes, content: bytes) -> Path:
+    data = saved(folder / "plain.png", Image.fromarray(GRADIENT)).read_bytes()
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    path = folder / "chunk.png"
+    path.write_bytes(data[:33] + chunk + data[33:])  # behind the header
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 1_500_000)),
+        (b"iCCP", b"huge\0\0" + zlib.compress(bytes(range(256)) * 6000)),
+        (b"tEXt", b"Raw profile type exif\0\nexif\n    4\nnot hexadecimal\n"),
+        (b"eXIf", b"no header of a TIFF"),
+    ],
+)
+def test_metadata_never_costs_an_image(
+    tmp_path: Path, kind: bytes, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = png_with_chunk(tmp_path, kind, content)
+    assert np.array_equal(grey_levels(path), GRADIENT)
+    assert "chunk.png has" in caplog.text
+    assert "ignored" in caplog.text
+
+
+def test_exif_with_a_resolution_that_is_no_number_still_turns_the_image(tmp_path: Path) -> None:
+    entries = struct.pack(">HHHIHH", 2, 0x0112, 3, 1, 6, 0) + struct.pack(">HHII", 0x011A, 12, 1, 38)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + entries + bytes(4) + struct.pack(">d", float("nan"))
+    path = saved(tmp_path / "phone.jpg", Image.fromarray(GRADIENT), exif=exif)
+    assert load_images(path)[0].size == (48, 64)
+
+
+def test_the_callers_image_stays_as_it_is(tmp_path: Path) -> None:
+    colours = ["red", "blue", "lime"]
+    frames = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    opened = Image.open(saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:]))
+    opened.seek(2)
+    assert load_images(opened)[0].getpixel((1, 1)) == (0, 255, 0)
+    assert opened.tell() == 2
+    deep = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
+    before = deep.tobytes()
+    load_images(deep)
+    assert (deep.mode, deep.tobytes()) == ("I;16", before)
+
+
+def test_a_closed_image_is_one_line(tmp_path: Path) -> None:
+    opened = Image.open(saved(tmp_path / "a.png", Image.fromarray(GRADIENT)))
+    opened.close()
+    with pytest.raises(OSError, match="the image cannot be read"):
+        load_images(opened)
+
+
+def test_every_format_below_a_folder_is_listed_or_named(tmp_path: Path) -> None:
+    image = Image.fromarray(GRADIENT).convert("RGB")
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for each in (folder / "below", elsewhere):
+        each.mkdir(parents=True)
+    names = ["a.avif", "a.jfif", "a.jp2", "a.ppm", "a.tga", "below/A.PNG"]
+    for name in names:
+        image.save(folder / name, "JPEG" if name.endswith("jfif") else None)
+    image.save(folder / os.fsdecode(b"caf\xe9.png"), "PNG")
+    (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "gone.png").symlink_to(elsewhere / "absent.png")
+    (folder / "notes.txt").touch()
+    (folder / "drawing.eps").touch()
+    listed = list_images(folder)
+    assert listed.names == names
+    assert set(listed.left_out) == {"caf\\xe9.png", "linked", "gone.png", "notes.txt", "drawing.eps"}
+    assert all(load_images(folder / name)[0].size == (64, 48) for name in names)
+    (elsewhere / "absent.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds no image, only absent\.txt"):
+        list_images(elsewhere)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "gif", "bmp", "avif", "jp2"])
+def test_a_mutated_file_is_an_image_or_one_line(tmp_path: Path, ending: str) -> None:
+    """1 250 mutations a format: bytes changed, cut out, doubled or cut off, metadata included."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if ending in ("png", "jpg", "webp", "tif") else {}
+    whole = saved(
+        tmp_path / f"whole.{ending}", Image.fromarray(GRADIENT).convert("RGB"), **options
+    ).read_bytes()
+    path, draw = tmp_path / f"mutated.{ending}", np.random.default_rng(0)
+    images, lines = [], []
+    for _ in range(1250):
+        path.write_bytes(mutated(whole, draw))
+        try:
+            images += load_images(path, 8)
+        except (OSError, ValueError) as error:
+            lines.append(str(error))
+    assert images
+    assert lines
+    assert all(path.name in line and "\n" not in line for line in lines)
+
+
+def mutated(data: bytes, draw: np.random.Generator) -> bytes:
+    """One to eight changes of a file's bytes."""
+    content = bytearray(data)
+    for _ in range(draw.integers(1, 9)):
+        place, kind = int(draw.integers(max(1, len(content)))), draw.integers(4)
+        span = int(draw.integers(1, 9))
+        if kind == 0:
+            content[place : place + 1] = draw.bytes(1)
+        elif kind == 1:
+            del content[place : place + span]
+        elif kind == 2:
+            content[place:place] = content[place : place + span]
+        else:
+            content = content[: max(1, place)] if draw.random() < 0.2 else content
+    return bytes(content)
+
+
+def test_heic_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    assert list_images(Path(__file__).parents[2] / "assets").names  # registers the format
+    colours = Image.merge("RGB", [Image.fromarray(GRADIENT)] * 3)
+    saved(folder / "photo.heic", colours, quality=90)
+    assert list_images(folder).names == ["photo.heic"]
+    (loaded,) = load_images(folder / "photo.heic")
+    assert loaded.size == (64, 48)
+    assert np.abs(np.asarray(loaded)[..., 0].astype(int) - GRADIENT).mean() < 4

@@ -19,9 +19,9 @@ from qwen_vision_bridge.loading.memory import (
     check_device,
     find_mode,
 )
-from qwen_vision_bridge.patches import image_sizes, mrope_positions
+from qwen_vision_bridge.patches import condition_size, image_sizes, mrope_positions, vae_size
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.specs import EDITORS, FAMILIES
 
 PROMPT = "make the suit blue"
 SHORT = {"num_inference_steps": 3}
@@ -282,16 +282,31 @@ def test_quantisation_and_offload_without_cuda_are_refused(mode: MemoryMode) -> 
     ("arguments", "error", "says"),
     [
         ({"prompt": "  "}, ValueError, "prompt is empty"),
-        ({"prompt": 3}, TypeError, "prompt is a string"),
+        ({"prompt": 3}, TypeError, "prompt is not a string"),
+        ({"prompt": "lone \ud83d"}, ValueError, "surrogate"),
+        ({"prompt": "Remove <|image_pad|> too"}, ValueError, r"<\|image_pad\|>"),
+        ({"negative_prompt": "<|im_end|>"}, ValueError, "negative_prompt has <"),
+        ({"prompt": "x" * 20_000}, ValueError, "has 20000 tokens, at most 3000"),
         ({"strength": float("nan")}, ValueError, "finite"),
         ({"strength": "much"}, TypeError, "strength is a number"),
         ({"seed": 1.5}, TypeError, "seed is a whole number"),
         ({"seed": -1}, ValueError, "from 0 to"),
         ({"seed": 2**64}, ValueError, "from 0 to"),
         ({"num_inference_steps": 1}, ValueError, "whole number from 2"),
+        ({"return_dict": False}, TypeError, "unknown option 'return_dict'"),
+        ({"height": -64}, ValueError, "height is a whole number"),
+        ({"width": 96.5}, ValueError, "width is a whole number"),
+        ({"sigmas": []}, ValueError, "sigmas are"),
+        ({"sigmas": [0.5, 1.0]}, ValueError, "falling"),
+        ({"true_cfg_scale": float("nan")}, ValueError, "finite number from 0"),
+        ({"guidance_scale": "much"}, ValueError, "finite number from 0"),
+        ({"output_type": "latent", "save_comparison": "sheet.png"}, ValueError, "sheet needs images"),
+        ({"output_type": "jpeg"}, ValueError, "output_type is"),
         ({"latents": None}, ValueError, "latents cannot be set"),
         ({"image": "absent.png"}, FileNotFoundError, "no such image"),
         ({"image": Image.new("RGB", (3, 30))}, ValueError, "one vision token"),
+        ({"image": Image.new("RGB", (800, 8))}, ValueError, "800×8 px, longer than the 64:1"),
+        ({"image": Image.new("RGB", (8, 8 * 196))}, ValueError, "longer than the 64:1"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(
@@ -301,6 +316,34 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     with pytest.raises(error, match=says):
         editor.compare(**{"image": photo, "prompt": PROMPT, **arguments})
     assert editor._pipe is None
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image-Edit", "Qwen-Image-Edit-2509", "miniature-editor"])
+def test_the_longest_image_has_no_side_of_0_px(name: str) -> None:
+    """Just below the limit every size that the pipeline works at has 32 px or its own step; at it, none."""
+    import diffusers
+
+    editor = EDITORS[name]
+    pipeline_class = getattr(diffusers, editor.pipeline_class)
+    longest = int(min(editor.max_aspect_ratio, 2000)) - 1
+    image = Image.new("1", (longest * 8, 8))
+    for size in (condition_size, vae_size):
+        assert min(size(pipeline_class, editor, image)) > 0
+    beyond = Image.new("1", (int(editor.max_aspect_ratio + 1) * 8, 8))
+    sizes = [size(pipeline_class, editor, beyond) for size in (condition_size, vae_size)]
+    assert min(map(min, sizes)) == 0
+
+
+def test_numbers_of_numpy_are_numbers(photo: Image.Image) -> None:
+    editor = EnhancedQwenImageEdit("miniature", bridge="fresh")
+    options = {"num_inference_steps": np.int64(3), "true_cfg_scale": np.float32(1.5), "height": np.uint16(96)}
+    edit = editor.check_edit(photo, PROMPT, np.int64(7), np.float64(0.5), **options)
+    plain = editor.check_edit(photo, PROMPT, 7, 0.5, num_inference_steps=3, true_cfg_scale=1.5, height=96)
+    assert (edit.seed, edit.strength, edit.options) == (plain.seed, plain.strength, plain.options)
+    assert [type(value) for value in edit.options.values()] == [int, float, str, int]
+    for wrong in (np.bool_(True), np.array([1, 2]), True):
+        with pytest.raises(TypeError, match="whole number"):
+            editor.check_edit(photo, PROMPT, wrong)
 
 
 def test_an_editor_beside_another_target_is_refused(editor_folder: Path, tmp_path: Path) -> None:

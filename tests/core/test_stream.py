@@ -51,7 +51,7 @@ def test_folder_features_equal_each_image_alone(
     folder = FeatureFolder(tmp_path / "out")
     assert done.done == done.images == len(folder) == len(SIZES)
     assert "below/3.png" in folder.names
-    assert list(done.skipped) == ["cut.png"]
+    assert list(done.skipped) == ["notes.txt", "cut.png"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
     extract = extractor.extract_qwen3_vision if role == "qwen3" else extractor.extract_qwen25_vision
     for name in folder.names:
@@ -59,6 +59,30 @@ def test_folder_features_equal_each_image_alone(
         assert folder[name].grid == alone.grid
         for key, rows in folder[name].features.items():
             torch.testing.assert_close(rows, alone.features[key], atol=1e-4, rtol=1e-4)
+
+
+def test_every_file_is_done_or_named(
+    extractor: VisionCacheExtractor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another format, damaged content, metadata of no use, and a file that vanishes while the run reads."""
+    photo = Image.open(images / "0.png")
+    photo.save(images / "also.jfif", "JPEG")
+    photo.save(images / "photo.avif")
+    data = (images / "photo.avif").read_bytes()
+    (images / "other.jpg").write_bytes(data[: len(data) // 2])
+    (images / "vanishes.png").write_bytes((images / "0.png").read_bytes())
+    stock = stream.load_images
+
+    def vanishing(path: Path, side: int) -> list[Image.Image]:
+        if path.name == "vanishes.png":
+            path.unlink()
+        return stock(path, side)
+
+    monkeypatch.setattr(stream, "load_images", vanishing)
+    result = extract_folder(extractor, images, tmp_path / "out")
+    assert (result.images, result.done) == (len(SIZES) + 2, len(SIZES) + 2)
+    assert set(result.skipped) == {"cut.png", "notes.txt", "other.jpg", "vanishes.png"}
+    assert "no such image" in result.skipped["vanishes.png"]
 
 
 def test_images_of_one_grid_share_a_batch(
@@ -386,4 +410,4 @@ def test_the_index_records_models_and_skipped_files(
     assert index["fingerprint"]["model"] == "miniature-source"
     assert index["fingerprint"]["target_grid"] == "miniature-target"
     assert list(FeatureFolder(tmp_path / "out")["0.png"].features) == ["early", "late", "mid"]
-    assert set(index["skipped"]) == {"cut.png"}
+    assert set(index["skipped"]) == {"cut.png", "notes.txt"}
