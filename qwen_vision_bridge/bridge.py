@@ -269,11 +269,10 @@ class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which myp
         if zero and self.config.blend == "replace":
             nn.init.zeros_(self.gate)
         for name, parameter in self.named_parameters():
-            if parameter.ndim != 2:
-                continue
-            with torch.no_grad():
+            if parameter.ndim == 2:
                 noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
-                parameter.copy_(torch.zeros_like(noise) if zero and name.startswith("ups.") else noise)
+                zeroed = zero and name.startswith("ups.")
+                parameter.data.copy_(torch.zeros_like(noise) if zeroed else noise)
 
     def _check_shapes(self, levels: Sequence[torch.Tensor], baseline: torch.Tensor) -> None:
         config = self.config

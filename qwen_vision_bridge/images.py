@@ -101,9 +101,8 @@ def list_images(folder: Path) -> ImageList:
             else:
                 names.append(path)
     if not names:
-        found = next(iter(sorted(left_out.items())), None)
-        example = f", only {found[0]} ({found[1]})" if found else ""
-        raise FileNotFoundError(f"{folder} holds no image{example}")
+        only = "".join(f", only {name} ({reason})" for name, reason in sorted(left_out.items())[:1])
+        raise FileNotFoundError(f"{folder} holds no image{only}")
     return ImageList(sorted(names), dict(sorted(left_out.items())))
 
 
@@ -122,8 +121,8 @@ def _reason_to_leave_out(path: Path) -> str:
     if _printable(path.name) != path.name:
         return "its name is not UTF-8: rename it"
     if path.suffix.lower() not in suffixes():
-        needs_heif = path.suffix.lower() in (".heic", ".heif")
-        return "HEIC needs the package `pillow-heif`" if needs_heif else "not a suffix of an image"
+        heic = path.suffix.lower() in (".heic", ".heif")
+        return "HEIC needs the package `pillow-heif`" if heic else "not a suffix of an image"
     return "" if path.is_file() else "not a file"
 
 
@@ -181,8 +180,7 @@ def _load_one(image: ImageLike, smallest_side: int) -> Image.Image:
     except FileNotFoundError as error:  # it vanished since
         raise FileNotFoundError(f"no such image: {path}") from error
     except UnidentifiedImageError as error:
-        kinds = "PNG, JPEG, WebP, TIFF, GIF, AVIF, …"
-        raise OSError(f"{path} is not an image that Pillow can read ({kinds})") from error
+        raise OSError(f"{path} is not an image that Pillow can read (PNG, JPEG, WebP, …)") from error
     except Exception as error:  # decoders raise nearly anything
         raise OSError(f"{path} is damaged or cut short: {_reason(error)}") from error
     return _to_rgb(decoded, str(path))
@@ -344,13 +342,9 @@ def _to_eight_bit(image: Image.Image, white: float, name: str) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError(f"{name} has pixels that are NaN or infinite: give finite values from 0 to 1")
     if values.min() < low or values.max() > high:
-        accepted = (
-            "floating-point values from 0 to 1"
-            if image.mode == "F"
-            else f"whole numbers from 0 to {white:.0f}"
-        )
+        kind = "floating-point values" if image.mode == "F" else "whole numbers"
         raise ValueError(
-            f"{name} has values from {values.min():g} to {values.max():g}; needed: {accepted}, 0 black and "
-            f"{white:.0f} white: rescale it"
+            f"{name} has values from {values.min():g} to {values.max():g}; needed: {kind} from 0 to "
+            f"{white:.0f}, which is white: rescale it"
         )
     return Image.fromarray(np.rint(values.clip(0.0, white) * (255.0 / white)).astype(np.uint8))

@@ -27,6 +27,8 @@ from .specs import STOCK_STEP, Family, check_prompt, check_seed, whole_number
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .patches import EditPipeline
+
 FORMAT = "qwen-vision-bridge/pairs/2"
 PAIRED = ("generator", "prompt_embeds", "negative_prompt_embeds", "latents", "image", "num_images_per_prompt")
 """Arguments of the stock call that pair baseline and enhanced: users cannot set them."""
@@ -149,16 +151,41 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: CHECKS[name](name, value) for name, value in options.items()}
 
 
-def check_length(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "the prompt") -> None:
-    """Refuse a text of more tokens than the DiT has positions for.
+def check_length(tokenizer: Callable[[], PreTrainedTokenizerBase], *texts: str | None) -> None:
+    """Refuse texts of more tokens than the DiT has positions for; short ones need no tokenizer.
 
     Raises:
-        ValueError: how many tokens it has, and how many fit.
+        ValueError: how many tokens one has, and how many fit.
     """
-    if len(text.encode()) > MAX_PROMPT_TOKENS:  # a token has one byte or more
-        tokens = len(tokenizer(text)["input_ids"])
-        if tokens > MAX_PROMPT_TOKENS:
-            raise ValueError(f"{name} has {tokens} tokens, at most {MAX_PROMPT_TOKENS} fit: shorten it")
+    for text in texts:
+        if text and len(text.encode()) > MAX_PROMPT_TOKENS:  # a token has one byte or more
+            tokens = len(tokenizer()(text)["input_ids"])
+            if tokens > MAX_PROMPT_TOKENS:
+                raise ValueError(f"the text has {tokens} tokens, at most {MAX_PROMPT_TOKENS} fit: shorten it")
+
+
+def check_encoder(pipe: EditPipeline, family: Family) -> None:
+    """Refuse an editor whose text encoder has another width than the family's target.
+
+    Raises:
+        ValueError: both widths.
+    """
+    width = pipe.text_encoder.config.vision_config.out_hidden_size
+    if width != family.target.out_dim:
+        raise ValueError(
+            f"{family.editor.repo} has a text encoder of width {width}, "
+            f"{family.target.name} has {family.target.out_dim}"
+        )
+
+
+def check_writable(options: Mapping[str, Any]) -> None:
+    """Refuse options of an edit whose result is no image where images are written.
+
+    Raises:
+        ValueError: arrays or latents are asked for.
+    """
+    if options.get("output_type", "pil") != "pil":
+        raise ValueError("this writes image files, so output_type must be left out")
 
 
 def check_steps(steps: object) -> int:
@@ -225,6 +252,16 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_sequence_length": lambda _name, value: value,
 }
 """Options of the stock call that users may set, each with what checks it."""
+
+
+def write_sheet(
+    path: str | Path, edit: Edit, baseline: Image.Image, enhanced: Image.Image, title: str
+) -> None:
+    """Write a sheet of input, baseline, enhanced and their difference."""
+    from .plots import comparison_sheet  # imports matplotlib, which nothing else here needs
+
+    sheet = comparison_sheet(edit.images, baseline, enhanced, edit.prompt, edit.seed, edit.strength, title)
+    write_image(path, sheet)
 
 
 def compare_pairs(

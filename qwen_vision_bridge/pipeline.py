@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,7 @@ from .cache import VisionCache
 from .extractor import VisionCacheExtractor
 from .images import ImageLike, Images
 from .injection import Grids, LevelAttention, inject
-from .io import provenance, version_of, write_image
+from .io import provenance, version_of
 from .loading.editors import editor_revision, load_pipeline
 from .loading.families import resolve_family
 from .loading.fingerprint import changed_parts, loaded_state
@@ -34,14 +35,16 @@ from .loading.memory import (
 )
 from .loading.towers import load_processor
 from .pairs import (
-    MAX_PROMPT_TOKENS,
     Comparison,
     Edit,
     EditResult,
     PipelineOptions,
     check_edit,
+    check_encoder,
     check_length,
+    check_writable,
     compare_pairs,
+    write_sheet,
 )
 from .patches import condition_grids, effective_sizes, patched, takes_several
 from .specs import Family
@@ -113,7 +116,7 @@ class EnhancedQwenImageEdit:
         self._pipe = pipe
         self._stock_state: dict[str, str] | None = None  # as loaded; None for a pipeline passed in
         self._source_users = 0  # how many `keeping_source` are open
-        self._image_processor: Any = None  # of the editor, needed before the pipeline is loaded
+        self._early_processor: Any = None  # the editor's, needed before the pipeline is loaded
         self._editor_revision: str | None = None
 
     @property
@@ -126,12 +129,7 @@ class EnhancedQwenImageEdit:
             with smaller_mode_suggested(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             self._stock_state = loaded_state(self._pipe)
-            width = self._pipe.text_encoder.config.vision_config.out_hidden_size
-            if width != self.family.target.out_dim:
-                raise ValueError(
-                    f"{self.family.editor.repo} has a text encoder of width {width}, "
-                    f"{self.family.target.name} has {self.family.target.out_dim}"
-                )
+            check_encoder(self._pipe, self.family)
         return self._pipe
 
     def generate(
@@ -176,22 +174,15 @@ class EnhancedQwenImageEdit:
         Args:
             save_comparison: where to write a sheet of input, baseline, enhanced and their difference.
             image, prompt, strength, seed, options: as `generate`.
-
-        Returns:
-            The two images and the level weights of the enhanced one.
         """
         edit = self.check_edit(image, prompt, seed, strength, **options)
-        if save_comparison is not None and edit.options.get("output_type", "pil") != "pil":
-            raise ValueError("a comparison sheet needs images: leave out output_type or save_comparison")
+        check_writable(edit.options if save_comparison is not None else {})
         source = self.extract_source(edit.images)  # first, so that the tower is freed before the DiT loads
         baseline, _ = self.edit(edit)
         enhanced, attention = self.edit(replace(edit, bridge=self.bridge, source=source))
         assert attention is not None  # every edit with a bridge has it
         if save_comparison is not None:
-            from .plots import comparison_sheet  # imports matplotlib, which nothing else here needs
-
-            sheet = comparison_sheet(edit.images, baseline, enhanced, prompt, seed, strength, repr(self))
-            write_image(save_comparison, sheet)
+            write_sheet(save_comparison, edit, baseline, enhanced, repr(self))
         return Comparison(baseline, enhanced, attention)
 
     def attend(self, image: Images, prompt: str, strength: float = 1.0) -> LevelAttention:
@@ -216,13 +207,9 @@ class EnhancedQwenImageEdit:
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
         Returns one record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
-        if options.get("output_type", "pil") != "pil":
-            raise ValueError("a benchmark writes images: leave out output_type")
-        edits = [
-            self.check_edit(image, prompt, seed, strength, **options)
-            for image in images
-            for prompt in prompts
-        ]
+        check_writable(options)
+        inputs = product(images, prompts)
+        edits = [self.check_edit(image, prompt, seed, strength, **options) for image, prompt in inputs]
 
         def compare(edit: Edit, sheet: Path) -> Comparison:
             return self.compare(edit.images, edit.prompt, sheet, strength, seed, **options)
@@ -235,8 +222,7 @@ class EnhancedQwenImageEdit:
     ) -> Edit:
         """The baseline's edit with the arguments of `generate`, checked; for `edit` and `prepare`."""
         edit = check_edit(self.family, self._pipeline_name(), image, prompt, seed, options, strength)
-        for text in (prompt, edit.options["negative_prompt"]):
-            self._check_length(text or "")
+        check_length(lambda: self._processor().tokenizer, prompt, edit.options["negative_prompt"])
         return replace(edit, site=self.options.site)
 
     def edit(self, edit: Edit) -> EditResult:
@@ -304,21 +290,8 @@ class EnhancedQwenImageEdit:
 
     def condition_grids(self, images: Sequence[Image.Image]) -> Grids:
         """(gh, gw) of each image as the editor's target tower sees it, computed as the pipeline does."""
-        editor = self.family.editor
-        if self._pipe is not None:
-            self._image_processor = self._pipe.processor.image_processor
-        elif self._image_processor is None:
-            self._image_processor = load_processor(editor.repo, "processor", editor.revision)
-        return condition_grids(self._pipeline_class(), editor, self._image_processor, list(images))
-
-    def _check_length(self, prompt: str) -> None:
-        """Refuse a prompt of more tokens than the DiT has positions for."""
-        if len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # no tokenizer is loaded for a short one
-            return
-        editor, processor = self.family.editor, self._pipe.processor if self._pipe is not None else None
-        if processor is None:
-            processor = load_processor(editor.repo, "processor", editor.revision, images_only=False)
-        check_length(processor.tokenizer, prompt)
+        processor = self._processor().image_processor
+        return condition_grids(self._pipeline_class(), self.family.editor, processor, list(images))
 
     def fingerprint(self, enhanced: bool) -> dict[str, Any]:
         """Everything about the models that decides an image of the bridge's arm, or of the baseline."""
@@ -359,6 +332,12 @@ class EnhancedQwenImageEdit:
     def _free_source(self) -> None:
         if not (self.keep_source or self._source_users):
             self.extractor.unload("qwen3")
+
+    def _processor(self) -> Any:
+        if self._pipe is None and self._early_processor is None:
+            editor = self.family.editor
+            self._early_processor = load_processor(editor.repo, "processor", editor.revision, False)
+        return self._early_processor if self._pipe is None else self._pipe.processor
 
     def _pipeline_name(self) -> str:
         return type(self._pipe).__name__ if self._pipe is not None else self.family.editor.pipeline_class

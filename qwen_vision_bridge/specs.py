@@ -71,17 +71,8 @@ class ModelSpec:
     @property
     def shapes(self) -> dict[str, Any]:
         """Every size that a checkpoint's config must state."""
-        keys = (
-            "model_type",
-            "depth",
-            "hidden_size",
-            "patch_size",
-            "merge_size",
-            "out_dim",
-            "levels",
-            "language_layers",
-        )
-        return {key: getattr(self, key) for key in keys}
+        sizes = ("depth", "hidden_size", "patch_size", "merge_size", "out_dim", "levels", "language_layers")
+        return {key: getattr(self, key) for key in ("model_type", *sizes)}
 
     @property
     def role(self) -> str:

@@ -234,7 +234,7 @@ def test_colours_of_an_embedded_profile_become_srgb(tmp_path: Path, ending: str)
     assert np.allclose(load_images(Image.open(path))[0].getpixel((9, 9)), (255, 16, 0), atol=3)
 
 
-def test_the_profile_of_a_transparent_image_changes_its_colours_alone(tmp_path: Path) -> None:
+def test_a_profile_leaves_transparency_alone(tmp_path: Path) -> None:
     wide = Image.new("RGBA", (64, 48), (255, 60, 40, 255))
     wide.putpixel((0, 0), (255, 60, 40, 0))
     (loaded,) = load_images(saved(tmp_path / "wide.png", wide, icc_profile=display_p3()))
@@ -283,7 +283,7 @@ def test_metadata_never_costs_an_image(
     assert "ignored" in caplog.text
 
 
-def test_exif_with_a_resolution_that_is_no_number_still_turns_the_image(tmp_path: Path) -> None:
+def test_exif_with_a_number_that_is_none_still_turns_the_image(tmp_path: Path) -> None:
     entries = struct.pack(">HHHIHH", 2, 0x0112, 3, 1, 6, 0) + struct.pack(">HHII", 0x011A, 12, 1, 38)
     exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + entries + bytes(4) + struct.pack(">d", float("nan"))
     path = saved(tmp_path / "phone.jpg", Image.fromarray(GRADIENT), exif=exif)

@@ -300,7 +300,7 @@ def test_quantisation_and_offload_without_cuda_are_refused(mode: MemoryMode) -> 
         ({"sigmas": [0.5, 1.0]}, ValueError, "falling"),
         ({"true_cfg_scale": float("nan")}, ValueError, "finite number from 0"),
         ({"guidance_scale": "much"}, ValueError, "finite number from 0"),
-        ({"output_type": "latent", "save_comparison": "sheet.png"}, ValueError, "sheet needs images"),
+        ({"output_type": "latent", "save_comparison": "sheet.png"}, ValueError, "must be left out"),
         ({"output_type": "jpeg"}, ValueError, "output_type is"),
         ({"latents": None}, ValueError, "latents cannot be set"),
         ({"image": "absent.png"}, FileNotFoundError, "no such image"),
