@@ -93,7 +93,7 @@ def build_tower(checkpoint: Checkpoint) -> nn.Module:
     """Build the bare tower with exactly the checkpoint's weights.
 
     Raises:
-        ValueError: the checkpoint has no tower, or its tensors do not fit the config.
+        ValueError: the checkpoint has no tower or two, or its tensors do not fit the config.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -101,9 +101,13 @@ def build_tower(checkpoint: Checkpoint) -> nn.Module:
     model_type = checkpoint.config["model_type"]
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     tower_class = getattr(module, TOWER_CLASSES[model_type])
-    tensors = {TOWER_PREFIX.sub("", name): tensor for name, tensor in checkpoint.read(TOWER_PREFIX).items()}
+    read = checkpoint.read(TOWER_PREFIX)
+    tensors = {TOWER_PREFIX.sub("", name): tensor for name, tensor in read.items()}
     if not tensors:
         raise ValueError(f"{checkpoint.location} has no tensor under `visual.`: it holds no vision tower")
+    if len(tensors) < len(read):
+        twice = f"{len(read) - len(tensors)} tensors under `visual.` and under `model.visual.`"
+        raise ValueError(f"{checkpoint.location} holds {twice}: delete those of one")
     # Buffers stay off `meta`: the rotary frequencies are in no checkpoint and would remain empty.
     with init_empty_weights(include_buffers=False):
         tower = tower_class(AutoConfig.for_model(**checkpoint.config).vision_config)

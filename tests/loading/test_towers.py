@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwen_vision_bridge.loading.checkpoints import LocalCheckpoint
 from qwen_vision_bridge.loading.families import resolve_family
 from qwen_vision_bridge.loading.towers import (
     TOWER_PREFIX,
+    load_processor,
     load_tower,
     load_whole,
     place,
@@ -111,6 +113,32 @@ def test_a_missing_or_foreign_tower_tensor_is_an_error(tmp_path: Path, source_fo
     says = r"1 missing \(first: patch_embed\.proj\.bias\), 1 unexpected \(first: surprise\)"
     with pytest.raises(ValueError, match=says):
         load_tower(folder_spec(tmp_path))
+
+
+def test_a_checkpoint_with_two_towers_is_refused(tmp_path: Path, source_folder: Path) -> None:
+    tensors = load_file(source_folder / "model.safetensors")
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("model.visual.")}
+    other = {name.removeprefix("model."): tensor + 1 for name, tensor in own.items()}
+    save_file(tensors | other, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source_folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=rf"{len(own)} tensors under `visual\.` and under `model\.visual\.`"):
+        load_tower(folder_spec(tmp_path))
+
+
+def test_a_hub_model_with_the_newer_processor_file_alone_loads(
+    tmp_path: Path, source_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 writes `processor_config.json` and no `preprocessor_config.json`."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--acme--full" / "snapshots" / ("a" * 40)
+    shutil.copytree(source_folder, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not (snapshot / "preprocessor_config.json").exists()
+    (tmp_path / "models--acme--full" / "refs").mkdir()
+    (tmp_path / "models--acme--full" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    by_id, by_folder = (load_processor(location) for location in ("acme/full", str(source_folder)))
+    assert by_id.to_dict() == by_folder.to_dict()
 
 
 def test_a_whole_model_that_lacks_tensors_is_refused(tmp_path: Path, source_folder: Path) -> None:
