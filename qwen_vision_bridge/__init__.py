@@ -14,6 +14,7 @@ Names are imported on first use, because torch, transformers and diffusers take 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from .pipeline import EnhancedQwenImageEdit
     from .specs import FAMILIES
 
+# PyTorch's threads spin while they wait, which makes an edit on a busy machine ten times slower; torch reads
+# this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = version_of("qwen-vision-bridge")
 _MODULES = {
     "BridgeConfig": "bridge",

@@ -73,7 +73,7 @@ def tower_attention(tower: nn.Module, mode: VisionAttention = "batched") -> Iter
         if mode == "stock" or ("flash" in (before or "") and before != NAME):
             yield
             return
-        _register()
+        _register(any(module._compiled_call_impl for module in tower.modules()))
         handle = tower.register_forward_pre_hook(_pass_indices, with_kwargs=True)
         tower.config._attn_implementation = NAME  # a property, which checks and stores
         try:
@@ -148,16 +148,21 @@ def _has_flash(device: torch.device) -> bool:
     return available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@torch.compiler.disable  # it reads lengths from the device; a compiled block still fuses the rest
 def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     return batched_attention(*args, **kwargs)
 
 
-def _register() -> None:
+def _register(compiled: bool) -> None:
+    """Register the attention; beside compiled blocks it stays out of their graphs.
+
+    It reads lengths from the device, and a block still fuses the rest. The compiler is imported only there:
+    it takes seconds.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    known = ALL_ATTENTION_FUNCTIONS.get(NAME)
+    if known is None or (compiled and known is _attention):
+        ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(_attention) if compiled else _attention)
 
 
 def _plan_of(boundaries: torch.Tensor) -> _Plan:

@@ -361,6 +361,17 @@ def test_a_wrong_path_is_answered_before_torch_is_imported(tmp_path: Path) -> No
     assert imports_of(commands, tmp_path) == ["imported", *["code 2", "imported"] * 4]
 
 
+def test_importing_the_pipeline_imports_no_compiler() -> None:
+    lines = (
+        "import os, sys",
+        "import qwen_vision_bridge.pipeline",
+        "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'",
+        "assert not {'torch._dynamo', 'torch._inductor', 'diffusers', 'matplotlib'} & set(sys.modules)",
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=120, env=environment)
+
+
 @pytest.mark.slow
 def test_extraction_never_imports_diffusers(tmp_path: Path) -> None:
     after = ["code 0", "imported torch transformers"]
