@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
 from qwen_vision_bridge.features import folder_store, shard_names
-from qwen_vision_bridge.images import list_images
+from qwen_vision_bridge.io import list_images
 
 if TYPE_CHECKING:
     from qwen_vision_bridge.cache import VisionCache

@@ -22,18 +22,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
 from .io import read_json
 from .loading.checks import broken_weight
-from .loading.hub import folder_or_hub_file
+from .loading.hub import folder_or_hub_file, is_hub_id
 from .loading.locks import exclusive
-from .specs import LEVEL_NAMES, Family, check_seed
+from .specs import BUILTIN, FAMILIES, LEVEL_NAMES, MODELS, Family, check_seed
 
 logger = logging.getLogger(__name__)
+
+MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
 
 Blend = Literal["add", "replace"]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -124,27 +126,12 @@ class BridgeOutput(NamedTuple):
     """(B, N, L): the attention over the levels, heads averaged; sums to 1 over L."""
 
 
-MODEL_CARD = """---
-{{ card_data }}
----
-
-A `VisionBridge` of Qwen Vision Bridge: it adds what Qwen3-VL's DeepStack levels say to the vision features of
-Qwen2.5-VL inside Qwen-Image-Edit. Shapes and models are in `config.json`.
-
-```python
-from qwen_vision_bridge import EnhancedQwenImageEdit
-
-pipeline = EnhancedQwenImageEdit(family="qwen", bridge="<this repository>")
-```
-"""
-
-
 class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which mypy does not read
     nn.Module,
     PyTorchModelHubMixin,
     library_name="qwen-vision-bridge",
     license="apache-2.0",
-    model_card_template=MODEL_CARD,
+    model_card_template=MODEL_CARD.read_text(encoding="utf-8"),
 ):
     """Adds what the source's levels say to the target's features; see the module's formula.
 
@@ -232,6 +219,15 @@ class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which myp
         if options.get("config") is None:
             options["config"] = asdict(self.config)
         return super().save_pretrained(save_directory, **options)
+
+    def generate_model_card(self, *args: object, **details: object) -> ModelCard:
+        """The card of a saved bridge, from its config; `details` may add `training` and `results` as text."""
+        models = (self.config.source_model, self.config.target_model)
+        named = [one.name for one in FAMILIES.values() if models == (one.source.name, one.target.name)]
+        card = super().generate_model_card(*args, models=models, family="".join(named[:1]), **details)
+        repos = [MODELS[model].repo for model in models if model in MODELS]
+        card.data.base_model = [repo for repo in repos if not repo.startswith(BUILTIN)] or None
+        return card
 
     @classmethod
     def from_pretrained(
@@ -321,8 +317,12 @@ def resolve_bridge(choice: VisionBridge | str | Path | None, family: Family) -> 
             logger.warning("no trained bridge for %s: a fresh one changes nothing", family.name)
         init = "random" if choice == "random" else "zero"
         bridge, name = VisionBridge(BridgeConfig.for_family(family, init=init)), str(choice or "fresh")
-    else:
+    elif Path(choice).expanduser().exists() or is_hub_id(str(choice)):
         bridge, name = VisionBridge.from_pretrained(choice), str(choice)
+    else:
+        raise ValueError(
+            f'bridge {str(choice)!r} is no folder, no hub id such as "user/name", "fresh" or "random"'
+        )
     bridge.config.check_family(name, family)
     return bridge.eval().requires_grad_(False), name
 

@@ -168,14 +168,24 @@ class CacheComparison(NamedTuple):
 
 
 def compare(source: VisionCache, target: VisionCache) -> CacheComparison:
-    """Compare a source's levels with a target's features; CKA is nan where the token counts differ."""
+    """Compare a source's levels with a target's features.
+
+    Raises:
+        ValueError: features of different images or on different grids, whose tokens have no common places.
+    """
+    if source.grids != target.grids:
+        raise ValueError(
+            f"the grids differ ({source.grids} and {target.grids}): compare features of one image"
+        )
+    images = [cache.provenance.get("images") for cache in (source, target)]
+    if None not in images and images[0] != images[1]:
+        raise ValueError("the features are of different images: take one image")
     baseline = target.vision_features[0].float()  # (N, Dt)
-    match = source.grids == target.grids
     names = [name for name in (*LEVEL_NAMES, "merged") if name in source.features]
-    levels = {name: _statistics(source.features[name][0].float(), baseline, match) for name in names}
-    levels["baseline"] = _statistics(baseline, baseline, True)
+    levels = {name: _statistics(source.features[name][0].float(), baseline) for name in names}
+    levels["baseline"] = _statistics(baseline, baseline)
     width = source.late_features.shape[-1]
-    return CacheComparison(match, width != baseline.shape[-1], width / baseline.shape[-1], levels)
+    return CacheComparison(True, width != baseline.shape[-1], width / baseline.shape[-1], levels)
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -195,11 +205,9 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((gram_x * gram_y).sum() / norm) if norm > 0 else float("nan")
 
 
-def _statistics(features: torch.Tensor, baseline: torch.Tensor, match: bool) -> LevelStatistics:
+def _statistics(features: torch.Tensor, baseline: torch.Tensor) -> LevelStatistics:
     rms = features.square().mean(0).sqrt()  # (D,)
     outliers = (rms > OUTLIER_FACTOR * rms.median()).float().mean()
-    cka = shuffled = float("nan")
-    if match:
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        cka, shuffled = linear_cka(features, baseline), linear_cka(features[order], baseline)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    cka, shuffled = linear_cka(features, baseline), linear_cka(features[order], baseline)
     return LevelStatistics(float(features.mean()), float(features.std()), cka, shuffled, float(outliers))

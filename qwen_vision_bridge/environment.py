@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from importlib import metadata
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 
 from .io import version_of
 from .loading.memory import device_name, plan_for
-from .specs import FAMILIES, cache_home
+from .specs import FAMILIES, Family, cache_home
+
+logger = logging.getLogger(__name__)
 
 MINIATURE_RAM_GB = 2.0
 QWEN_DOWNLOAD_GB = 59.0  # the editor's 57.7 GB and the source's tower
@@ -101,6 +104,15 @@ def choose_family(wanted: str) -> tuple[str, str]:
         return "qwen", f"Models: qwen, {reason}; --models miniature takes the small family"
     reason = "no CUDA device" if not gpus else "too little GPU or CPU memory for the released models"
     return "miniature", f"Models: miniature, since there is {reason}; --models qwen takes the released models"
+
+
+def named_family(family: str | Family) -> str | Family:
+    """The same, and for `"auto"` what `choose_family` chooses, with a warning where it is the miniature."""
+    if family != "auto":
+        return family
+    name, line = choose_family("auto")
+    logger.log(logging.WARNING if name == "miniature" else logging.INFO, line)
+    return name
 
 
 def gpu_memory_gb() -> list[tuple[str, float, float]]:

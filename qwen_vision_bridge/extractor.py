@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from .cache import CacheComparison, VisionCache, compare
+from .environment import named_family
 from .features import FeatureCache
 from .images import ImageLike, image_digest, load_images, on_grids
 from .loading.checkpoints import open_checkpoint
 from .loading.checks import not_finite
 from .loading.families import resolve_family
 from .loading.locks import exclusive, model_lock
+from .loading.memory import resolve_device, resolve_dtype
 from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
 from .loading.towers import compile_blocks, load_processor, load_tower, load_whole, require_cuda_for_8bit
 from .specs import LEVEL_NAMES, Family, ModelSpec
@@ -63,19 +65,18 @@ class VisionCacheExtractor:
     Models are loaded at the first extraction; features found in the feature cache load none.
 
     Args:
-        family: `"qwen"`, `"miniature"`, or a `Family`.
+        family: `"qwen"`, `"miniature"`, or a `Family`; `"auto"` is qwen where a GPU can run it.
         load_in_8bit: quantise with bitsandbytes (needs CUDA): the blocks of a tower, or with
             `scope="language"` the language model. None quantises a whole language model on CUDA and leaves a
             tower of 0.6 B parameters in 16 bits.
         device_map: `"auto"` places a model through accelerate over GPUs and CPU memory.
         device: of models and images; None is CUDA where there is one, else the CPU.
-        dtype: None is bfloat16 on CUDA and float32 on a CPU.
+        dtype: a torch dtype or its name, such as `"bf16"`; None is bfloat16 on CUDA and float32 on a CPU.
         source, target: another registered model, hub id or local folder for that role.
         scope: `"vision"` runs the towers alone, whose features do not depend on the prompt; `"language"` runs
             the whole models and returns hidden states of the language model at the image tokens.
         feature_cache: keep features on disk: True for the default folder, a path for another, False for none.
-        options: rare settings.
-        rare: the same settings as keywords of their own.
+        options, rare: rare settings, as an object or as keywords of their own.
 
     Raises:
         ValueError: an unknown family, model, scope or layer; 8-bit without CUDA.
@@ -83,11 +84,11 @@ class VisionCacheExtractor:
 
     def __init__(
         self,
-        family: str | Family = "qwen",
+        family: str | Family = "auto",
         load_in_8bit: bool | None = None,
         device_map: str | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         *,
         source: str | Path | None = None,
         target: str | Path | None = None,
@@ -96,18 +97,17 @@ class VisionCacheExtractor:
         options: ExtractionOptions | None = None,
         **rare: Any,
     ) -> None:
-        self.family = resolve_family(family, source=source, target=target)
+        self.family = resolve_family(named_family(family), source=source, target=target)
         if scope not in ("vision", "language"):
             raise ValueError(f'scope is "vision" or "language", not {scope!r}')
         self.scope, self.options = scope, replace(options or ExtractionOptions(), **rare)
         self.language_layers = _check_layers(self.options.language_layers, self.family.source.language_layers)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
         if load_in_8bit:
             require_cuda_for_8bit(self.device)
-        if load_in_8bit is None:
-            load_in_8bit = self.device.type == "cuda" and scope == "language"
-        self.load_in_8bit, self.device_map = load_in_8bit, device_map
+        by_default = self.device.type == "cuda" and scope == "language"
+        self.load_in_8bit, self.device_map = by_default if load_in_8bit is None else load_in_8bit, device_map
         folder = None if isinstance(feature_cache, bool) else feature_cache
         self.feature_cache = FeatureCache(folder) if feature_cache is not False else None
         self._specs: dict[Role, ModelSpec] = {"qwen3": self.family.source, "qwen25": self.family.target}

@@ -1,4 +1,4 @@
-"""Images as the toolkit takes them: a PIL image, a path, or a list of either, checked and made RGB.
+"""Images as the toolkit takes them, from PIL images to paths and tensors, checked and made RGB.
 
 Imports only Pillow and numpy, so that a wrong path is refused before anything heavy is loaded.
 """
@@ -8,20 +8,23 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
 
-ImageLike = Image.Image | str | Path
-Images = ImageLike | Sequence[ImageLike]
+ImageLike: TypeAlias = "Image.Image | str | Path | bytes | BinaryIO | np.ndarray | torch.Tensor"
+Images: TypeAlias = "ImageLike | Sequence[ImageLike]"
+ACCEPTED = "a PIL image, a path, bytes, an open file, an array or a tensor"
 MAX_ASPECT_RATIO = 200  # the Qwen processors refuse anything longer
 FLOAT_RANGE = (-1.0, 2.0)  # beyond it floating-point pixels are evidently not from 0 to 1
 TIFF_BITS_PER_SAMPLE = 258
@@ -47,63 +50,22 @@ def load_images(image: Images, smallest_side: int = 1) -> list[Image.Image]:
     by the range of its format, never by its content, so that a dark image stays dark: see `_to_eight_bit`.
 
     Args:
-        image: a PIL image, which stays as it is and is taken at its current frame, a path, or a list of
-            either.
+        image: a PIL image, which stays as it is and is taken at its current frame; a path; a file's bytes or
+            an open file; an array (H, W), (H, W, 3) or (H, W, 4), or a tensor (3, H, W), of whole numbers to
+            255 or floats from 0 to 1; or a list of these.
         smallest_side: px of one vision token; an image with a shorter side is refused.
 
     Raises:
-        TypeError: something that is no image and no path.
+        TypeError: something else.
         FileNotFoundError: no such file.
         OSError: a file that is empty, truncated or not an image.
         ValueError: an empty list, an image below one token, longer than 200:1, or too large to open safely;
-            deep greyscale with NaN, infinity or values outside the range of its format.
+            pixels with NaN, infinity or values outside their range; an array of another shape.
     """
-    images = [image] if isinstance(image, Image.Image | str | Path) else image
-    if not isinstance(images, list | tuple):
-        raise TypeError(f"an image is a PIL image or a path, not {type(image).__name__}")
+    images = image if isinstance(image, list | tuple) else [image]
     if not images:
-        raise ValueError("no image given: pass a PIL image, a path, or a list of at least one")
+        raise ValueError(f"no image given: pass {ACCEPTED}, or a list of at least one")
     return [_load_one(image, smallest_side) for image in images]
-
-
-class ImageList(NamedTuple):
-    """The files below a folder."""
-
-    names: list[str]
-    """Images, as sorted paths relative to the folder."""
-    left_out: dict[str, str]
-    """What else there is, and why it is not read; bytes of a name that are no UTF-8 are escaped."""
-
-
-def list_images(folder: Path) -> ImageList:
-    """List the images below a folder by their suffixes, and what is left out.
-
-    Raises:
-        FileNotFoundError: no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder of images: {folder}")
-    names: list[str] = []
-    left_out: dict[str, str] = {}
-
-    def unreadable(error: OSError) -> None:
-        left_out[_printable(os.path.relpath(error.filename, folder))] = f"cannot be listed: {error.strerror}"
-
-    for root, folders, files in os.walk(folder, onerror=unreadable):
-        below = Path(root).relative_to(folder)
-        for name in folders:
-            if (Path(root) / name).is_symlink():
-                left_out[_printable((below / name).as_posix())] = "a link to a folder: links are not followed"
-        for name in files:
-            path = (below / name).as_posix()
-            if reason := _reason_to_leave_out(folder / path):
-                left_out[_printable(path)] = reason
-            else:
-                names.append(path)
-    if not names:
-        only = "".join(f", only {name} ({reason})" for name, reason in sorted(left_out.items())[:1])
-        raise FileNotFoundError(f"{folder} holds no image{only}")
-    return ImageList(sorted(names), dict(sorted(left_out.items())))
 
 
 @cache
@@ -115,20 +77,6 @@ def suffixes() -> frozenset[str]:
         pillow_heif.register_heif_opener()
     known = Image.registered_extensions()  # loads every plugin
     return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in STUBS)
-
-
-def _reason_to_leave_out(path: Path) -> str:
-    if _printable(path.name) != path.name:
-        return "its name is not UTF-8: rename it"
-    if path.suffix.lower() not in suffixes():
-        heic = path.suffix.lower() in (".heic", ".heif")
-        return "HEIC needs the package `pillow-heif`" if heic else "not a suffix of an image"
-    return "" if path.is_file() else "not a file"
-
-
-def _printable(name: str) -> str:
-    r"""A file name as text; bytes that are no UTF-8 become `\xe9`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def on_grids(images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], px: int) -> list[Image.Image]:
@@ -160,30 +108,49 @@ class _Decoded(NamedTuple):
     """The value of white in a deep greyscale image's format; None for all other images."""
 
 
-def _load_one(image: ImageLike, smallest_side: int) -> Image.Image:
+def _load_one(image: Any, smallest_side: int) -> Image.Image:
     if isinstance(image, Image.Image):
         return _opened_image(image, smallest_side)
-    if not isinstance(image, str | Path):
-        raise TypeError(f"an image is a PIL image or a path, not {type(image).__name__}")
-    path = Path(image).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"no such image: {path}")
-    if not path.is_file():
-        raise OSError(f"{path} is not a file: give the path of one image")
-    if path.stat().st_size == 0:
-        raise OSError(f"{path} is empty (0 bytes): give an image file")
+    if hasattr(image, "cpu"):  # a torch tensor, without importing torch
+        values = image.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+        channels_last = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
+        return _opened_image(_from_array(channels_last), smallest_side)
+    if isinstance(image, np.ndarray):
+        return _opened_image(_from_array(image), smallest_side)
+    if isinstance(image, str | Path):
+        name = str(Path(image).expanduser())
+        if str(image).startswith(("http://", "https://")):
+            raise ValueError(f"{image} is an address: download the image, and give its path")
+        data = _file_content(Path(name))
+    elif isinstance(image, bytes | bytearray) or hasattr(image, "read"):
+        name = str(getattr(image, "name", "the image"))
+        data = bytes(image) if isinstance(image, bytes | bytearray) else image.read()
+    else:
+        raise TypeError(f"an image is {ACCEPTED}, not {type(image).__name__}")
+    if not data:
+        raise OSError(f"{name} is empty (0 bytes): give an image file")
     suffixes()  # registers HEIC
     try:
-        decoded = _decode_file(path, smallest_side)
+        decoded = _decode_data(data, name, smallest_side)
     except _RefusedError:
         raise
-    except FileNotFoundError as error:  # it vanished since
-        raise FileNotFoundError(f"no such image: {path}") from error
     except UnidentifiedImageError as error:
-        raise OSError(f"{path} is not an image that Pillow can read (PNG, JPEG, WebP, …)") from error
+        raise OSError(f"{name} is not an image that Pillow can read (PNG, JPEG, WebP, …)") from error
     except Exception as error:  # decoders raise nearly anything
-        raise OSError(f"{path} is damaged or cut short: {_reason(error)}") from error
-    return _to_rgb(decoded, str(path))
+        raise OSError(f"{name} is damaged or cut short: {_reason(error)}") from error
+    return _to_rgb(decoded, name)
+
+
+def _file_content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file: give the path of one image")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no such image: {path}") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _opened_image(image: Image.Image, smallest_side: int) -> Image.Image:
@@ -196,21 +163,44 @@ def _opened_image(image: Image.Image, smallest_side: int) -> Image.Image:
     return _to_rgb(decoded, "the image")
 
 
-def _decode_file(path: Path, smallest_side: int) -> _Decoded:
+def _from_array(array: np.ndarray) -> Image.Image:
+    """An image from pixels (H, W), (H, W, 3) or (H, W, 4): whole numbers to 255, or floats from 0 to 1.
+
+    Raises:
+        ValueError: another shape, or values outside that range.
+    """
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise ValueError(
+            f"an array of shape {array.shape} is no image: needed is (H, W), (H, W, 3) or (H, W, 4), as a "
+            "torch tensor (3, H, W); several images are a list"
+        )
+    white = 1.0 if np.issubdtype(array.dtype, np.floating) else 255.0
+    values = np.asarray(array, np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > white:
+        raise ValueError(
+            f"an array of {array.dtype} has values from {values.min():g} to {values.max():g}; needed: 0 to "
+            f"{white:g}"
+        )
+    return Image.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8))
+
+
+def _decode_data(data: bytes, name: str, smallest_side: int) -> _Decoded:
     """The first frame; PNG metadata that Pillow chokes on is left out."""
     try:
-        return _decode(path, str(path), smallest_side)
+        return _decode(io.BytesIO(data), name, smallest_side)
     except _RefusedError:
         raise
     except Exception:
-        if (bare := _without_metadata(path)) is None:
+        if (bare := _without_metadata(data)) is None:
             raise
-    decoded = _decode(io.BytesIO(bare), str(path), smallest_side)
-    logger.warning("%s has metadata that cannot be read: ignored", path)
+    decoded = _decode(io.BytesIO(bare), name, smallest_side)
+    logger.warning("%s has metadata that cannot be read: ignored", name)
     return decoded
 
 
-def _decode(file: Path | io.BytesIO, name: str, smallest_side: int) -> _Decoded:
+def _decode(file: io.BytesIO, name: str, smallest_side: int) -> _Decoded:
     limit = Image.MAX_IMAGE_PIXELS or np.inf
     too_large = f"{name} has more than {limit:,} pixels, maybe a decompression bomb: scale it down"
     try:
@@ -232,12 +222,11 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _without_metadata(path: Path) -> bytes | None:
+def _without_metadata(data: bytes) -> bytes | None:
     """A PNG with nothing but the chunks of its pixels; None for another format.
 
     Pillow refuses a whole image for compressed text or a colour profile above 1 MB.
     """
-    data = path.read_bytes()
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return None
     kept, place = [data[:8]], 8

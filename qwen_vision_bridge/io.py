@@ -17,9 +17,11 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
+
+from .images import suffixes
 
 if TYPE_CHECKING:
     import torch
@@ -168,6 +170,18 @@ def write_json(path: str | Path, data: object) -> Path:
     return write_text(path, text)
 
 
+def check_image_path(path: str | Path) -> Path:
+    """A path that an image can be written to.
+
+    Raises:
+        ValueError: a suffix that is not that of an image.
+    """
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} is no name for an image: end it in .png, .jpg or .webp")
+    return Path(path)
+
+
 def write_image(path: str | Path, image: Image.Image) -> Path:
     """Write an image in the format of the path's suffix."""
     return write_whole(path, lambda file: image.save(file))
@@ -189,3 +203,57 @@ def atomic_save(
         return write_whole(path, lambda file: save_file(on_cpu, file, dict(metadata) if metadata else None))
     except SafetensorError as error:  # how the library reports a failed write
         raise OSError(f"{path} could not be written ({error})") from error
+
+
+class ImageList(NamedTuple):
+    """The files below a folder."""
+
+    names: list[str]
+    """Images, as sorted paths relative to the folder."""
+    left_out: dict[str, str]
+    """What else there is, and why it is not read; bytes of a name that are no UTF-8 are escaped."""
+
+
+def list_images(folder: Path) -> ImageList:
+    """List the images below a folder by their suffixes, and what is left out.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder of images: {folder}")
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        left_out[_printable(os.path.relpath(error.filename, folder))] = f"cannot be listed: {error.strerror}"
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
+        below = Path(root).relative_to(folder)
+        for name in folders:
+            if (Path(root) / name).is_symlink():
+                left_out[_printable((below / name).as_posix())] = "a link to a folder: links are not followed"
+        for name in files:
+            path = (below / name).as_posix()
+            if reason := _reason_to_leave_out(folder / path):
+                left_out[_printable(path)] = reason
+            else:
+                names.append(path)
+    if not names:
+        only = "".join(f", only {name} ({reason})" for name, reason in sorted(left_out.items())[:1])
+        raise FileNotFoundError(f"{folder} holds no image{only}")
+    return ImageList(sorted(names), dict(sorted(left_out.items())))
+
+
+def _reason_to_leave_out(path: Path) -> str:
+    if _printable(path.name) != path.name:
+        return "its name is not UTF-8: rename it"
+    if path.suffix.lower() not in suffixes():
+        heic = path.suffix.lower() in (".heic", ".heif")
+        return "HEIC needs the package `pillow-heif`" if heic else "not a suffix of an image"
+    return "" if path.is_file() else "not a file"
+
+
+def _printable(name: str) -> str:
+    r"""A file name as text; bytes that are no UTF-8 become `\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

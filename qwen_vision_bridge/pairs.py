@@ -18,7 +18,7 @@ from .bridge import VisionBridge, check_strength
 from .cache import VisionCache
 from .images import Images, image_digest, load_images
 from .injection import SITES, LevelAttention, Levels, Site
-from .io import digest_of, read_json, write_image, write_json
+from .io import check_image_path, digest_of, read_json, write_image, write_json
 from .loading.locks import model_lock
 from .loading.tower_attention import VisionAttention, check_vision_attention
 from .patches import Mrope, takes_several
@@ -178,12 +178,15 @@ def check_encoder(pipe: EditPipeline, family: Family) -> None:
         )
 
 
-def check_writable(options: Mapping[str, Any]) -> None:
-    """Refuse options of an edit whose result is no image where images are written.
+def check_writable(options: Mapping[str, Any], path: str | Path | None) -> None:
+    """Refuse an edit whose result is to be written to a path and cannot be; None writes nothing.
 
     Raises:
-        ValueError: arrays or latents are asked for.
+        ValueError: arrays or latents are asked for, or a file whose suffix is not that of an image.
     """
+    if path is None:
+        return
+    check_image_path(path)
     if options.get("output_type", "pil") != "pil":
         raise ValueError("this writes image files, so output_type must be left out")
 

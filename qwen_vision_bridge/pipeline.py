@@ -15,6 +15,7 @@ from PIL import Image
 from .batching import Prepared, denoise, prepare, run_stock
 from .bridge import VisionBridge, bridge_digest, resolve_bridge
 from .cache import VisionCache
+from .environment import named_family
 from .extractor import VisionCacheExtractor
 from .images import ImageLike, Images
 from .injection import Grids, LevelAttention, inject
@@ -30,6 +31,8 @@ from .loading.memory import (
     find_mode,
     free_gpu_gb,
     log_plan,
+    resolve_device,
+    resolve_dtype,
     smaller_mode_suggested,
     total_gpu_gb,
 )
@@ -64,14 +67,14 @@ class EnhancedQwenImageEdit:
     tower is loaded for the extraction, and freed before the DiT runs where memory is short.
 
     Args:
-        family: `"qwen"`, `"miniature"`, or a `Family`.
+        family: `"qwen"`, `"miniature"`, or a `Family`; `"auto"` is qwen where a GPU can run it.
         bridge: a `VisionBridge`, a folder, a hub id, `"fresh"` (the identity) or `"random"` (seeded noise).
             None is the family's shipped bridge, or a fresh one with a warning.
         load_in_8bit, load_in_4bit: bitsandbytes quantisation of the DiT and the language model; needs CUDA.
         offload: `"model"`, `"group"` or `"sequential"` offload to CPU memory; needs CUDA.
         source, editor: another registered model, hub id or local folder for that role.
         device: None is CUDA where there is one, else the CPU.
-        dtype: None is bfloat16 on CUDA and float32 on a CPU.
+        dtype: a torch dtype or its name, such as `"bf16"`; None is bfloat16 on CUDA and float32 on a CPU.
         pipe: a stock pipeline that is loaded already, used as it is.
         options: rare settings; each may also be passed by its own name, such as `site="deepstack"`.
 
@@ -83,7 +86,7 @@ class EnhancedQwenImageEdit:
 
     def __init__(
         self,
-        family: str | Family = "qwen",
+        family: str | Family = "auto",
         bridge: VisionBridge | str | Path | None = None,
         load_in_8bit: bool = False,
         *,
@@ -92,16 +95,16 @@ class EnhancedQwenImageEdit:
         source: str | Path | None = None,
         editor: str | Path | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         pipe: EditPipeline | None = None,
         options: PipelineOptions | None = None,
         **rare: Any,
     ) -> None:
-        self.family = resolve_family(family, source=source, editor=editor)
+        self.family = resolve_family(named_family(family), source=source, editor=editor)
         self.options = options = replace(options or PipelineOptions(), **rare)
         self.mode = find_mode(load_in_8bit, load_in_4bit, offload)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
         if pipe is None:
             check_device(self.mode, self.device, self.family, free_gpu_gb(self.device))
         self.plan = MemoryPlan(self.mode, self.family, total_gpu_gb(self.device))
@@ -110,9 +113,7 @@ class EnhancedQwenImageEdit:
         if options.compiled:
             self.bridge.compile()
         shared = {name: getattr(options, name) for name in ("vision_attention", "compiled", "feature_cache")}
-        self.extractor = VisionCacheExtractor(
-            self.family, False, device=self.device, dtype=self.dtype, **shared
-        )
+        self.extractor = VisionCacheExtractor(self.family, False, None, self.device, self.dtype, **shared)
         self._pipe = pipe
         self._stock_state: dict[str, str] | None = None  # as loaded; None for a pipeline passed in
         self._source_users = 0  # how many `keeping_source` are open
@@ -124,8 +125,7 @@ class EnhancedQwenImageEdit:
     def pipe(self) -> EditPipeline:
         """The stock diffusers pipeline, loaded on first use; change it only while no call is running."""
         if self._pipe is None:
-            if self.device.type == "cuda":
-                log_plan(self.plan)
+            log_plan(self.plan, self.device)
             with smaller_mode_suggested(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
             self._stock_state = loaded_state(self._pipe)
@@ -176,7 +176,7 @@ class EnhancedQwenImageEdit:
             image, prompt, strength, seed, options: as `generate`.
         """
         edit = self.check_edit(image, prompt, seed, strength, **options)
-        check_writable(edit.options if save_comparison is not None else {})
+        check_writable(edit.options, save_comparison)
         source = self.extract_source(edit.images)  # first, so that the tower is freed before the DiT loads
         baseline, _ = self.edit(edit)
         enhanced, attention = self.edit(replace(edit, bridge=self.bridge, source=source))
@@ -207,7 +207,7 @@ class EnhancedQwenImageEdit:
         Pairs that the folder's `results.json` holds already, made from the same inputs, are not done again.
         Returns one record a pair: files, seconds, and the mean absolute difference of the two edits.
         """
-        check_writable(options)
+        check_writable(options, "sheet.png")
         inputs = product(images, prompts)
         edits = [self.check_edit(image, prompt, seed, strength, **options) for image, prompt in inputs]
 

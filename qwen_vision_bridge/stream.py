@@ -22,7 +22,8 @@ from .cache import VisionCache
 from .distributed import Processes
 from .extractor import Grid, Role, VisionCacheExtractor
 from .features import SHARD_ITEMS, FeatureStore, Item, folder_store, shard_names
-from .images import list_images, load_images
+from .images import load_images
+from .io import list_images
 from .loading.memory import GpuMemoryError, free_cuda, is_out_of_memory
 from .specs import LEVEL_NAMES
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any, TypeVar
 
 from ..io import read_json
 from ..specs import EDITORS, FAMILIES, MODELS, EditorSpec, Family, ModelSpec
-from .hub import hub_file
+from .hub import hub_file, is_hub_id
 
 Spec = TypeVar("Spec", ModelSpec, EditorSpec)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_family(
@@ -83,7 +81,7 @@ def _read_config(
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}: give the folder of a whole {kind}")
         return read_json(folder / file), {"name": folder.name, "repo": str(folder)}
-    if HUB_ID.fullmatch(str(location)):
+    if is_hub_id(str(location)):
         return read_json(hub_file(str(location), file)), {"name": str(location), "repo": str(location)}
     names = ", ".join(registered)
     raise ValueError(f"unknown {kind} {str(location)!r}: give a folder, a hub id, or one of {names}")

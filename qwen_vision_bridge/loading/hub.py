@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 TIMEOUT = 10.0  # seconds until a silent hub counts as out of reach
 RESUMES = 3
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def hub_file(repo: str, name: str, subfolder: str = "", revision: str | None = None) -> Path:
@@ -95,6 +97,11 @@ def folder_or_hub_file(location: str, name: str, options: Mapping[str, str | boo
     raise FileNotFoundError(f"{folder} has no {name}: give a folder that `save_pretrained` wrote")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub repository, `owner/name`."""
+    return HUB_ID.fullmatch(name) is not None
+
+
 @contextmanager
 def hub_errors(where: str) -> Iterator[None]:
     """Turn the hub client's errors into an OSError that names the remedy; a missing file's error passes."""
@@ -105,7 +112,10 @@ def hub_errors(where: str) -> Iterator[None]:
     except errors.RemoteEntryNotFoundError:
         raise
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        reason = "not in the local cache, and the hub cannot be reached: connect, or give a local folder"
+        reason = (
+            "not in the local cache, and the hub cannot be reached: connect, give a local folder, or use the "
+            'shipped miniature (--models miniature, family="miniature")'
+        )
         raise OSError(f"{where}: {reason}") from error
     except errors.RepositoryNotFoundError as error:
         reason = "the hub has no such model, or it is private: check the name, or run `hf auth login`"

@@ -134,9 +134,9 @@ def plan_for(family: Family, gpu_gb: float, ram_gb: float) -> MemoryPlan | None:
     return None
 
 
-def log_plan(plan: MemoryPlan) -> None:
-    """Log a plan, unless the models are too small to plan for."""
-    if plan.family.editor.transformer_params:
+def log_plan(plan: MemoryPlan, device: torch.device) -> None:
+    """Log a plan for a GPU, unless the models are too small to plan for."""
+    if device.type == "cuda" and plan.family.editor.transformer_params:
         for line in plan.lines():
             logger.info(line)
 
@@ -254,6 +254,49 @@ def _advice(mode: MemoryMode, editor: EditorSpec) -> str:
         return f"{failure}, the smallest there is: close other programs on the GPU, or use a smaller image"
     others = f"; smaller still: {'; '.join(smaller[1:])}" if smaller[1:] else ""
     return f"{failure}; this needs less: {smaller[0]}{others}"
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device that a user names; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device of this machine.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device is "cpu", "cuda" or "cuda:0", not {device!r}') from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f'device is "cpu", "cuda" or "cuda:0", not {device!r}: nothing else was tested')
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} is not there: this machine has {torch.cuda.device_count()} "
+            'CUDA devices; device="cpu" runs family="miniature"'
+        )
+    return found
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype that a user names; None is bfloat16 on CUDA and float32 on a CPU.
+
+    Raises:
+        ValueError: no floating-point dtype of 16 or 32 bits.
+    """
+    import torch
+
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if (name := DTYPES.get(name, name)) not in DTYPES.values():
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, or such a torch.dtype, not {dtype!r}")
+    return getattr(torch, name)
 
 
 def device_name(device: torch.device | str, threads: bool = True) -> str:

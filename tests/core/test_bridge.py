@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from qwen_vision_bridge.bridge import (
     WEIGHTS,
@@ -276,3 +277,22 @@ def test_a_bridge_prints_its_parameters_and_levels() -> None:
     printed = repr(VisionBridge(SMALL))
     assert "early/mid/late, 256 to 224" in printed
     assert f"{count_parameters(VisionBridge(SMALL)) / 1e6:.2f} M parameters" in printed
+
+
+def test_a_misspelt_bridge_is_refused_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VisionBridge, "from_pretrained", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match="bridge 'nonexist' is no folder"):
+        resolve_bridge("nonexist", FAMILIES["miniature"])
+
+
+@pytest.mark.parametrize("name", ["miniature", "qwen"])
+def test_the_card_of_a_bridge_loads_it_as_it_says(name: str, tmp_path: Path) -> None:
+    bridge = VisionBridge(BridgeConfig.for_family(FAMILIES[name]))
+    bridge.save_pretrained(tmp_path, model_card_kwargs={"training": "2 steps", "results": "letters +1"})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert f'family="{name}"' in card.text
+    assert "2 steps" in card.text
+    assert "letters +1" in card.text
+    wanted = None if name == "miniature" else ["Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
+    assert (card.data.library_name, card.data.base_model) == ("qwen-vision-bridge", wanted)
+    assert resolve_bridge(tmp_path, FAMILIES[name])[1] == str(tmp_path)

@@ -89,3 +89,11 @@ def test_caches_and_comparisons_print_shapes_and_grids() -> None:
     assert "grids 2×3, 3×4; of small" in repr(vision_cache())
     lines = repr(compare(vision_cache(), target())).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["early", "mid", "late", "merged", "baseline"]
+
+
+def test_features_of_two_images_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="of different images"):
+        compare(vision_cache(images="a"), replace(target(), provenance={"images": "b"}))
+    assert compare(vision_cache(images="a"), replace(target(), provenance={"images": "a"})).token_match
+    with pytest.raises(ValueError, match="the grids differ"):
+        compare(vision_cache(), replace(target(), grids=((3, 2), (3, 4))))

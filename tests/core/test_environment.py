@@ -5,10 +5,13 @@ from __future__ import annotations
 from importlib import metadata
 
 import pytest
+import torch
 
 from qwen_vision_bridge import environment
 from qwen_vision_bridge.environment import choose_family, inspect_machine
-from qwen_vision_bridge.loading.memory import plan_for
+from qwen_vision_bridge.extractor import VisionCacheExtractor
+from qwen_vision_bridge.loading.memory import plan_for, resolve_device, resolve_dtype
+from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
@@ -90,3 +93,45 @@ def test_too_little_memory_fails_the_report(monkeypatch: pytest.MonkeyPatch) -> 
     report = inspect_machine()
     assert not report.ok
     assert any("close other programs" in check.remedy for check in report.checks if not check.ok)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "resolved"),
+    [
+        (None, torch.float32),
+        ("bf16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("torch.float32", torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes_have_names(dtype: torch.dtype | str | None, resolved: torch.dtype) -> None:
+    assert resolve_dtype(dtype, torch.device("cpu")) == resolved
+
+
+@pytest.mark.parametrize("dtype", ["int8", "half", torch.float64, torch.int64])
+def test_other_dtypes_are_refused_with_the_names(dtype: torch.dtype | str) -> None:
+    with pytest.raises(ValueError, match="dtype is one of bf16, fp16, fp32"):
+        resolve_dtype(dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["mps", "bf16", "gpu", "meta"])
+def test_other_devices_are_refused_before_any_work(device: str) -> None:
+    for create in (EnhancedQwenImageEdit, VisionCacheExtractor):
+        with pytest.raises(ValueError, match=f'device is "cpu".*{device}'):
+            create("miniature", device=device)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ValueError, match=r'has 1 CUDA.*family="miniature"'):
+        resolve_device("cuda:1")
+
+
+def test_notebooks_and_scripts_choose_a_family_alike(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(environment, "gpu_memory_gb", lambda: [])
+    assert VisionCacheExtractor().family.name == choose_family("auto")[0] == "miniature"
+    assert "--models qwen takes the released models" in caplog.text

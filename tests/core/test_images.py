@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from qwen_vision_bridge.images import image_digest, list_images, load_images
+from qwen_vision_bridge.images import image_digest, load_images
+from qwen_vision_bridge.io import list_images
 
 GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 
@@ -185,10 +187,56 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) ->
         load_images(path)
 
 
-@pytest.mark.parametrize("value", [None, 3, b"bytes", [None]])
+@pytest.mark.parametrize("value", [None, 3, {"a": 1}, [None]])
 def test_other_types_are_type_errors(value: object) -> None:
-    with pytest.raises(TypeError, match="PIL image or a path"):
+    with pytest.raises(TypeError, match="PIL image, a path"):
         load_images(value)
+
+
+def test_bytes_open_files_arrays_and_tensors_are_images(tmp_path: Path) -> None:
+    colours = np.stack([GRADIENT, GRADIENT[::-1], GRADIENT[:, ::-1]], -1)
+    wanted = colours.tobytes()
+    path = saved(tmp_path / "a.png", Image.fromarray(colours))
+    with path.open("rb") as opened:
+        same = [
+            path.read_bytes(),
+            bytearray(path.read_bytes()),
+            opened,
+            colours,
+            colours.astype(np.int64),
+            colours / 255.0,
+            torch.from_numpy(colours).permute(2, 0, 1),
+            torch.from_numpy(colours).permute(2, 0, 1) / 255,
+            (torch.from_numpy(colours).permute(2, 0, 1) / 255).requires_grad_(),
+        ]
+        assert [image.tobytes() for image in load_images(same)] == [wanted] * len(same)
+    grey = [GRADIENT, GRADIENT[..., None], torch.from_numpy(GRADIENT)[None]]
+    assert all(np.array_equal(np.asarray(image)[..., 0], GRADIENT) for image in load_images(grey))
+    clear = np.zeros((40, 50, 4), np.uint8)
+    assert load_images(clear)[0].getpixel((9, 9)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 40, 50, 3), np.uint8),
+        np.zeros((40, 50, 2), np.uint8),
+        np.zeros((0, 50), np.uint8),
+        np.full((40, 50), 256),
+        np.full((40, 50), -1),
+        np.full((40, 50), 1.5),
+        np.full((40, 50), np.nan),
+        torch.zeros(40, 50, 3),
+    ],
+)
+def test_an_array_of_another_shape_or_range_is_refused(array: object) -> None:
+    with pytest.raises(ValueError, match="array of"):
+        load_images(array)
+
+
+def test_an_address_is_refused_as_it_was_given() -> None:
+    with pytest.raises(ValueError, match=r"^https://example\.org/a\.png is an address"):
+        load_images("https://example.org/a.png")
 
 
 def test_an_empty_list_is_refused() -> None:

@@ -302,6 +302,7 @@ def test_quantisation_and_offload_without_cuda_are_refused(mode: MemoryMode) -> 
         ({"guidance_scale": "much"}, ValueError, "finite number from 0"),
         ({"output_type": "latent", "save_comparison": "sheet.png"}, ValueError, "must be left out"),
         ({"output_type": "jpeg"}, ValueError, "output_type is"),
+        ({"save_comparison": "sheet.txt"}, ValueError, r"sheet\.txt is no name for an image"),
         ({"latents": None}, ValueError, "latents cannot be set"),
         ({"image": "absent.png"}, FileNotFoundError, "no such image"),
         ({"image": Image.new("RGB", (3, 30))}, ValueError, "one vision token"),
