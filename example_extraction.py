@@ -47,20 +47,18 @@ def extract_one(arguments: argparse.Namespace) -> int:
     family = choose_models(arguments)
     image, prompt = arguments.image, arguments.prompt or PROMPT
     if image is None:
-        image = write_image(
-            arguments.output / "test_input.png", sample_image(family.image_size, arguments.seed)
-        )
-    print(f"Image: {image}\n")
+        image = [
+            write_image(arguments.output / "test_input.png", sample_image(family.image_size, arguments.seed))
+        ]
+    print(f"Image: {', '.join(map(str, image))}\n")
     extractor = VisionCacheExtractor(family)
 
-    print("Loading Qwen3-VL model...")
     qwen3_cache = extractor.extract_qwen3_vision(image, prompt)
     print("Qwen3-VL cache extracted successfully" + from_disk(qwen3_cache))
     print(f"  Early features: {qwen3_cache.early_features.shape}")
     print(f"  Mid features: {qwen3_cache.mid_features.shape}")
     print(f"  Late features: {qwen3_cache.late_features.shape}\n")
 
-    print("Loading Qwen2.5-VL model...")
     qwen25_cache = extractor.extract_qwen25_vision(image, prompt)
     print("Qwen2.5-VL cache extracted successfully" + from_disk(qwen25_cache))
     print(f"  Vision features: {qwen25_cache.vision_features.shape}\n")

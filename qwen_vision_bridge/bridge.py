@@ -124,6 +124,8 @@ class BridgeOutput(NamedTuple):
     """(B, N, target_dim), in the baseline's dtype."""
     level_weights: torch.Tensor
     """(B, N, L): the attention over the levels, heads averaged; sums to 1 over L."""
+    updates: list[torch.Tensor]
+    """What each level adds at strength 1, L × (B, N, target_dim)."""
 
 
 class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which mypy does not read
@@ -172,9 +174,9 @@ class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which myp
         check_strength(strength)
         parts, weights = self.contributions(levels, baseline)
         if strength == 0:
-            return BridgeOutput(baseline, weights)  # no arithmetic: the bits stay as they are
+            return BridgeOutput(baseline, weights, parts)  # no arithmetic: the bits stay as they are
         out = baseline.to(parts[0].dtype) + strength * torch.stack(parts).sum(0)
-        return BridgeOutput(out.to(baseline.dtype), weights)
+        return BridgeOutput(out.to(baseline.dtype), weights, parts)
 
     def contributions(
         self, levels: Sequence[torch.Tensor], baseline: torch.Tensor
@@ -320,9 +322,7 @@ def resolve_bridge(choice: VisionBridge | str | Path | None, family: Family) -> 
     elif Path(choice).expanduser().exists() or is_hub_id(str(choice)):
         bridge, name = VisionBridge.from_pretrained(choice), str(choice)
     else:
-        raise ValueError(
-            f'bridge {str(choice)!r} is no folder, no hub id such as "user/name", "fresh" or "random"'
-        )
+        raise ValueError(f"bridge {str(choice)!r} is no folder, no hub id, and not `fresh` or `random`")
     bridge.config.check_family(name, family)
     return bridge.eval().requires_grad_(False), name
 

@@ -35,7 +35,13 @@ def parser(description: str | None, prompt: str) -> argparse.ArgumentParser:
     models = ["auto", *sorted(FAMILIES)]
     common.add_argument("--models", default="auto", choices=models, help="family of models")
     common.add_argument("--source", help="another Qwen3-VL: registered name, hub id or local folder")
-    common.add_argument("--image", type=Path, help="your own image; default: a synthetic test image")
+    common.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        help="your own image; of several the last one is edited, the others are references; "
+        "default: a synthetic image",
+    )
     common.add_argument("--prompt", default=None, help=f'instruction; default: "{prompt}"')
     common.add_argument("--seed", type=int, default=0, help="seed of noise and synthetic images, from 0")
     common.add_argument("--output", type=Path, default=OUTPUT, help="output folder")
@@ -76,7 +82,7 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         ValueError, FileNotFoundError, OSError: what is wrong with it.
     """
     check_seed(arguments.seed)
-    if arguments.image is not None:
+    if arguments.image:
         smallest = min(family.target.token_px for family in FAMILIES.values())
         load_images(arguments.image, smallest)
     if arguments.prompt is not None:
@@ -93,7 +99,7 @@ def choose_models(arguments: argparse.Namespace) -> Family:
     }
     family = resolve_family(name, **replaced)
     print(line)
-    if family.synthetic_only and arguments.image is not None:
+    if family.synthetic_only and arguments.image:
         print(PHOTO_NOTE)
     return family
 

@@ -5,12 +5,13 @@ Outside the `with`, and after any exception inside it, the pipeline is bit-ident
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .bridge import VisionBridge, check_strength
@@ -39,10 +40,19 @@ class LevelAttention(NamedTuple):
     grids: Grids
     """(gh, gw) of each image."""
     levels: tuple[str, ...]
+    shares: Tensor | None = None
+    """(N, L) on the CPU: the norm of each level's update over the sum of all levels'; 0 without an update."""
 
     def maps(self) -> list[np.ndarray]:
-        """One (gh, gw, L) array an image."""
-        parts = self.weights.split([rows * columns for rows, columns in self.grids])
+        """The weights, one (gh, gw, L) array an image."""
+        return self._by_image(self.weights)
+
+    def share_maps(self) -> list[np.ndarray]:
+        """The shares of the update, one (gh, gw, L) array an image; empty where they were not recorded."""
+        return [] if self.shares is None else self._by_image(self.shares)
+
+    def _by_image(self, values: Tensor) -> list[np.ndarray]:
+        parts = values.split([rows * columns for rows, columns in self.grids])
         return [part.reshape(*grid, -1).numpy() for part, grid in zip(parts, self.grids, strict=True)]
 
 
@@ -153,14 +163,14 @@ class _Update:
     def replace(self, features: Tensor, grids: Grids) -> Tensor:
         """The bridge's output in place of the tower's, (N, D)."""
         output = self.bridge(self._levels(features, grids), features[None], self.strength)
-        self._note(features, grids, output.level_weights)
+        self._note(features, grids, output.level_weights, output.updates)
         return output.features[0]
 
     def split_by_level(self, features: Tensor, grids: Grids) -> None:
         """Keep each level's share of the update for the language layers; the tower's output stays."""
         parts, weights = self.bridge.contributions(self._levels(features, grids), features[None])
         self.parts = [self.strength * part[0] for part in parts]
-        self._note(features, grids, weights)
+        self._note(features, grids, weights, parts)
 
     def add_level(self, number: int, hidden: Tensor) -> Tensor:
         """Add one level's share at the image tokens of hidden states, (B, T, D)."""
@@ -180,11 +190,13 @@ class _Update:
         self.bridge.to(features.device)
         return [cache.features[name].to(features.device) for name in self.bridge.config.levels]
 
-    def _note(self, features: Tensor, grids: Grids, weights: Tensor) -> None:
+    def _note(self, features: Tensor, grids: Grids, weights: Tensor, updates: Sequence[Tensor]) -> None:
         record = self.record
         if record.attention is None:
             first = weights[0].detach().float().cpu()
-            record.attention = LevelAttention(first, grids, self.bridge.config.levels)
+            norms = torch.stack([update[0].detach().float().norm(dim=-1) for update in updates], -1).cpu()
+            shares = norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+            record.attention = LevelAttention(first, grids, self.bridge.config.levels, shares)
         record.calls, record.grids = record.calls + 1, grids
         record.baselines.append(features.detach())
 

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .images import suffixes
 
@@ -182,9 +184,25 @@ def check_image_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def write_image(path: str | Path, image: Image.Image) -> Path:
-    """Write an image in the format of the path's suffix."""
-    return write_whole(path, lambda file: image.save(file))
+def write_image(path: str | Path, image: Image.Image, about: Mapping[str, object] | None = None) -> Path:
+    """Write an image in the format of the path's suffix.
+
+    Args:
+        about: how it was made; a PNG keeps it as JSON in the text `qwen_vision_bridge`, with absolute paths cut
+            to their last part, since images are passed on.
+    """
+    options: dict[str, Any] = {}
+    if about is not None and Path(path).suffix.lower() == ".png":
+        options["pnginfo"] = text = PngInfo()
+        text.add_itxt(
+            "qwen_vision_bridge", _without_folders(json.dumps(about, ensure_ascii=False, default=str))
+        )
+    return write_whole(path, lambda file: image.save(file, **options))
+
+
+def _without_folders(text: str) -> str:
+    """The text with every absolute path cut to its last part."""
+    return re.sub(r"(?<![\w.:/~-])[~]?/(?:[^\s/\"']+/)+([^\s/\"']+)", r"…/\1", text)
 
 
 def atomic_save(

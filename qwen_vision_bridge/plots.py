@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 AMPLIFICATION = 5
-PANEL_INCHES = 3.2
+PANEL_INCHES = 2.8
 DPI = 110
+LIMITS = 0.4, 3.0  # of a panel's width by its height: an extreme image must not dwarf the others
+EQUAL = 0.05  # weights that differ less from their mean show no preference
+
+Known = tuple[Image.Image, bool, bool]
+"""The right edit, and whether baseline and enhanced are right."""
 
 
 def comparison_sheet(
@@ -28,8 +33,11 @@ def comparison_sheet(
     seed: int,
     strength: float,
     caption: str,
+    known: Known | None = None,
 ) -> Image.Image:
-    """Draw a labelled sheet: input(s), baseline, enhanced, and their difference times `AMPLIFICATION`.
+    """Draw a labelled sheet: inputs, the target where it is known, baseline and enhanced with their verdicts.
+
+    Below them: the difference of the two edits, and what each changed of the input, times `AMPLIFICATION`.
 
     Raises:
         ValueError: baseline and enhanced of different sizes.
@@ -38,28 +46,67 @@ def comparison_sheet(
         raise ValueError(
             f"baseline is {baseline.size}, enhanced is {enhanced.size}: an edit pair has one size"
         )
-    difference = np.abs(np.asarray(baseline, np.int16) - np.asarray(enhanced, np.int16))
-    amplified = Image.fromarray(np.clip(difference * AMPLIFICATION, 0, 255).astype(np.uint8))
-    names = ["input"] if len(inputs) == 1 else [f"input {number + 1}" for number in range(len(inputs))]
-    panels = [*zip(names, inputs, strict=True), ("baseline", baseline), ("enhanced", enhanced)]
-    panels.append((f"difference ×{AMPLIFICATION} (mean {difference.mean():.2f} of 255)", amplified))
-    figure = _figure(len(panels), [image for _, image in panels])
-    figure.suptitle("\n".join(textwrap.wrap(f"“{prompt}”", 40 * len(panels))[:3]), fontsize=11)
-    for axis, (name, image) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+    references = [(f"reference {number}", image) for number, image in enumerate(inputs[:-1], start=1)]
+    marks = ["", ""] if known is None else [" ✓ right" if right else " ✗ wrong" for right in known[1:]]
+    top = [
+        *references,
+        (f"input {_size(inputs[-1])}", inputs[-1]),
+        *([] if known is None else [("target", known[0])]),
+        (f"baseline{marks[0]} {_size(baseline)}", baseline),
+        (f"with the bridge{marks[1]} {_size(enhanced)}", enhanced),
+    ]
+    edited = inputs[-1].resize(baseline.size)
+    below = [
+        _difference("baseline against bridge", baseline, enhanced),
+        *([] if known is None else [_difference("target against input", edited, known[0])]),
+        _difference("changed by the baseline", edited, baseline),
+        _difference("changed with the bridge", edited, enhanced),
+    ]
+    widths = [min(max(image.width / image.height, LIMITS[0]), LIMITS[1]) for _, image in top]
+    figure = Figure(
+        figsize=(PANEL_INCHES * sum(widths) + 0.2, 2 * PANEL_INCHES + 1.3), dpi=DPI, layout="constrained"
+    )
+    figure.suptitle("\n".join(textwrap.wrap(f"“{prompt}”", int(30 * sum(widths)))[:3]), fontsize=11)
+    rows = figure.subplots(2, len(top), width_ratios=widths, squeeze=False)
+    for place in np.ndindex(rows.shape):
+        rows[place].set_axis_off()
+    for axis, (name, image) in zip(rows[0], top, strict=True):
+        _show(axis, image, name)
+    for axis, (name, image) in zip(rows[1][len(references) :], below, strict=True):
         _show(axis, image, name)
     figure.supxlabel(f"seed {seed} · strength {strength:g} · {caption}", fontsize=8, color="0.35")
     return to_image(figure)
 
 
+def _size(image: Image.Image) -> str:
+    return f"({image.width}×{image.height})"
+
+
+def _difference(name: str, first: Image.Image, second: Image.Image) -> tuple[str, Image.Image]:
+    """The amplified difference of two images, and its mean in the title."""
+    second = second if second.size == first.size else second.resize(first.size)
+    difference = np.abs(np.asarray(first, np.int16) - np.asarray(second, np.int16))
+    amplified = Image.fromarray(np.clip(difference * AMPLIFICATION, 0, 255).astype(np.uint8))
+    return f"{name} ×{AMPLIFICATION}, mean {difference.mean():.1f}", amplified
+
+
 def attention_figure(
-    image: Image.Image, weights: np.ndarray, levels: Sequence[str], caption: str = ""
+    image: Image.Image,
+    weights: np.ndarray,
+    levels: Sequence[str],
+    prompt: str = "",
+    caption: str = "",
+    shares: np.ndarray | None = None,
 ) -> Image.Image:
-    """Draw the image, and over it the share of each token's update that came from each level.
+    """Draw over the image how much of each token's update comes from each level.
 
     Args:
         image: what the source saw.
-        weights: (gh, gw, L), summing to 1 over L.
+        weights: attention over the levels, (gh, gw, L), summing to 1 over L.
         levels: their names.
+        prompt: of the edit, for the title.
+        shares: norms of the levels' updates over their sum, (gh, gw, L), which say what reaches the edit;
+            None draws the attention weights.
 
     Raises:
         ValueError: weights of another number of levels.
@@ -68,22 +115,42 @@ def attention_figure(
         raise ValueError(
             f"weights of shape {weights.shape} do not fit the {len(levels)} levels {tuple(levels)}"
         )
+    drawn, what = (weights, "attention weight") if shares is None else (shares, "share of the update")
     columns = len(levels) + 1
-    figure = _figure(columns, [image], extra_width=0.8)
+    height = PANEL_INCHES * min(image.height / image.width, 2.0) + 1.5
+    figure = Figure(figsize=(PANEL_INCHES * columns + 0.8, height), dpi=DPI, layout="constrained")
+    figure.suptitle(
+        "\n".join(textwrap.wrap(f"“{prompt}”" if prompt else what, 30 * columns)[:2]), fontsize=11
+    )
     axes = np.atleast_1d(figure.subplots(1, columns))
     _show(axes[0], image, "input")
     extent = (0, image.width, image.height, 0)
-    low, high = float(weights.min()), float(weights.max())
+    low, high = float(drawn.min()), float(drawn.max())
     for index, (axis, name) in enumerate(zip(axes[1:], levels, strict=True)):
-        share = weights[..., index]
-        _show(axis, image.convert("L"), f"{name}: mean {share.mean():.3f}")
+        means = f"{drawn[..., index].mean():.2f} of the update, " if shares is not None else ""
+        _show(axis, image.convert("L"), f"{name}: {means}weight {weights[..., index].mean():.2f}")
         overlay = axis.imshow(
-            share, cmap="viridis", alpha=0.65, extent=extent, vmin=low, vmax=high, interpolation="nearest"
+            drawn[..., index],
+            cmap="viridis",
+            alpha=0.65,
+            extent=extent,
+            vmin=low,
+            vmax=high,
+            interpolation="nearest",
         )
-    figure.colorbar(overlay, ax=axes[1:].tolist(), label="level weight", shrink=0.8)
+    figure.colorbar(overlay, ax=axes[1:].tolist(), label=what, shrink=0.8)
     gh, gw = weights.shape[:2]
-    figure.supxlabel(f"{gh}×{gw} tokens{' · ' + caption if caption else ''}", fontsize=8, color="0.35")
+    notes = [preference(weights, levels), f"{gh}×{gw} tokens", caption]
+    figure.supxlabel(" · ".join(filter(None, notes)), fontsize=8, color="0.35")
     return to_image(figure)
+
+
+def preference(weights: np.ndarray, levels: Sequence[str]) -> str:
+    """What the mean attention weights (…, L) say in words: which level leads, or that none does."""
+    means = weights.reshape(-1, weights.shape[-1]).mean(0)
+    if np.abs(means - means.mean()).max() < EQUAL:
+        return "the attention weights are nearly equal: the bridge prefers no level"
+    return f"the bridge attends most to {levels[int(means.argmax())]}"
 
 
 def to_image(figure: Figure) -> Image.Image:
@@ -93,12 +160,6 @@ def to_image(figure: Figure) -> Image.Image:
     canvas.print_png(buffer)
     buffer.seek(0)
     return Image.open(buffer).convert("RGB")
-
-
-def _figure(columns: int, images: Sequence[Image.Image], extra_width: float = 0.0) -> Figure:
-    """A figure for one row of panels, as tall as the tallest image needs."""
-    height = PANEL_INCHES * max(min(image.height / image.width, 2.0) for image in images) + 0.9
-    return Figure(figsize=(PANEL_INCHES * columns + extra_width, height), dpi=DPI, layout="constrained")
 
 
 def _show(axis: Axes, image: Image.Image, title: str) -> None:

@@ -75,6 +75,7 @@ def load_tower(
     if load_in_8bit:
         require_cuda_for_8bit(device)
     started = time.perf_counter()
+    logger.info("Loading %s model...", "Qwen3-VL" if spec.role == "source" else "Qwen2.5-VL")
     checkpoint = open_checkpoint(spec)
     spec.check(ModelSpec.from_config(checkpoint.config, name=spec.name, repo=checkpoint.location))
     tower = cast_weights(build_tower(checkpoint), dtype)
