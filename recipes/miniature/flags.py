@@ -29,7 +29,12 @@ def stage_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
     add("--log-every", type=int, default=100)
     add("--seed", type=int, default=0)
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--compile", action="store_true", help="torch.compile the blocks: slow start, then faster")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the model's parts: slow start, then faster",
+    )
     parser.set_defaults(**defaults)
     return parser
 
