@@ -233,8 +233,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="rehearse")
     arguments = parser.parse_args(argv)
     if arguments.tiny:
-        for name, value in TINY.items():
-            setattr(arguments, name, value)
+        vars(arguments).update(TINY)
     return arguments
 
 

@@ -1,146 +1,114 @@
-"""Training data rendered ahead by a `DataLoader`, and a pool of it on the device."""
+"""Training batches rendered by a DataLoader's workers, which draw most of them from what they have rendered.
+
+Rendering a sample costs more than training on it, so every worker keeps its last samples and draws several
+random batches for each one that it renders.
+"""
 
 from __future__ import annotations
 
-import itertools
-import os
+import argparse
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Arrays = dict[str, np.ndarray]
 Render = Callable[[int, int], Arrays]
 """(first index, count) → arrays of leading dimension count; picklable, so of a module's top level."""
+Batches = Callable[[int], dict[str, Tensor]]
+"""Step → tensors on the device."""
+DRAWS = 6  # batches drawn for each one rendered
+PROCESS_SAMPLES = 50_000_000  # between the first samples of two training processes
 
 
-class _Chunks(Dataset):
-    def __init__(self, render: Render, size: int) -> None:
-        self.render, self.size = render, size
+class Replay(IterableDataset):
+    """Endless random batches of the samples that this worker rendered last.
 
-    def __getitem__(self, first: int) -> Arrays:
-        return self.render(first, self.size)
+    Args:
+        batch: samples in a batch. capacity: samples kept by all workers together.
+        first: index of the first sample. draws: batches drawn for each one rendered.
+    """
+
+    def __init__(self, render: Render, batch: int, capacity: int, first: int = 0, draws: int = DRAWS) -> None:
+        self.render, self.batch, self.capacity, self.first, self.draws = render, batch, capacity, first, draws
+
+    def __iter__(self) -> Iterator[Arrays]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        kept = max(self.capacity // workers // self.batch, 1)
+        rng = np.random.default_rng([self.first, number])
+        chunks: deque[Arrays] = deque(maxlen=kept)
+        for turn in range(number, 2**62, workers):
+            chunks.append(self.render(self.first + turn * self.batch, self.batch))
+            for _ in range(self.draws):
+                yield _drawn(chunks, self.batch, rng)
 
 
-def chunks(render: Render, size: int, workers: int, firsts: Iterable[int]) -> Iterator[Arrays]:
-    """Chunks of `size` items that begin at each of the `firsts`, in order, rendered ahead by processes.
+def _drawn(chunks: Sequence[Arrays], count: int, rng: np.random.Generator) -> Arrays:
+    """Random samples of equally large chunks, with replacement."""
+    size = len(next(iter(chunks[0].values())))
+    picks = [divmod(int(pick), size) for pick in rng.integers(len(chunks) * size, size=count)]
+    return {name: np.stack([chunks[chunk][name][row] for chunk, row in picks]) for name in chunks[0]}
 
-    Chunks stay numpy arrays: those go through pipes, while tensors need shared memory, of which containers
+
+def loader(dataset: IterableDataset, workers: int) -> DataLoader[Any]:
+    """The dataset's batches, rendered ahead by so many processes; with 0 each is rendered when asked for.
+
+    Batches stay numpy arrays: those go through pipes, while tensors need shared memory, of which containers
     often have only 64 MB.
     """
-    loader = DataLoader(
-        _Chunks(render, size),
-        sampler=firsts,
+    return DataLoader(
+        dataset,
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,  # a fork would copy an unusable CUDA context
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # leaves the global one alone
+        worker_init_fn=_ignore_interrupts,
     )
-    return iter(loader)
 
 
-def _unchanged(chunk: Arrays) -> Arrays:
-    return chunk
+def _unchanged(batch: Arrays) -> Arrays:
+    return batch
 
 
-def _start_worker(_number: int) -> None:
+def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-class Pool:
-    """Up to `capacity` items on the device; when it is full, new items replace the oldest."""
-
-    def __init__(self, capacity: int, device: torch.device | str) -> None:
-        self.capacity, self.device = capacity, torch.device(device)
-        self.filled = 0
-        self._next = 0
-        self._tensors: dict[str, Tensor] = {}
-
-    def add(self, chunk: dict[str, np.ndarray | Tensor]) -> None:
-        """Copy items in; the first chunk decides names, shapes and dtypes.
-
-        Raises:
-            ValueError: more items than the pool holds, or other names than the first chunk's.
-        """
-        rows = {name: torch.as_tensor(values) for name, values in chunk.items()}
-        count = len(next(iter(rows.values())))
-        if count > self.capacity:
-            raise ValueError(f"a chunk of {count} items in a pool of {self.capacity}")
-        if not self._tensors:
-            for name, values in rows.items():
-                shape = (self.capacity, *values.shape[1:])
-                self._tensors[name] = torch.empty(shape, dtype=values.dtype, device=self.device)
-        if rows.keys() != self._tensors.keys():
-            raise ValueError(f"the pool has {sorted(self._tensors)}, the chunk {sorted(rows)}")
-        before_end = min(count, self.capacity - self._next)
-        for name, values in rows.items():
-            if self.device.type == "cuda" and values.device.type == "cpu":
-                values = values.pin_memory()
-            items = self._tensors[name]
-            items[self._next : self._next + before_end].copy_(values[:before_end], non_blocking=True)
-            items[: count - before_end].copy_(values[before_end:], non_blocking=True)
-        self._next = (self._next + count) % self.capacity
-        self.filled = min(self.filled + count, self.capacity)
-
-    def gather(self, index: Tensor) -> dict[str, Tensor]:
-        """Items by index below `filled`; `index` (n,) is on the device."""
-        return {name: values.index_select(0, index) for name, values in self._tensors.items()}
-
-    def sample(self, count: int) -> dict[str, Tensor]:
-        """Random items, with replacement."""
-        return self.gather(torch.randint(self.filled, (count,), device=self.device))
+def to_device(batch: Arrays, device: torch.device) -> dict[str, Tensor]:
+    """A batch as tensors on a device."""
+    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
 
 
-class Feed:
-    """A pool that takes in chunks as they are rendered, for the duration of a `with` block.
+def alternating(
+    render: Callable[[int], Render], arguments: argparse.Namespace, accelerator: Accelerator
+) -> Batches:
+    """Batches of prompts with one image, and every `--two-every` steps of prompts with two.
 
     Args:
-        chunk: items in a chunk. workers: rendering processes; without any, rendering waits its turn.
-        first: index of the first item.
+        render: images a prompt → what renders them.
     """
+    batch, workers, two_every = arguments.batch, arguments.workers, arguments.two_every
+    for_two = min(max(workers // 6, 1), workers) if two_every else 0
+    shares = {1: (arguments.pool, max(workers - for_two, for_two))}
+    if two_every:
+        shares[2] = arguments.pool // 8, for_two
+    first = arguments.first + PROCESS_SAMPLES * accelerator.process_index
+    streams = {
+        shown: iter(loader(Replay(render(shown), batch, kept, first), processes))
+        for shown, (kept, processes) in shares.items()
+    }
 
-    def __init__(
-        self,
-        render: Render,
-        chunk: int,
-        workers: int,
-        capacity: int,
-        device: torch.device | str,
-        first: int = 0,
-    ) -> None:
-        self.pool = Pool(capacity, device)
-        self.prepare: Callable[[Arrays], dict[str, np.ndarray | Tensor]] = dict
-        """Applied to a chunk before it is kept."""
-        self._waits = not workers
-        self._chunks = chunks(render, chunk, workers, itertools.count(first, chunk))
-        self._executor = ThreadPoolExecutor(1)
-        self._chunk: Future[Arrays] = self._executor.submit(next, self._chunks)
+    def next_batch(step: int) -> dict[str, Tensor]:
+        has_two = bool(two_every) and step % two_every == two_every - 1
+        return to_device(next(streams[2 if has_two else 1]), accelerator.device)
 
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._executor.shutdown()
-        del self._chunks, self._chunk  # ends the workers
-
-    def fill(self, count: int) -> None:
-        """Wait until the pool holds so many items, or is full."""
-        while self.pool.filled < min(count, self.pool.capacity):
-            self._take()
-
-    def refill(self) -> None:
-        """Take in a chunk if one is ready."""
-        if self._waits or self._chunk.done():
-            self._take()
-
-    def _take(self) -> None:
-        chunk = self._chunk.result()  # raises what a worker raised
-        self._chunk = self._executor.submit(next, self._chunks)
-        self.pool.add(self.prepare(chunk))
+    return next_batch

@@ -1,37 +1,44 @@
-"""A resumable training loop for small models, whose steps are bound by kernel launches.
+"""A resumable training loop on accelerate: bf16 on CUDA, one process or several, averaged weights.
 
-On CUDA every step (forward, backward, clipping, optimisers, average) is one CUDA graph per layout of the
-batch. That is why it is not the package's `Trainer`: a graph allows no AveragedModel, accelerate or gradient
-accumulation, which read numbers on the host. Both share what they can, the handling of stop requests.
+It trains whole small models from scratch, with Muon and a learning rate that may follow the clock; the
+package's `Trainer` trains a bridge on packs of frozen features. Both share the handling of stop requests.
 
 As a script it draws a folder's loss curves: `python -m recipes.miniature.loop FOLDER`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
 from qwen_vision_bridge.io import write_whole
 from qwen_vision_bridge.training.trainer import stop_requests
 
-from . import peers
-from .muon import is_hidden
-from .stepper import Loss, Stepper, copy_tensors
+from .feed import Batches
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 NOT_DRAWN = ("step", "lr", "it/s", "gpu", "seconds")
+# Matrices that read inputs, write outputs or set norms: AdamW's, as is usual.
+NOT_HIDDEN = ("embed", "_in.", "proj_out", "norm_out", "_mod.", "time_text", "lm_head")
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Batch], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +55,6 @@ class Settings:
     """Final decay of the average."""
     muon: float = 0.0
     """Muon's rate for hidden matrices, in multiples of AdamW's; at 0 AdamW trains them too."""
-    share_every: int = 8
-    """Steps after which peers average their weights, see `peers.py`."""
     minutes: float | None = None
     """Time limit of one call of `run`."""
     cosine_minutes: float | None = None
@@ -58,6 +63,13 @@ class Settings:
     log_every: int = 50
     seed: int
 
+    @classmethod
+    def from_flags(cls, arguments: argparse.Namespace, seed: int) -> Settings:
+        """Take the settings that a stage has flags for."""
+        names = ("steps", "learning_rate", "minutes", "cosine_minutes", "log_every", "weight_decay", "muon")
+        flags = vars(arguments)
+        return cls(seed=seed, **{name: flags[name] for name in names if name in flags})
+
     def rate(self, step: int, seconds: float = 0.0) -> float:
         """Learning rate of a step counted from 0: linear warm-up times cosine to 0."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
@@ -65,45 +77,56 @@ class Settings:
         return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * min(gone, 1)))
 
 
-class Loop:
-    """Trains `model`'s fp32 parameters on `loss`; the model is on its device already.
+def start(device: str) -> Accelerator:
+    """The processes of `accelerate launch` or `torchrun`, or this one alone, on `cuda` or `cpu`."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    Random numbers inside `loss` must come from the device's default generator, the only one that graphs know.
-    It is seeded with (seed, step) before every step, so that a resumed run draws what an unbroken one would.
-    `loss` must not synchronise, and returns the same names each time, among them `loss`.
+    return Accelerator(
+        mixed_precision="bf16" if device.startswith("cuda") else "no",
+        cpu=device == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+class ModelWithLoss(nn.Module):
+    """A model whose forward pass is its loss: what several processes need to share gradients."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of a batch."""
+        return self.loss(batch)
+
+
+class Loop:
+    """Trains `model`'s fp32 parameters on `loss`, a function of the batch that runs the model.
+
+    Torch's random numbers are seeded with (seed, step) before every step, so that a resumed run draws what an
+    unbroken one would. `loss` returns the same names each time, among them `loss`.
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, loss: Loss, settings: Settings, *, graphs: bool = True
+        self, folder: Path, model: nn.Module, loss: Loss, settings: Settings, accelerator: Accelerator
     ) -> None:
-        self.folder, self.model, self.settings = Path(folder), model, settings
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if wrong := [name for name, p in self._trained.items() if p.dtype != torch.float32]:
-            raise ValueError(f"parameters are trained in float32, these are not: {wrong[:5]}")
-        hidden = [p for name, p in self._trained.items() if settings.muon and is_hidden(name, p)]
-        self._stepper = Stepper(
-            list(self._trained.values()),
-            loss,
-            settings.betas,
-            settings.weight_decay,
-            settings.clip,
-            graphs,
-            hidden,
-            settings.muon,
-        )
-        self.device = self._stepper.device
-        self.step, self.seconds = 0, 0.0
+        from diffusers.training_utils import EMAModel  # not at the top: rendering workers import this module
 
-    def run(
-        self,
-        batches: Callable[[int], dict[str, Tensor]],
-        on_log: Callable[[int, dict[str, float]], None] | None = None,
-    ) -> bool:
+        self.folder, self.settings, self.accelerator = Path(folder), settings, accelerator
+        self._model_with_loss = accelerator.prepare(ModelWithLoss(model, loss))
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if wrong := [name for name, p in self.trained.items() if p.dtype != torch.float32]:
+            raise ValueError(f"parameters are trained in float32, these are not: {wrong[:5]}")
+        self.optimizers = optimizers(self.trained, settings)
+        self.ema = EMAModel(self.trained.values(), decay=settings.ema, foreach=True)
+        self.step, self.seconds = 0, 0.0
+        self._sums: dict[str, Tensor] = {}
+
+    def run(self, batches: Batches, on_log: Callable[[int], None] | None = None) -> bool:
         """Train to the last step, the end of `minutes`, or a signal, and save; return whether all is done.
 
         Args:
-            batches: step → tensors on the device, of any of several layouts.
-            on_log: called with the step and its row of the log after every `log_every` steps and the last.
+            on_log: called with the step after every `log_every` steps and the last.
 
         Raises:
             FloatingPointError: the loss is not finite; the last checkpoint stays.
@@ -112,24 +135,21 @@ class Loop:
         since = (began, self.step)
         limit = math.inf if self.settings.minutes is None else self.settings.minutes * 60
         with stop_requests() as signals:
-            while self.step < self.settings.steps:
+            while not self.is_done:
                 is_late = time.perf_counter() - began >= limit
-                if self._share_weights(bool(signals) or is_late):
+                if self._any_process(bool(signals) or is_late):
                     break
-                torch.manual_seed((self.settings.seed + 7919 * peers.rank()) * 1_000_003 + self.step)
                 rate = self.settings.rate(self.step, before + time.perf_counter() - began)
-                decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-                self._stepper.advance(batches(self.step), rate, decay)
-                self.step += 1
+                self._training_step(batches, rate)
                 if self.step % self.settings.log_every == 0 or self.is_done:
                     self.seconds = before + time.perf_counter() - began
-                    row = self._log(rate, *since)
+                    self._log(rate, *since)
                     if on_log is not None:
-                        on_log(self.step, row)
+                        on_log(self.step)
                     since = (time.perf_counter(), self.step)
         self.seconds = before + time.perf_counter() - began
         reason = signals[0] if signals else "all steps done" if self.is_done else "out of time"
-        print(f"stopped at step {self.step}: {reason}", flush=True)
+        self.accelerator.print(f"stopped at step {self.step}: {reason}", flush=True)
         self.save()
         return self.is_done
 
@@ -138,64 +158,24 @@ class Loop:
         """Whether all steps are."""
         return self.step >= self.settings.steps
 
-    def _share_weights(self, stop: bool) -> bool:
-        """Average with the peers when it is time to; return whether any of them wants to stop."""
-        if peers.count() == 1 or self.step % self.settings.share_every:
-            return stop and peers.count() == 1
-        moments = (m for p in self._stepper.parameters for m in self._stepper.moments(p).values())
-        weights = (p.detach() for p in self._stepper.parameters)
-        return peers.average([*weights, *self._stepper.average, *moments], stop)
-
-    def _log(self, rate: float, since: float, since_step: int) -> dict[str, float]:
-        """Print and write the means of the steps since the last log."""
-        row = {"step": self.step, **self._stepper.take_means()}  # waits for the device
-        speed = (self.step - since_step) / (time.perf_counter() - since)
-        row |= {"lr": rate, "it/s": speed, "seconds": self.seconds}
-        if self._stepper.is_cuda:
-            row["gpu"] = torch.cuda.memory_reserved(self.device) / 1e9  # GB
-        if peers.rank() == 0:
-            scalars = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            print(f"step {self.step}/{self.settings.steps}  {scalars}", flush=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"the loss is {row['loss']} in the steps up to {self.step}")
-        return row
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Every parameter, once, and every persistent buffer."""
-        persistent = self.model.state_dict().keys()
-        buffers = {name: tensor for name, tensor in self.model.named_buffers() if name in persistent}
-        return {name: tensor.detach() for name, tensor in self.model.named_parameters()} | buffers
-
-    def ema_weights(self) -> dict[str, Tensor]:
-        """All weights, trained ones averaged: the loop's own tensors, to be copied and not changed."""
-        return self._weights() | dict(zip(self._trained, self._stepper.average, strict=True))
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights into the model for the `with` block."""
-        current = [p.detach().clone() for p in self._stepper.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self._stepper.parameters, self._stepper.average)
+        parameters = list(self.trained.values())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._stepper.parameters, current)
+            self.ema.restore(parameters)
 
     def save(self) -> None:
-        """Write the checkpoint, the first peer's, whole or not at all."""
-        if peers.rank():
+        """Write the checkpoint, in the first process, whole or not at all."""
+        if not self.accelerator.is_main_process:
             return
-        tensors = {f"weights/{name}": tensor for name, tensor in self._weights().items()}
-        for (name, p), average in zip(self._trained.items(), self._stepper.average, strict=True):
-            tensors[f"ema/{name}"] = average
-            tensors |= {f"{key}/{name}": value for key, value in self._stepper.moments(p).items()}
-        state = {"step": self.step, "seconds": self.seconds, "updates": self._stepper.updates}
-        metadata = {"state": json.dumps({**state, "settings": asdict(self.settings)})}
-        plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        state = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings)}
+        metadata = {"state": json.dumps(state)}
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
         write_whole(self.folder / CHECKPOINT, lambda path: save_file(plain, path, metadata))
 
     def resume(self) -> bool:
@@ -204,26 +184,113 @@ class Loop:
         Raises:
             ValueError: the checkpoint is another model's.
         """
-        if not (self.folder / CHECKPOINT).exists():
+        path = self.folder / CHECKPOINT
+        if not path.exists():
             return False
-        kinds: dict[str, dict[str, Tensor]] = {}
-        with safe_open(self.folder / CHECKPOINT, "pt") as file:
+        with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                kind, _, name = key.partition("/")
-                kinds.setdefault(kind, {})[name] = file.get_tensor(key)
-        old, new = state["settings"], asdict(self.settings) | {"betas": list(self.settings.betas)}
+        self._load_tensors(load_file(path))
+        old, new = state["settings"], json.loads(json.dumps(asdict(self.settings)))
         if changed := {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}:
-            print(f"settings that differ from the checkpoint's (old, new): {changed}", flush=True)
+            self.accelerator.print(f"settings that differ from the checkpoint's (old, new): {changed}")
         self.step, self.seconds = state["step"], state["seconds"]
-        copy_tensors(kinds.pop("weights"), self._weights())
-        copy_tensors(kinds.pop("ema"), dict(zip(self._trained, self._stepper.average, strict=True)))
-        if state["updates"]:
-            for name, p in self._trained.items():
-                moments = {kind: values[name] for kind, values in kinds.items() if name in values}
-                self._stepper.set_moments(p, moments, state["updates"])
-        print(f"resumed at step {self.step} of {self.settings.steps}", flush=True)
+        self.ema.optimization_step = self.step
+        self.accelerator.print(f"resumed at step {self.step} of {self.settings.steps}", flush=True)
         return True
+
+    def _training_step(self, batches: Batches, rate: float) -> None:
+        torch.manual_seed(
+            (self.settings.seed + 7919 * self.accelerator.process_index) * 1_000_003 + self.step
+        )
+        values = self._model_with_loss(batches(self.step))
+        self.accelerator.backward(values["loss"])
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (self.settings.muon if isinstance(optimizer, torch.optim.Muon) else 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.step(self.trained.values())
+        self.step += 1
+        for name, value in {**values, "norm": norm}.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+
+    def _any_process(self, stop: bool) -> bool:
+        """Whether any process wants to stop; all of them get the same answer."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        if stop:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def _log(self, rate: float, since: float, since_step: int) -> None:
+        """Print and write the first process's means of the steps since the last log."""
+        count = self.step - since_step
+        row = {"step": self.step, **{name: float(total) / count for name, total in self._sums.items()}}
+        self._sums = {}
+        row |= {"lr": rate, "it/s": count / (time.perf_counter() - since), "seconds": self.seconds}
+        if self.accelerator.device.type == "cuda":
+            row["gpu"] = torch.cuda.memory_reserved() / 1e9  # GB
+        if self.accelerator.is_main_process:
+            scalars = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+            print(f"step {self.step}/{self.settings.steps}  {scalars}", flush=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"the loss is {row['loss']} in the steps up to {self.step}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Trained weights, their average and the optimisers' states, by name."""
+        tensors: dict[str, Tensor] = {}
+        for (name, p), average in zip(self.trained.items(), self.ema.shadow_params, strict=True):
+            tensors |= {f"weights/{name}": p, f"ema/{name}": average}
+        for optimizer in self.optimizers:
+            for index, state in optimizer.state_dict()["state"].items():
+                kind = type(optimizer).__name__
+                tensors |= {f"{kind}/{index}/{name}": value for name, value in state.items()}
+        return tensors
+
+    @torch.no_grad()
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        names = {name.removeprefix("weights/") for name in tensors if name.startswith("weights/")}
+        if names != self.trained.keys():
+            raise ValueError(f"tensors of another model: {sorted(names ^ self.trained.keys())[:5]} …")
+        for (name, p), average in zip(self.trained.items(), self.ema.shadow_params, strict=True):
+            p.copy_(tensors[f"weights/{name}"])
+            average.copy_(tensors[f"ema/{name}"])
+        for optimizer in self.optimizers:
+            states: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for key, value in tensors.items():
+                if key.startswith(f"{type(optimizer).__name__}/"):
+                    _, index, name = key.split("/")
+                    states[int(index)][name] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(states)})
+
+
+def optimizers(trained: dict[str, nn.Parameter], settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW with weight decay on matrices and kernels alone, and Muon for hidden matrices if it has a rate.
+
+    Muon (Jordan et al. 2024) takes steps of AdamW's size (Liu et al. 2025).
+    """
+    hidden = [p for name, p in trained.items() if settings.muon and is_hidden(name, p)]
+    rest = [p for p in trained.values() if not any(p is other for other in hidden)]
+    matrices = [p for p in rest if p.squeeze().ndim >= 2]  # (C, 1, 1, 1) is a norm's scale in the VAE
+    vectors = [p for p in rest if p.squeeze().ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    decay = settings.weight_decay
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, betas=settings.betas, weight_decay=decay, fused=rest[0].is_cuda)
+    ]
+    if hidden:
+        found.append(torch.optim.Muon(hidden, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix between hidden states."""
+    return parameter.ndim == 2 and not any(part in name for part in NOT_HIDDEN)
 
 
 def plot_log(folder: Path) -> Path:

@@ -249,7 +249,7 @@ def vae_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from diffusers import AutoencoderKLQwenImage
 
     from .data import images
-    from .measure_vae import psnr_of
+    from .train_vae import psnr_of
 
     vae = AutoencoderKLQwenImage.from_pretrained(arguments.editor, subfolder="vae", torch_dtype=torch.float32)
     held_out = torch.from_numpy(images(arguments.split, 0, arguments.cases)).to(arguments.device)
@@ -258,13 +258,13 @@ def vae_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def reading_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Letters of held-out images that source and target read right."""
-    from .fast import build
+    from .models import build_reader
     from .train_vlm import read_letters
 
     rows = []
     for role, folder in (("source", arguments.source), ("target", f"{arguments.editor}/text_encoder")):
-        model = build(role, 0, folder).to(arguments.device)
-        rights = read_letters(model, role, arguments.cases, torch.device(arguments.device), arguments.split)
+        reader = build_reader(role, 0, folder).to(arguments.device)
+        rights = read_letters(reader, role, arguments.cases, arguments.split)
         rows.append(row_of(f"reading: letters right, {role}", [np.mean(word) for word in rights]))
         rows.append(row_of(f"reading: words right, {role}", [float(all(word)) for word in rights]))
     return rows

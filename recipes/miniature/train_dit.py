@@ -2,31 +2,27 @@
 
     python -m recipes.miniature.train_dit --target runs/target/target --vae runs/vae/vae --folder runs/dit
 
-Run it again to continue from the checkpoint; under `torchrun` all GPUs train and average their
-weights. Latents and prompt states are computed once, when a pair is rendered, and kept on the device.
+Run it again to continue from the checkpoint; `accelerate launch` or `torchrun` trains on several GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import build as miniature
-from . import peers
 from .data import edit_pairs
-from .editor import Editor, build_transformer, fast_transformer
-from .fast import build
-from .feed import Render
-from .loop import Loop, plot_log
-from .single_frame import as_images
-from .stepper import compile_if_possible
-from .supply import Supply, settings_of, stage_parser
+from .editor import Editor
+from .feed import Render, alternating
+from .flags import add_prompt_flags, stage_parser
+from .loop import Loop, Settings, plot_log, start
+from .models import build_reader, build_transformer, build_vae
 
 SAVE_EVERY = 4000  # steps
 DROPPED = 0.1  # share of empty prompts, for guidance
@@ -37,43 +33,26 @@ USUAL = 0.15  # the fewer it changes, the more each weighs
 def main() -> None:
     """Train and save."""
     arguments = _arguments()
-    device = peers.device_of(arguments.device)
-    with peers.together(device), Supply(arguments, partial(_make, arguments.writing)) as supply:
-        editor = load(arguments.target, arguments.vae, arguments.start, arguments.seed).to(device)
-        with as_images(editor.vae), fast_transformer():
-            supply.start(partial(prepared, editor))
-            trained = editor.transformer
-            compute = partial(loss, editor)
-            if arguments.compile:
-                compile_if_possible(editor, compute, supply.layouts(), list(trained.parameters()))
-            loop = Loop(
-                arguments.folder,
-                trained,
-                compute,
-                settings_of(arguments, arguments.seed),
-                graphs=not arguments.no_graphs,
-            )
-            loop.resume()
-            loop.run(supply.batch, lambda step, _row: loop.save() if step % SAVE_EVERY == 0 else None)
-    if peers.rank() == 0:
+    accelerator = start(arguments.device)
+    editor = load(arguments.target, arguments.vae, arguments.start, arguments.seed).to(accelerator.device)
+    if arguments.compile:
+        editor.transformer.compile_repeated_blocks()
+    settings = Settings.from_flags(arguments, arguments.seed)
+    loop = Loop(arguments.folder, editor.transformer, partial(loss, editor), settings, accelerator)
+    loop.resume()
+    batches = alternating(partial(_make, arguments.writing), arguments, accelerator)
+    loop.run(batches, lambda step: loop.save() if step % SAVE_EVERY == 0 else None)
+    if accelerator.is_main_process:
         plot_log(arguments.folder)
         with loop.averaged():
-            miniature.save_weights(
-                _on_cpu(trained), Path(arguments.output or arguments.folder / "transformer")
-            )
+            finished = copy.deepcopy(editor.transformer).cpu()
+        miniature.save_weights(finished, Path(arguments.output or arguments.folder / "transformer"))
 
 
 def _arguments() -> argparse.Namespace:
-    parser = stage_parser(
-        __doc__,
-        steps=20_000,
-        learning_rate=8e-4,
-        weight_decay=0.02,
-        workers=12,
-        pool=500_000,
-        two_every=8,
-        seed=3,
-    )
+    parser = stage_parser(__doc__, steps=20_000, learning_rate=8e-4, workers=12, seed=3)
+    add_prompt_flags(parser)
+    parser.set_defaults(weight_decay=0.02, two_every=8)
     parser.add_argument("--target", required=True, help="folder of the trained target")
     parser.add_argument("--vae", required=True, help="folder of the trained VAE")
     parser.add_argument(
@@ -84,32 +63,7 @@ def _arguments() -> argparse.Namespace:
 
 def load(target: str, vae: str, transformer: str | None, seed: int) -> Editor:
     """The editor from its parts' folders, in fp32; a random transformer where none is given."""
-    from diffusers import AutoencoderKLQwenImage
-
-    return Editor(
-        build("target", 0, target),
-        AutoencoderKLQwenImage.from_pretrained(vae, torch_dtype=torch.float32),
-        build_transformer(seed, transformer),
-    )
-
-
-def _on_cpu(model: torch.nn.Module) -> torch.nn.Module:
-    import copy
-
-    return copy.deepcopy(model).cpu()
-
-
-@torch.no_grad()
-def prepared(editor: Editor, rows: dict[str, Any]) -> dict[str, Tensor]:
-    """Pairs as latents and prompt states, in bf16 on the editor's device."""
-    device = editor.latents_mean.device
-    on = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        references = editor.references(on["full"])
-        after = editor.to_latents(on["after"])
-        states, empty = editor.embed(on["small"], on["text"].int())
-    kept = {"references": references, "after": after, "states": states, "empty": empty}
-    return {**{name: value.bfloat16() for name, value in kept.items()}, "length": on["length"]}
+    return Editor(build_reader("target", 0, target), build_vae(0, vae), build_transformer(seed, transformer))
 
 
 def _make(writing: float, shown: int) -> Render:
@@ -117,12 +71,17 @@ def _make(writing: float, shown: int) -> Render:
 
 
 def loss(editor: Editor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Flow matching (Lipman et al. 2023): velocity from image to noise, changed tokens counting more."""
-    after, references = batch["after"].float(), batch["references"].float()
+    """Flow matching (Lipman et al. 2023): velocity from image to noise, changed tokens counting more.
+
+    Args:
+        batch: what `edit_pairs` renders.
+    """
+    references, after = editor.references(batch["full"]), editor.to_latents(batch["after"])
+    states, empty = editor.embed(batch["small"], batch["text"])
     count = len(after)
     device = after.device
     dropped = torch.rand(count, device=device) < DROPPED
-    states, real = editor.conditions(batch["states"], batch["empty"], batch["length"], dropped)
+    states, real = editor.conditions(states, empty, batch["length"], dropped)
     time = torch.sigmoid(0.4 + 1.2 * torch.randn(count, device=device))
     noise = torch.randn_like(after)
     noisy = torch.lerp(after, noise, time[:, None, None])

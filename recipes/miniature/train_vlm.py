@@ -2,13 +2,14 @@
 
     python -m recipes.miniature.train_vlm --role source --folder runs/source --steps 16000 --minutes 9
 
-Run it again to continue from the checkpoint. Prompts have the edit pipeline's template, so that the states
-that its transformer reads are the ones trained here.
+Run it again to continue from the checkpoint; `accelerate launch` or `torchrun` trains on several GPUs.
+Prompts have the edit pipeline's template: the states that its transformer reads are those trained here.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -28,12 +29,11 @@ from qwen_vision_bridge.synthetic.scene import render
 
 from . import build as miniature
 from . import tokenizer as tokens
-from .data import CONDITION, IMAGE, TEXT_TOKENS, closing, dialogues, encode, reply_rows, small
-from .fast import FastModel, build
-from .feed import Render
-from .loop import Loop, plot_log
-from .stepper import compile_if_possible
-from .supply import Supply, settings_of, stage_parser
+from .data import CONDITION, IMAGE, closing, dialogues, encode, reply_rows, small
+from .feed import Render, alternating
+from .flags import add_prompt_flags, stage_parser
+from .loop import Loop, Settings, plot_log, start
+from .models import Reader, build_reader
 
 IMAGES = {"source": "full", "target": "small"}
 
@@ -41,35 +41,31 @@ IMAGES = {"source": "full", "target": "small"}
 def main() -> None:
     """Train, measure and save."""
     arguments = _arguments()
-    device = torch.device(arguments.device)
+    accelerator = start(arguments.device)
     seed = arguments.seed + (0 if arguments.role == "source" else 1)
-    model = build(arguments.role, seed, arguments.start)
+    reader = build_reader(arguments.role, seed, arguments.start)
+    if arguments.compile:
+        for block in (*reader.model.model.visual.blocks, *reader.model.model.language_model.layers):
+            block.compile()
     kinds = {"primer": arguments.primer, "finding": arguments.finding, "reading": arguments.reading}
-    render = partial(_make, arguments.role, kinds, tuple(arguments.sides))
-    with Supply(arguments, render) as supply:
-        model.to(device)
-        supply.start()
-        compute = partial(loss, model)
-        if arguments.compile:
-            compile_if_possible(model, compute, supply.layouts(), list(model.parameters()))
-        loop = Loop(
-            arguments.folder, model, compute, settings_of(arguments, seed), graphs=not arguments.no_graphs
-        )
-        loop.resume()
-        loop.run(supply.batch)
-    model.compile_blocks(False)
+    settings = Settings.from_flags(arguments, seed)
+    loop = Loop(arguments.folder, reader, partial(loss, reader), settings, accelerator)
+    loop.resume()
+    make = partial(_make, arguments.role, kinds, tuple(arguments.sides))
+    loop.run(alternating(make, arguments, accelerator))
+    if not accelerator.is_main_process:
+        return
     plot_log(arguments.folder)
     with loop.averaged():
-        results = measure(model, arguments.role, arguments.cases, device)
-        if arguments.role == "target":
-            results["letters_by_side"] = letters_by_side(model, arguments, device)
-        save(model, arguments.role, Path(arguments.output or arguments.folder / arguments.role))
+        results = measure(reader, arguments)
+        save(reader, Path(arguments.output or arguments.folder / arguments.role))
     report = {"role": arguments.role, "command": " ".join(sys.argv), "step": loop.step, **results}
     (arguments.folder / "result.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
     parser = stage_parser(__doc__)
+    add_prompt_flags(parser)
     parser.add_argument("--role", choices=sorted(IMAGES), required=True)
     parser.add_argument("--primer", type=int, default=0, help="samples that only ask for one large word")
     parser.add_argument("--finding", type=float, default=0.0, help="how often a named word is to be found")
@@ -98,9 +94,9 @@ def rendered(
     return {"images": rows[IMAGES[role]], **{name: rows[name] for name in ("text", "label", "weight")}}
 
 
-def loss(model: FastModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def loss(reader: Reader, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weighted cross-entropy of the answers' tokens, and the share that is right."""
-    logits = model(batch["images"], batch["text"].int()).float()
+    logits = reader(batch["images"], batch["text"]).float()
     label, weight = batch["label"].long(), batch["weight"].float()
     errors = F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=-1, reduction="none")
     right = (logits.argmax(-1) == label).float() * weight
@@ -108,31 +104,34 @@ def loss(model: FastModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": (errors.view_as(weight) * weight).sum() / total, "right": right.sum() / total}
 
 
-@torch.no_grad()
-def measure(model: FastModel, role: str, cases: int, device: torch.device) -> dict[str, Any]:
+def measure(reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
     """Letters and words read right, and by kind of instruction how often the answer's first token is.
 
-    On held-out images of the `validation` split; words by greedy decoding.
+    On held-out images of the `validation` split; words by greedy decoding. Of the target also the letters
+    read right in images reduced to each of the sides that it was trained on.
     """
-    rights = read_letters(model, role, cases, device)
-    letters = [right for word in rights for right in word]
-    read = {"letters": sum(letters) / len(letters), "words": sum(map(all, rights)) / len(rights)}
-    seen = {}
-    for group in world.GROUPS:
-        for kind in world.KINDS[group]:
-            seen[f"{group}/{kind}"] = first_tokens(model, role, group, kind, max(cases // 10, 1), device)
-    print(f"letters {read['letters']:.3f}  words {read['words']:.3f}", flush=True)
-    print("  ".join(f"{name.split('/')[1]} {value:.2f}" for name, value in seen.items()), flush=True)
-    return {**read, "first_token": seen}
+    role, cases = arguments.role, arguments.cases
+    rights = read_letters(reader, role, cases)
+    results: dict[str, Any] = {
+        "letters": np.mean(np.concatenate(rights)),
+        "words": np.mean([all(word) for word in rights]),
+        "first_token": {
+            f"{group}/{kind}": first_tokens(reader, role, group, kind, max(cases // 10, 1))
+            for group in world.GROUPS
+            for kind in world.KINDS[group]
+        },
+    }
+    if role == "target":
+        results["letters_by_side"] = {
+            str(side): np.mean(np.concatenate(read_letters(reader, role, cases, side=side)))
+            for side in arguments.sides
+        }
+    print(json.dumps(results, indent=1), flush=True)
+    return results
 
 
 def read_letters(
-    model: FastModel,
-    role: str,
-    cases: int,
-    device: torch.device,
-    split: str = "validation",
-    side: int = CONDITION,
+    reader: Reader, role: str, cases: int, split: str = "validation", side: int = CONDITION
 ) -> list[list[bool]]:
     """For every word in `cases` held-out images, which letters are read right, by greedy decoding.
 
@@ -146,26 +145,13 @@ def read_letters(
         scene = world.make_edit("ocr", kinds[index % len(kinds)], rng).before
         wanted.append([block.text for block in questions.words_of(scene)])
         images.append(_as_seen(scene, role, side))
-    said = decode(model, np.stack(images), questions.read_question(scene)[0], 24, device)
+    answers = decode(reader, np.stack(images), questions.read_question(scene)[0])
     rights = []
-    for text, words in zip(said, wanted, strict=True):
-        for heard, word in zip(text.split("/") + [""] * len(words), words, strict=False):
-            heard = heard.ljust(len(word))
-            rights.append([a == b for a, b in zip(heard, word, strict=False)])
+    for answer, words in zip(answers, wanted, strict=True):
+        for read, word in zip(answer.split("/") + [""] * len(words), words, strict=False):
+            read = read.ljust(len(word))
+            rights.append([a == b for a, b in zip(read, word, strict=False)])
     return rights
-
-
-def letters_by_side(
-    model: FastModel, arguments: argparse.Namespace, device: torch.device
-) -> dict[str, float]:
-    """How many letters the target reads right in images reduced to each of the sides it was trained on."""
-    found = {}
-    for side in arguments.sides:
-        rights = read_letters(model, "target", arguments.cases, device, side=side)
-        letters = [right for word in rights for right in word]
-        found[str(side)] = sum(letters) / len(letters)
-    print("letters by side", {side: round(share, 3) for side, share in found.items()}, flush=True)
-    return found
 
 
 def _as_seen(scene: Scene, role: str, side: int = CONDITION) -> np.ndarray:
@@ -174,56 +160,48 @@ def _as_seen(scene: Scene, role: str, side: int = CONDITION) -> np.ndarray:
 
 
 @torch.no_grad()
-def decode(model: FastModel, images: np.ndarray, prompt: str, most: int, device: torch.device) -> list[str]:
-    """Greedy replies to one prompt about each of the images (N, shown, H, W, 3)."""
-    tokenizer, asked, end = tokens.train_bpe(), encode(prompt), closing()
-    replies = []
+def decode(reader: Reader, images: np.ndarray, prompt: str, most: int = 24) -> list[str]:
+    """Greedy replies of at most so many tokens to one prompt about each of the images (N, shown, H, W, 3)."""
+    tokenizer, device = tokens.train_bpe(), reader.model.device
+    asked, end = torch.tensor([*encode(prompt), *closing()], device=device), closing()[0]
+    replies: list[str] = []
     for first in range(0, len(images), 256):
-        shown = torch.from_numpy(images[first : first + 256]).to(device)
-        text = torch.zeros(len(shown), TEXT_TOKENS, dtype=torch.long, device=device)
-        start = len(asked) + len(end)
-        text[:, :start] = torch.tensor([*asked, *end], device=device)
-        for place in range(start, min(start + most, TEXT_TOKENS)):
-            text[:, place] = model(shown, text)[:, place - 1].argmax(-1)
-            if (text[:, start : place + 1] == end[0]).any(1).all():  # every reply has ended
-                break
-        for row in text[:, start:].tolist():
-            row = row[: row.index(end[0])] if end[0] in row else row
-            replies.append(tokenizer.decode(row))
+        some = torch.from_numpy(images[first : first + 256]).to(device)
+        inputs = reader.inputs(some, asked.expand(len(some), -1))
+        ids = reader.model.generate(
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=most,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        replies += [tokenizer.decode(row) for row in rows]  # without special tokens such as the end
     return replies
 
 
-def first_tokens(
-    model: FastModel, role: str, group: str, kind: str, cases: int, device: torch.device
-) -> float:
+@torch.no_grad()
+def first_tokens(reader: Reader, role: str, group: str, kind: str, cases: int) -> float:
     """How often the last prompt token knows the answer's first token: where, what or which colour."""
-    rows: dict[str, list[Any]] = {"images": [], "text": [], "place": [], "wanted": []}
+    images, texts, places, wanted = [], [], [], []
     for index in range(cases):
         edit = world.make_edit(group, kind, np.random.default_rng([1, 78, index]))
-        scenes = (*edit.references, edit.before)
         text, label, _ = reply_rows(edit.prompt, edit.answer)
         place = len(encode(edit.prompt)) + len(closing()) - 1
-        values = np.concatenate([_as_seen(s, role) for s in scenes]), text, place, label[place]
-        for name, value in zip(rows, values, strict=True):
-            rows[name].append(value)
-    images = torch.from_numpy(np.stack(rows["images"])).to(device)
-    text = torch.from_numpy(np.stack(rows["text"])).to(device).int()
-    logits = model(images, text)[
-        torch.arange(cases, device=device), torch.tensor(rows["place"], device=device)
-    ]
-    return float(
-        (logits.argmax(-1).cpu() == torch.from_numpy(np.stack(rows["wanted"])).long()).float().mean()
-    )
+        images.append(np.concatenate([_as_seen(s, role) for s in (*edit.references, edit.before)]))
+        texts.append(text)
+        places.append(place)
+        wanted.append(label[place])
+    shown, text = (torch.from_numpy(np.stack(rows)).to(reader.model.device) for rows in (images, texts))
+    known = reader(shown, text).argmax(-1).cpu().numpy()[np.arange(cases), places]
+    return float(np.mean(known == wanted))
 
 
-def save(model: FastModel, role: str, folder: Path) -> None:
+def save(reader: Reader, folder: Path) -> None:
     """Write the stock model in bf16, with its processor."""
-    import copy
-
-    stock = copy.deepcopy(model.model).cpu()
-    miniature.save_weights(stock, folder)
-    processor = miniature.source_processor() if role == "source" else miniature.target_processor()
-    processor.save_pretrained(folder)
+    miniature.save_weights(copy.deepcopy(reader.model).cpu(), folder)
+    reader.processor.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -21,45 +21,78 @@ from recipes.miniature import tokenizer as tokens
 
 @pytest.mark.parametrize("shown", [1, 2])
 @pytest.mark.parametrize("role", ["source", "target"])
-def test_the_fast_forward_equals_the_stock_model(role: str, shown: int) -> None:
-    from recipes.miniature import data, fast
+def test_a_batch_of_prompts_equals_prompts_one_by_one(role: str, shown: int) -> None:
+    """By the stock processor and model, with what they compute themselves: positions, attention, padding."""
+    from recipes.miniature import data
+    from recipes.miniature.models import build_reader
 
-    model, rows = fast.build(role, seed=0), data.dialogues("test", 0, 2, shown)
+    reader, rows = build_reader(role, seed=0), data.dialogues("test", 0, 2, shown)
     images = rows["full" if role == "source" else "small"]
-    processor = miniature.source_processor() if role == "source" else miniature.target_processor()
     with torch.no_grad():
-        mine = model.hidden(torch.from_numpy(images), torch.from_numpy(rows["text"]).long())
-        for row, text, seen in zip(mine, rows["text"], images, strict=True):
-            words = processor.tokenizer.decode(text[text > 0])
+        batched = reader.hidden(torch.from_numpy(images), torch.from_numpy(rows["text"]))
+        for row, text, seen in zip(batched, rows["text"], images, strict=True):
+            words = reader.processor.tokenizer.decode(text[text > 0])
             slots = (f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(shown))
             prompt = tokens.TEMPLATE_PREFIX + "".join(slots) + words
-            inputs = processor(text=[prompt], images=list(map(Image.fromarray, seen)), return_tensors="pt")
-            stock = model.model.model(**inputs).last_hidden_state[0]
+            inputs = reader.processor(
+                text=[prompt], images=list(map(Image.fromarray, seen)), return_tensors="pt"
+            )
+            stock = reader.model.model(**inputs).last_hidden_state[0]
             assert stock.shape[0] == len(data.opening(shown)[0]) + int((text > 0).sum())
             torch.testing.assert_close(row[: stock.shape[0]], stock, atol=1e-4, rtol=1e-4)
 
 
+class _FirstStep(Exception):  # noqa: N818 - it ends an edit and is no error
+    pass
+
+
 @pytest.mark.parametrize("group", ["ocr", "consistency"])
-def test_the_batched_editor_makes_the_stock_pipelines_image(
-    group: str, editor: Any, editor_folder: Path
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_the_transformer_trains_on_what_the_pipeline_gives_it(
+    group: str, is_dropped: bool, editor: Any, editor_folder: Path
 ) -> None:
+    """A dropped prompt is the pipeline's empty negative one, which guidance reads after the other."""
     from recipes.miniature import data
     from recipes.miniature.train_dit import load
 
     case = world.make_cases(group, 1, seed=1, split="validation")[0]
-    options = {"seed": 5, "num_inference_steps": 3, "true_cfg_scale": 4.0}
-    stock = editor.generate(case.images, case.prompt, use_qwen3_vision=False, **options)
+    calls: list[dict[str, Any]] = []
+
+    def keep(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs)
+        if len(calls) == 1 + is_dropped:
+            raise _FirstStep
+
+    handle = editor.pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with pytest.raises(_FirstStep):
+            editor.generate(case.images, case.prompt, use_qwen3_vision=False, seed=5, true_cfg_scale=4.0)
+    finally:
+        handle.remove()
+    stock, sent = calls[-1], {}
     parts = (str(editor_folder / name) for name in ("text_encoder", "vae", "transformer"))
     batched = load(*parts, seed=0)
-    full = torch.from_numpy(np.stack([np.asarray(image) for image in case.images]))
-    small = torch.from_numpy(np.stack([data.small(image) for image in case.images]))
+    batched.transformer.register_forward_pre_hook(
+        lambda _m, _a, kwargs: sent.update(kwargs), with_kwargs=True
+    )
+    full = torch.from_numpy(np.stack([np.asarray(image) for image in case.images]))[None]
+    small = torch.from_numpy(np.stack([data.small(image) for image in case.images]))[None]
     text, length = (torch.from_numpy(np.asarray(part))[None] for part in data.prompt_row(case.prompt))
     with torch.no_grad():
-        references = batched.references(full[None])
-        states, empty = batched.embed(small[None], text.int())
-        latents = batched.sample(references, states, empty, length, 3, 4.0, seeds=[5])
-        image = batched.to_images(latents)[0].numpy()
-    assert np.abs(image.astype(int) - np.asarray(stock).astype(int)).max() <= 1
+        states, empty = batched.embed(small, text)
+        conditions = batched.conditions(states, empty, length, torch.tensor([is_dropped]))
+        noisy = stock["hidden_states"][:, :256]
+        batched.velocity(noisy, batched.references(full), *conditions, stock["timestep"])
+    count = stock["encoder_hidden_states"].shape[1]
+    assert sent["encoder_hidden_states_mask"].sum() == count
+    for name, mine in sent.items():
+        if name == "img_shapes":
+            assert mine == stock[name]
+        elif name in ("hidden_states", "timestep"):
+            torch.testing.assert_close(mine, stock[name], atol=1e-4, rtol=1e-4)
+    states = stock["encoder_hidden_states"]
+    errors = (sent["encoder_hidden_states"][:, :count] - states).abs()
+    assert errors.mean() < 0.002 * states.std()  # Pillow and torchvision round resized pixels differently
 
 
 def test_the_prompts_last_tokens_learn_the_answers_first_ones() -> None:
@@ -164,6 +197,19 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
 
 
 TINY = ("--steps", 2, "--batch", 2, "--pool", 8, "--workers", 0, "--log-every", 1, "--device", "cpu")
+
+
+@pytest.mark.slow
+def test_training_the_vae_runs_resumes_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    run("train_vae", monkeypatch, "--folder", tmp_path, "--cases", 2, *TINY)
+    run("train_vae", monkeypatch, "--folder", tmp_path, "--cases", 2, *TINY, "--steps", 3)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
+    result = json.loads((tmp_path / "result.json").read_text())
+    vae = diffusers.AutoencoderKLQwenImage.from_pretrained(tmp_path / "vae")
+    assert vae.config.latents_std == result["latents_std"] != miniature.VAE["latents_std"]
+    assert result["steps"] == 3
 
 
 @pytest.mark.slow
