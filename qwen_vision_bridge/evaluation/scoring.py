@@ -51,7 +51,7 @@ def measure(case: Case, image: Image.Image) -> dict[str, float]:
 
 def score_reply(question: Question, reply: str) -> dict[str, float]:
     """Every metric of a reply to a question of its kind."""
-    return measured(Reply(question, reply), frozenset({"question", question.kind}))
+    return measured(Reply(reply, question.answer), frozenset({"question", question.kind}))
 
 
 class Scorer:
