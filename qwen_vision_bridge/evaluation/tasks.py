@@ -6,6 +6,7 @@ ever taken for another's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,11 +103,9 @@ def check_ids(cases: Sequence[Case]) -> None:
     """
     if not cases:
         raise ValueError("there are no cases to evaluate: give at least one")
-    seen: set[str] = set()
-    for case in cases:
-        if case.case_id in seen:
-            raise ValueError(f"two cases have the id {case.case_id!r}: every case needs its own")
-        seen.add(case.case_id)
+    (name, count), *_ = Counter(case.case_id for case in cases).most_common(1)
+    if count > 1:
+        raise ValueError(f"two cases have the id {name!r}: every case needs its own")
 
 
 def plan(run: Run, edits: bool, perception: bool) -> tuple[list[Task], list[str]]:
@@ -124,12 +123,6 @@ def plan(run: Run, edits: bool, perception: bool) -> tuple[list[Task], list[str]
     if not unpaired:
         return tasks, []
     return tasks, [f"shuffled: {unpaired} cases have no other on the same grid to take features from"]
-
-
-def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The records with an error, in words."""
-    failed = [record for record in records if record["error"]]
-    return [f"{record['case_id']}, {record['arm']}: {record['error']}" for record in failed]
 
 
 def content_key(run: Run, case: Case, arm: Arm, batched: bool) -> str:

@@ -109,11 +109,6 @@ class Metric:
     is_share: bool = False
     """Whether it lies in 0 to 1, so that points make sense."""
 
-    @property
-    def title(self) -> str:
-        """The name as a heading."""
-        return self.name.replace("_", " ")
-
 
 def is_readable(case: Case) -> bool:
     """Whether the reader knows all letters that the case's words are drawn from."""

@@ -14,19 +14,8 @@ from ..metrics.registry import HEADLINES, METRICS
 from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
 
 LABELS = (
-    "level",
-    "case_id",
-    "group",
-    "kind",
-    "difficulty",
-    "arm",
-    "prompt",
-    "seed",
-    "seconds",
-    "image",
-    "reply",
-    "answer",
-    "error",
+    *("level", "case_id", "group", "kind", "difficulty", "arm", "prompt"),
+    *("seed", "seconds", "image", "reply", "answer", "error"),
 )
 TITLES = {
     "ocr": "OCR capability",
