@@ -14,7 +14,7 @@ the same grid: the update is what the target would see with better vision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -110,18 +110,11 @@ def token_stream(pack: Pack, trainable: TrainableBridge) -> Iterator[Tokens]:
             yield Tokens(levels, baseline.flatten(0, 1).cpu(), highres)
 
 
-@dataclass(frozen=True)
-class Basis:
+class Basis(NamedTuple):
     """Orthonormal directions of channels that are scaled to an RMS of 1."""
 
-    scale: Tensor
-    """(D,): RMS of each channel."""
-    directions: Tensor
-    """(D, K)."""
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Project (n, D) to (n, K)."""
-        return (features / self.scale) @ self.directions
+    scale: Tensor  # (D,), RMS of each channel
+    directions: Tensor  # (D, K)
 
 
 def basis_chunks(config: BridgeConfig, stream: Iterable[Tokens]) -> list[Tokens]:
@@ -197,9 +190,7 @@ class Moments:
             projected = rows @ basis.directions
             self._measure_basis(number, projected, rows)
             return projected
-        rows = level.float()
-        rms = (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        return (rows @ (basis.directions / basis.scale[:, None])) / rms
+        return (level.float() @ (basis.directions / basis.scale[:, None])) / _norm_of(level)
 
     def _measure_basis(self, number: int, projected: Tensor, rows: Tensor) -> None:
         self.basis_energy[number, 0] += projected.square().sum().double()
@@ -227,14 +218,10 @@ def fit(
         (down (size, rank), up (rank, K)) of each block; outputs are the sum of x_l @ down @ up.
     """
     moments = _with_ridge(moments, ridge)
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    blocks = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    blocks = [slice(sum(sizes[:number]), sum(sizes[: number + 1])) for number in range(len(sizes))]
     factors = [torch.linalg.cholesky(moments[block, block]) for block in blocks]
     solution = torch.linalg.solve(moments, cross)
-    pairs = [
-        _reduced(factor, factor.T @ solution[block], rank)
-        for factor, block in zip(factors, blocks, strict=True)
-    ]
+    pairs = [_reduced(c, c.T @ solution[block], rank) for c, block in zip(factors, blocks, strict=True)]
     for _ in range(SWEEPS):
         for number, (block, factor) in enumerate(zip(blocks, factors, strict=True)):
             residual = cross[block].clone()
@@ -248,8 +235,11 @@ def fit(
 
 def normalised(level: Tensor) -> Tensor:
     """A level after the bridge's norm, (n, D) in float32."""
-    rows = level.float()
-    return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return level.float() / _norm_of(level)
+
+
+def _norm_of(level: Tensor) -> Tensor:
+    return (level.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def _search(
@@ -271,11 +261,10 @@ def _search(
         return held_out(lambda inputs, outputs: torch.linalg.solve(_with_ridge(inputs, ridge), outputs))
 
     def explained(rank: int) -> float:
-        return held_out(
-            lambda inputs, outputs: torch.cat(
-                [down @ up for down, up in fit(inputs, outputs, moments.sizes, rank, ridge)]
-            )
-        )
+        def solve(inputs: Tensor, outputs: Tensor) -> Tensor:
+            return torch.cat([down @ up for down, up in fit(inputs, outputs, moments.sizes, rank, ridge)])
+
+        return held_out(solve)
 
     ridge = max(ridges, key=explained_at_full_rank)
     by_rank = {rank: explained(rank) for rank in ranks}

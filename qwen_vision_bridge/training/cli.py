@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
@@ -23,7 +24,17 @@ COPIED = (  # flags that are fields of `RunConfig` as they are
 
 def parse(arguments: Sequence[str], description: str | None) -> argparse.Namespace:
     """Parse the flags; `--train-batch-size` is `--train_batch_size`."""
-    return _parser(description).parse_args([_underscored(word) for word in arguments])
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _add_run(parser.add_argument_group("run"))
+    _add_bridge(parser.add_argument_group("bridge"))
+    _add_data(parser.add_argument_group("data"))
+    _add_settings(parser.add_argument_group("training"))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(
+        [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in arguments]
+    )
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
@@ -71,25 +82,6 @@ def run_config_of(arguments: argparse.Namespace) -> RunConfig:
         lora_baseline=arguments.lora_baseline == "lora",
         **{name: getattr(arguments, name) for name in COPIED},
     )
-
-
-def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, sign, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + sign + value
-
-
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    _add_run(parser.add_argument_group("run"))
-    _add_bridge(parser.add_argument_group("bridge"))
-    _add_data(parser.add_argument_group("data"))
-    _add_settings(parser.add_argument_group("training"))
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:

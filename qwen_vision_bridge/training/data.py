@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
+from torch.utils import data as utils_data
 
 from ..case import Scene
 from ..images import load_images
@@ -32,6 +33,11 @@ MAX_FAULTS = 20  # that a message lists
 # A model that knows the world is asked what an instruction means; other questions have these shares.
 INSTRUCTION_SHARE = 0.3
 QUESTION_SHARES = {"read": 0.45, "locate": 0.2, "count": 0.05, "describe": 0.3}
+ASK = {
+    "read": questions.read_question,
+    "count": questions.count_question,
+    "describe": questions.describe_question,
+}
 EXPLAINABLE = ("read", "locate", "count")  # questions for models that were not trained on the world
 ONE_IMAGE = tuple((group, kind) for group in ("ocr", "space", "detail") for kind in world.KINDS[group])
 
@@ -173,22 +179,13 @@ class DatasetSamples(_UserSamples):
         self.digest = digest_of(["dataset", name, split, kind, self.rows._fingerprint])
 
 
-class Subset:
+class Subset(utils_data.Subset):
     """Some of the samples of a list, by index."""
-
-    def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
-        self.samples, self.indices = samples, list(indices)
 
     @property
     def digest(self) -> str:
         """Digest of the whole list and the indices."""
-        return digest_of([self.samples.digest, self.indices])
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[self.indices[index]]
+        return digest_of([self.dataset.digest, self.indices])
 
 
 def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
@@ -204,11 +201,8 @@ def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
             WorldSamples(kind, "train", count, knows_world, size),
             WorldSamples(kind, "validation", run.validation_samples, knows_world, size),
         )
-    samples: Samples = (
-        FolderSamples(run.train_data_dir, kind)
-        if run.train_data_dir is not None
-        else DatasetSamples(str(run.dataset_name), kind)
-    )
+    folder, name = run.train_data_dir, str(run.dataset_name)
+    samples: Samples = DatasetSamples(name, kind) if folder is None else FolderSamples(folder, kind)
     train, validation = split_samples(samples, run.validation_samples)
     return Split(Subset(samples, train.indices[: run.max_train_samples]), validation)
 
@@ -233,15 +227,11 @@ def _question(scene: Scene, rng: np.random.Generator, knows_world: bool) -> tupl
         kinds.remove("read")
     shares = np.array([QUESTION_SHARES[kind] for kind in kinds])
     kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
-    if kind == "read":
-        asked = questions.read_question(scene)
-    elif kind == "locate":
+    if kind == "locate":
         asked = questions.locate_question(scene, rng)
         kind = "locate" if asked[0].startswith("Where") else "count"
-    elif kind == "count":
-        asked = questions.count_question(scene)
     else:
-        asked = questions.describe_question(scene)
+        asked = ASK[kind](scene)
     return asked if knows_world else (f"{asked[0]} {questions.REPLY_FORMS[kind]}", asked[1])
 
 

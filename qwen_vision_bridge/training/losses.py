@@ -84,14 +84,14 @@ class Batch:
 
     def _velocity_error(self, features: Tensor, part: slice) -> Tensor:
         language_model, samples = self.train_data.language_model, self.samples[part]
-        ids, lengths = self._prompts(part)
-        states = language_model.hidden_states(
-            features,
-            ids.to(language_model.device),
-            self.pack.grid_of(samples),
-            edit=True,
-            first=TEMPLATE_PREFIX_TOKENS,
-        )
+        # Some instructions are replaced by the empty prompt.
+        texts, empty, dropped = self.texts.select(part), self.train_data.empty_prompt, self.dropped[part]
+        empty_ids = torch.zeros_like(texts.ids[0])
+        empty_ids[: int(empty.prompt_lengths[0])] = empty.ids[0]
+        ids = torch.where(dropped[:, None], empty_ids, texts.ids).to(language_model.device)
+        lengths = torch.where(dropped, empty.prompt_lengths[0], texts.prompt_lengths)
+        grid = self.pack.grid_of(samples)
+        states = language_model.hidden_states(features, ids, grid, edit=True, first=TEMPLATE_PREFIX_TOKENS)
         before_text = states.shape[1] - ids.shape[1]
         mask = torch.arange(states.shape[1])[None] < before_text + lengths[:, None]
         assert self.train_data.flow is not None  # edits are trained through it
@@ -104,11 +104,3 @@ class Batch:
             self.noise[part].to(states.device),
             self.time_noise[part].to(states.device),
         ).sum()
-
-    def _prompts(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Token ids and lengths of instructions, some of them replaced by the empty prompt."""
-        texts, empty, dropped = self.texts.select(part), self.train_data.empty_prompt, self.dropped[part]
-        empty_ids = torch.zeros_like(texts.ids[0])
-        empty_ids[: int(empty.prompt_lengths[0])] = empty.ids[0]
-        ids = torch.where(dropped[:, None], empty_ids, texts.ids)
-        return ids, torch.where(dropped, empty.prompt_lengths[0], texts.prompt_lengths)

@@ -107,27 +107,24 @@ def pair_records(
     for case in sorted((case for case in cases if case.dataset), key=lambda case: case.case_id):
         by_prompt.setdefault((case.group, case.prompt), []).append(case)
     agreements = []
-    for (_, prompt), alike in by_prompt.items():
-        for first, second in itertools.pairwise(alike):
-            for arm in dict.fromkeys(record["arm"] for record in records):
-                pair = (edits.get((case.case_id, arm)) for case in (first, second))
-                both = [record for record in pair if record is not None]
-                if len(both) < 2:
-                    continue
-                after = [Image.open(folder / record["image"]) for record in both]
-                agreed = edit_agreement(first.image, after[0], second.image, after[1])
-                values = {} if agreed is None else agreed._asdict()
-                agreements.append(
-                    {
-                        **both[0],
-                        "key": f"{both[0]['key']}+{both[1]['key']}",
-                        "level": "agreement",
-                        "case_id": f"{first.case_id}+{second.case_id}",
-                        "prompt": prompt,
-                        "seconds": 0.0,
-                        "metrics": {f"pair_{name}": round(value, 6) for name, value in values.items()},
-                    }
-                )
+    pairs = [pair for alike in by_prompt.values() for pair in itertools.pairwise(alike)]
+    arms = dict.fromkeys(record["arm"] for record in records)
+    for (first, second), arm in itertools.product(pairs, arms):
+        both = [edits[key] for case in (first, second) if (key := (case.case_id, arm)) in edits]
+        if len(both) < 2:
+            continue
+        after = [Image.open(folder / record["image"]) for record in both]
+        agreed = edit_agreement(first.image, after[0], second.image, after[1])
+        values = {} if agreed is None else agreed._asdict()
+        changes = {
+            "key": f"{both[0]['key']}+{both[1]['key']}",
+            "level": "agreement",
+            "case_id": f"{first.case_id}+{second.case_id}",
+            "prompt": first.prompt,
+            "seconds": 0.0,
+            "metrics": {f"pair_{name}": round(value, 6) for name, value in values.items()},
+        }
+        agreements.append({**both[0], **changes})
     return agreements
 
 

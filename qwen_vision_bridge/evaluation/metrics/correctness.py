@@ -72,8 +72,8 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
     if case.kind in WRITTEN:
         read = read_text(image) if reading is None else reading
         right = bool(exact_text(letters_of(read), case.expected_text or ""))
-        reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
-        reason = reason or _damaged(edit, target, image)
+        misread = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
+        reason = misread or _damaged(edit, target, image)
         return Verdict(not reason, reason, "words", right)
     if case.kind in BACKGROUND:
         reason = _wrong_background(edit, target, image) or _damaged(edit, target, image)
@@ -84,11 +84,9 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
 
 def is_move(edit: Edit) -> bool:
     """Whether an edit moves shapes and does nothing else to them."""
-    before, after = edit.before.objects, edit.after.objects
-    first, second = (
-        Counter((o.kind, o.colour, o.radius, o.mark) for o in objects) for objects in (before, after)
-    )
-    return first == second and set(before) != set(after)
+    both = edit.before.objects, edit.after.objects
+    looks = [Counter((o.kind, o.colour, o.radius, o.mark) for o in objects) for objects in both]
+    return looks[0] == looks[1] and set(both[0]) != set(both[1])
 
 
 # Each of the following says what is wrong, "" where nothing is.
@@ -107,22 +105,14 @@ def _misplaced(edit: Edit, target: Image.Image, image: Image.Image) -> str:
 
 def _surplus(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     """A shape too many of a colour that the scene has."""
-    by_colour: dict[str, list[SceneObject]] = {}
-    for item in edit.after.objects:
-        by_colour.setdefault(item.colour, []).append(item)
-    least = {
-        colour: SCRAP * min(float(_flat(target, item).sum()) for item in items)
-        for colour, items in by_colour.items()
-    }
-    for patch in find_objects(image, min_area=min(least.values())):
-        if patch.area < least.get(patch.colour, np.inf):
-            continue
+    areas = [(item, SCRAP * float(_flat(target, item).sum())) for item in edit.after.objects]
+    for patch in find_objects(image, min_area=min(area for _, area in areas)):
+        alike = [(item, area) for item, area in areas if item.colour == patch.colour]
+        is_shape = patch.area >= min((area for _, area in alike), default=np.inf)
         # A wide letter cuts a square in two, so halves at a shape's own place are no second shape.
-        apart = (
-            np.hypot(*np.subtract(patch.centroid, item.centre)) > item.radius
-            for item in by_colour[patch.colour]
-        )
-        if all(apart):
+        if is_shape and all(
+            np.hypot(*np.subtract(patch.centroid, item.centre)) > item.radius for item, _ in alike
+        ):
             return f"there is a {patch.colour} shape too many"
     return ""
 

@@ -8,8 +8,6 @@ beneath is torchvision's, from the folder that torch.hub keeps.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,25 +53,12 @@ def lpips(a: ImageOrArray, b: ImageOrArray, net: str = "alex", mask: np.ndarray 
 
 @lru_cache(maxsize=2)
 def _network(net: str) -> Any:
+    from accelerate.utils import patch_environment
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-    with _tensors_only():
+    # Torch takes nothing but tensors out of a file, whatever the library between asks for.
+    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
         return _NoTrainLpips(net=net)
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Let torch take nothing but tensors out of a file, whatever the library between asks for."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _checkpoints() -> Path:
