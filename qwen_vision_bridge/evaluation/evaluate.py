@@ -168,14 +168,12 @@ def _sizes(tasks: Sequence[Task]) -> list[tuple[int, int]]:
 def _chunks(by_case: Sequence[list[Task]], batch: int) -> Iterator[list[Task]]:
     """Tasks of whole cases: as many cases of equal sizes at a time as have their edits in one batch."""
     chunk: list[Task] = []
-    edits = 0
     for tasks in sorted(by_case, key=_sizes) if batch > 1 else by_case:
-        own = sum(task.question is None for task in tasks)
-        if chunk and (edits + own > batch or _sizes(tasks) != _sizes(chunk)):
+        edits = sum(task.question is None for task in [*chunk, *tasks])
+        if chunk and (edits > batch or _sizes(tasks) != _sizes(chunk)):
             yield chunk
-            chunk, edits = [], 0
+            chunk = []
         chunk = chunk + tasks
-        edits += own
     if chunk:
         yield chunk
 

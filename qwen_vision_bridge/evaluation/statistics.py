@@ -103,12 +103,12 @@ def paired_test(differences: np.ndarray) -> tuple[float, str]:
 
     changed = differences[differences != 0]
     binary = bool(np.isin(differences, (-1.0, 0.0, 1.0)).all())
-    name = "sign" if binary else "wilcoxon"
-    if len(changed) == 0:
-        return 1.0, name
-    if binary:
-        return float(binomtest(int((changed > 0).sum()), len(changed)).pvalue), name
-    return float(wilcoxon(np.sort(changed)).pvalue), name
+    p_value = 1.0
+    if len(changed):
+        wins = int((changed > 0).sum())
+        test = binomtest(wins, len(changed)) if binary else wilcoxon(np.sort(changed))
+        p_value = float(test.pvalue)
+    return p_value, "sign" if binary else "wilcoxon"
 
 
 def resolvable(differences: np.ndarray, share: bool = False) -> float:
@@ -186,7 +186,7 @@ def _rows(
 ) -> list[Difference]:
     rows = []
     for name, metric in metrics.items():
-        values = [(first["metrics"].get(name), second["metrics"].get(name)) for first, second in pairs]
+        values = [[record["metrics"].get(name) for record in pair] for pair in pairs]
         both = np.array([pair for pair in values if None not in pair], dtype=float)  # (n, 2)
         if not len(both):
             continue

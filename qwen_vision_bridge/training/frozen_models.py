@@ -35,11 +35,8 @@ class FrozenModels:
     @cached_property
     def pipe(self) -> QwenImageEditPlusPipeline:
         """The stock edit pipeline, needed for edits only."""
-        run = self.run
-        pipeline = EnhancedQwenImageEdit(
-            run.family, "fresh", run.load_in_8bit, device=self.device, dtype=self.dtype
-        )
-        return pipeline.pipe
+        family, place = self.run.family, {"device": self.device, "dtype": self.dtype}
+        return EnhancedQwenImageEdit(family, "fresh", self.run.load_in_8bit, **place).pipe
 
     @cached_property
     def target(self) -> PreTrainedModel:
@@ -53,9 +50,8 @@ class FrozenModels:
         """The target's language model, which reads the features."""
         spec, run = self.run.family.target, self.run
         processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
-        return FrozenLanguageModel(
-            self.target, processor, run.family, run.gradient_checkpointing, run.lora_baseline
-        )
+        options = run.gradient_checkpointing, run.lora_baseline
+        return FrozenLanguageModel(self.target, processor, run.family, *options)
 
     @cached_property
     def flow(self) -> FlowMatching:

@@ -29,8 +29,7 @@ class Need(NamedTuple):
     """One thing that a run loads or writes."""
 
     name: str
-    place: str
-    """`device` or `disk`."""
+    place: str  # `device` or `disk`
     gb: float
 
 

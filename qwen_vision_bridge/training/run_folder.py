@@ -53,7 +53,8 @@ class TrainingRun:
         if not os.path.lexists(path):
             return None
         data = read_json(path)
-        if data.get("format") != FORMAT or not all(map(_is_inside, data["files"])):
+        paths = [PurePosixPath(name) for name in data["files"]]
+        if data.get("format") != FORMAT or any(path.is_absolute() or ".." in path.parts for path in paths):
             raise ValueError(
                 f"{path} is of another program or version (format {data.get('format')!r}, needed is "
                 f"{FORMAT!r}): give another --output_dir"
@@ -257,8 +258,3 @@ def _check_fingerprint(path: Path, saved: Mapping[str, Any], current: Mapping[st
             f"{path} is of another run ({difference}): give the same flags, or start a new run in another "
             "--output_dir"
         )
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,22 +35,16 @@ def evaluation_figures(
         expected: gains that were expected, beside the measured ones.
         records: of the whole run.
     """
-    figures = {}
-    if rows:
-        figures["differences.png"] = (
-            "Paired differences with their 95 % intervals, by group and arm",
-            difference_figure(rows),
-        )
-        figures["wins.png"] = ("Cases won, tied and lost against the baseline", wins_figure(rows))
-    spread = case_differences(records)
-    if spread:
-        figures["cases.png"] = ("Differences case by case, with mean and 95 % interval", cases_figure(spread))
-    if expected:
-        figures["expectations.png"] = (
-            "Measured gains with their intervals, and what was expected (shaded)",
-            expectations_figure(expected),
-        )
-    return figures
+    differences = "Paired differences with their 95 % intervals, by group and arm"
+    by_case = "Differences case by case, with mean and 95 % interval"
+    expectations = "Measured gains with their intervals, and what was expected (shaded)"
+    table: dict[str, tuple[str, Callable[[Any], Image.Image], Any]] = {
+        "differences.png": (differences, difference_figure, rows),
+        "wins.png": ("Cases won, tied and lost against the baseline", wins_figure, rows),
+        "cases.png": (by_case, cases_figure, case_differences(records)),
+        "expectations.png": (expectations, expectations_figure, expected),
+    }
+    return {name: (words, draw(data)) for name, (words, draw, data) in table.items() if data}
 
 
 def difference_figure(rows: Sequence[Difference]) -> Image.Image:
@@ -84,10 +78,9 @@ def wins_figure(rows: Sequence[Difference]) -> Image.Image:
             share = count / row.n
             axis.barh(place, share, 0.75, left, color=colour)
             if share > 0.06:
-                dark = "black" if colour == NEUTRAL else "white"
-                axis.text(
-                    left + share / 2, place, str(count), ha="center", va="center", fontsize=7, color=dark
-                )
+                style: Any = {"ha": "center", "va": "center", "fontsize": 7}
+                ink = "black" if colour == NEUTRAL else "white"
+                axis.text(left + share / 2, place, str(count), color=ink, **style)
             left += share
     axis.set_xlim(0, 1)
     axis.set_xlabel("share of cases: green won, grey tied, red lost", fontsize=9)
