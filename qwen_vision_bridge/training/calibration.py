@@ -64,7 +64,6 @@ def calibrate(
     config: BridgeConfig,
     stream: Callable[[], Iterable[Tokens]],
     ranks: Sequence[int] | None = None,
-    ridges: Sequence[float] = RIDGES,
     components: int = COMPONENTS,
 ) -> Calibration:
     """Fit a bridge to the high-resolution features of a token stream, or to the target's where it has none.
@@ -90,7 +89,7 @@ def calibrate(
     blends: tuple[Blend, ...] = ("add", "replace") if moments.has_highres else ("replace",)
     ranks = ranks or sorted({max(config.rank // part, config.heads) for part in (4, 2, 1)})
     ranks = [rank for rank in ranks if rank % config.heads == 0]
-    fits = {blend: _search(replace(config, blend=blend), moments, ranks, ridges) for blend in blends}
+    fits = {blend: _search(replace(config, blend=blend), moments, ranks) for blend in blends}
 
     def error(blend: Blend) -> float:  # in the same unit for both blends
         return (1 - fits[blend].explained) * float(moments.regression_target(blend)[1].sum())
@@ -242,9 +241,7 @@ def _norm_of(level: Tensor) -> Tensor:
     return (level.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def _search(
-    config: BridgeConfig, moments: Moments, ranks: Sequence[int], ridges: Sequence[float]
-) -> Calibration:
+def _search(config: BridgeConfig, moments: Moments, ranks: Sequence[int]) -> Calibration:
     """Choose the ridge by cross-validation at full rank, then the rank at that ridge."""
     cross, energy = moments.regression_target(config.blend)
 
@@ -266,7 +263,7 @@ def _search(
 
         return held_out(solve)
 
-    ridge = max(ridges, key=explained_at_full_rank)
+    ridge = max(RIDGES, key=explained_at_full_rank)
     by_rank = {rank: explained(rank) for rank in ranks}
     rank = max(by_rank, key=by_rank.__getitem__)
     pairs = fit(moments.levels.sum(0), cross.sum(0), moments.sizes, rank, ridge)

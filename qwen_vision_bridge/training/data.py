@@ -160,7 +160,7 @@ class DatasetSamples(_UserSamples):
         ValueError: the `datasets` package is not installed, or a column is missing.
     """
 
-    def __init__(self, name: str, kind: Kind, split: str = "train") -> None:
+    def __init__(self, name: str, kind: Kind) -> None:
         try:
             import datasets
         except ImportError as error:
@@ -169,14 +169,14 @@ class DatasetSamples(_UserSamples):
                 "datasets python train_bridge.py …`, or give a folder with --train_data_dir"
             ) from error
         self.kind: Kind = kind
-        self.rows: Any = datasets.load_dataset(name, split=split)
+        self.rows: Any = datasets.load_dataset(name, split="train")
         columns, needed = self.rows.column_names, {"image", *COLUMNS[kind]}
         if missing := sorted(needed - set(columns)):
             raise ValueError(
                 f"the dataset {name} has no column {missing[0]!r}, only {', '.join(columns)}; "
                 f"for --method {kind} it needs {', '.join(sorted(needed))}"
             )
-        self.digest = digest_of(["dataset", name, split, kind, self.rows._fingerprint])
+        self.digest = digest_of(["dataset", name, "train", kind, self.rows._fingerprint])
 
 
 class Subset(utils_data.Subset):
@@ -207,15 +207,15 @@ def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
     return Split(Subset(samples, train.indices[: run.max_train_samples]), validation)
 
 
-def split_samples(samples: Samples, max_held_out: int, share: float = 0.1) -> Split[Subset]:
-    """Split off evenly spread samples to validate on, at most `max_held_out` and `share` of all.
+def split_samples(samples: Samples, max_held_out: int) -> Split[Subset]:
+    """Split off evenly spread samples to validate on, at most `max_held_out` and a tenth of all.
 
     Raises:
         ValueError: a single sample, which cannot be split.
     """
     if len(samples) < 2:
         raise ValueError(f"training needs at least two samples, one to validate on; got {len(samples)}")
-    count = max(1, min(max_held_out, int(share * len(samples))))
+    count = max(1, min(max_held_out, int(0.1 * len(samples))))
     held_out = {round(number * (len(samples) - 1) / count) for number in range(count)}
     rest = sorted(set(range(len(samples))) - held_out)
     return Split(Subset(samples, rest), Subset(samples, sorted(held_out)))

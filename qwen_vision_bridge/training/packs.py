@@ -64,15 +64,15 @@ class Pack:
     """The features of training samples, memory-mapped or on a GPU.
 
     Args:
-        device: where batches go. On CUDA all features go there at once if they take less than `share` of
-            its free memory.
+        device: where batches go. On CUDA all features go there at once if they take less than 60 % of its
+            free memory.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu", share: float = 0.6) -> None:
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._shards = FeatureStore(folder).shards()
         size = sum(rows.nbytes for shard in self._shards for rows in shard.tensors.values())
-        keep = self.device.type == "cuda" and size < share * usable_gpu_bytes(self.device)[0]
+        keep = self.device.type == "cuda" and size < 0.6 * usable_gpu_bytes(self.device)[0]
         self._index(self.device if keep else torch.device("cpu"))
 
     def __len__(self) -> int:

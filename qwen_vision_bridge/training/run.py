@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +20,18 @@ from ..features import FORMAT
 from ..io import digest_of, provenance, write_json
 from ..loading.editors import editor_revision
 from ..loading.memory import device_name
+from ..loading.towers import load_processor, load_whole
 from ..pipeline import EnhancedQwenImageEdit
 from ..specs import Family, cache_home
 from .calibration import Calibration, calibrate, token_stream
 from .checkpointing import save_result
 from .config import Kind, RunConfig, TrainingSettings
 from .data import Samples, Split, load_samples
-from .frozen_models import FrozenModels
+from .features import FeatureEncoder
+from .flow_matching import FlowMatching
+from .frozen_lm import FrozenLanguageModel
 from .losses import TrainData
-from .packs import Pack, build_pack
+from .packs import Encode, Pack, build_pack
 from .run_folder import SUMMARY, TrainingRun, check_output_dir, open_run
 from .trainable import LoraBaseline, Trainable, TrainableBridge
 from .trainer import Trainer
@@ -36,6 +39,8 @@ from .validation import choose_gate, validate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers import QwenImageEditPlusPipeline
+    from transformers import PreTrainedModel
 
 SAMPLE_EDITS = 2  # held-out edits that are saved as images in a validation
 
@@ -88,6 +93,54 @@ def pack_name(encoder_key: str, kind: Kind, family: Family, samples: Samples) ->
     editor = editor_revision(family.editor) if kind == "edit" else ""
     key = digest_of([encoder_key, kind, editor])
     return key, digest_of([FORMAT, key, samples.digest, len(samples)])
+
+
+class FrozenModels:
+    """The frozen models of a run, each loaded when it is first needed."""
+
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    @cached_property
+    def encoder(self) -> FeatureEncoder:
+        """Both vision towers."""
+        return FeatureEncoder(self.run.family, self.device, self.dtype, self.run.highres_target)
+
+    @cached_property
+    def pipe(self) -> QwenImageEditPlusPipeline:
+        """The stock edit pipeline, needed for edits only."""
+        family, place = self.run.family, {"device": self.device, "dtype": self.dtype}
+        return EnhancedQwenImageEdit(family, "fresh", self.run.load_in_8bit, **place).pipe
+
+    @cached_property
+    def target(self) -> PreTrainedModel:
+        """The target with its language model; the pipeline's own where edits are trained too."""
+        if "edit" in self.run.kinds:
+            return self.pipe.text_encoder
+        return load_whole(self.run.family.target, self.device, self.dtype, self.run.load_in_8bit)
+
+    @cached_property
+    def language_model(self) -> FrozenLanguageModel:
+        """The target's language model, which reads the features."""
+        spec, run = self.run.family.target, self.run
+        processor = load_processor(spec.repo, spec.processor_subfolder, spec.revision, images_only=False)
+        options = run.gradient_checkpointing, run.lora_baseline
+        return FrozenLanguageModel(self.target, processor, run.family, *options)
+
+    @cached_property
+    def flow(self) -> FlowMatching:
+        """The pipeline's transformer, through which edits are trained."""
+        return FlowMatching(self.pipe, self.run.family.editor, self.run.gradient_checkpointing)
+
+    def encode_function(self, kind: Kind) -> Encode:
+        """The function that turns samples of a kind into the fields of a pack."""
+        if kind == "perceive":
+            return self.encoder.encode
+        return lambda samples: [
+            features | latents
+            for features, latents in zip(self.encoder.encode(samples), self.flow.encode(samples), strict=True)
+        ]
 
 
 class TrainingJob:

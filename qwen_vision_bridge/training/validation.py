@@ -150,14 +150,14 @@ def choose_gate(trainable: TrainableBridge, train_data: TrainData, samples: int 
 
 
 @torch.no_grad()
-def edit_loss(trainable: Trainable, train_data: TrainData, batch_size: int = 32) -> float:
+def edit_loss(trainable: Trainable, train_data: TrainData) -> float:
     """Flow-matching loss of the edits, without dropout of prompts and with the same noise in every call."""
     settings = TrainingSettings(condition_dropout=0.0, edit_weight=1.0)
     assert train_data.edit is not None
-    count, total = -(-len(train_data.edit) // batch_size), 0.0
+    size = settings.train_batch_size
+    count, total = -(-len(train_data.edit) // size), 0.0
     for step in range(count):
-        batch = Batch(train_data, "edit", step, batch_size, settings)
-        losses, _ = batch.losses(trainable, slice(0, batch_size))
+        losses, _ = Batch(train_data, "edit", step, size, settings).losses(trainable, slice(0, size))
         total += float(losses["edit"]) / count
     return total
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ...case import RGB, Box, SceneObject
+from ...case import Box, SceneObject
 from ...synthetic.scene import COLOURS
 from .ocr import ImageOrArray, pixels_of
 from .pixels import box_overlap, same_size
+
+TOLERANCE = 25.0  # CIE76, from a shape's colour
 
 
 class FoundObject(NamedTuple):
@@ -26,35 +28,26 @@ class FoundObject(NamedTuple):
     area: float
 
 
-def colour_map(
-    image: ImageOrArray, colours: Mapping[str, RGB] = COLOURS, tolerance: float = 25.0
-) -> np.ndarray:
-    """Index of the nearest colour in CIELAB (CIE76) of every pixel, int (H, W); -1 where all are farther than
-    `tolerance`."""
+def colour_areas(image: ImageOrArray) -> dict[str, np.ndarray]:
+    """Where each of `COLOURS` is, bool (H, W): a pixel is of its nearest colour in CIELAB (CIE76), if that is
+    within `TOLERANCE`."""
     from skimage.color import rgb2lab
 
-    palette = rgb2lab(np.array(list(colours.values()), dtype=np.uint8)[None])[0]  # (C, 3)
+    palette = rgb2lab(np.array(list(COLOURS.values()), dtype=np.uint8)[None])[0]  # (C, 3)
     distances = np.linalg.norm(rgb2lab(pixels_of(image))[..., None, :] - palette, axis=-1)  # (H, W, C)
-    return np.where(distances.min(-1) <= tolerance, distances.argmin(-1), -1)
+    nearest = np.where(distances.min(-1) <= TOLERANCE, distances.argmin(-1), -1)
+    return {colour: nearest == index for index, colour in enumerate(COLOURS)}
 
 
-def find_objects(
-    image: ImageOrArray,
-    colours: Mapping[str, RGB] = COLOURS,
-    tolerance: float = 25.0,
-    min_area: float | None = None,
-) -> list[FoundObject]:
-    """The patches of the given colours, largest first.
+def find_objects(image: ImageOrArray, min_area: float | None = None) -> list[FoundObject]:
+    """The patches of the shapes' colours, largest first.
 
-    A pixel belongs to its nearest colour in CIELAB (CIE76) when that is within `tolerance`. An opening with
-    a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 % of the image)
-    are dropped too.
+    An opening with a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 %
+    of the image) are dropped too.
     """
-    nearest = colour_map(image, colours, tolerance)
-    least = 0.003 * nearest.size if min_area is None else min_area
     objects = []
-    for index, colour in enumerate(colours):
-        for patch in _patches(nearest == index, max(least, 1)):
+    for colour, area in colour_areas(image).items():
+        for patch in _patches(area, max(0.003 * area.size if min_area is None else min_area, 1)):
             y, x = np.nonzero(patch)
             objects.append(FoundObject(colour, (float(x.mean()) + 0.5, float(y.mean()) + 0.5), float(len(x))))
     return sorted(objects, key=lambda item: -item.area)
@@ -130,9 +123,8 @@ def object_iou(image: ImageOrArray, target: ImageOrArray, expected_objects: Sequ
     """Mean intersection over union of the areas that the expected objects' colours cover in image and
     target, in [0, 1]: Jaccard, "The distribution of the flora in the alpine zone", 1912."""
     _check_any(expected_objects)
-    first, second = (colour_map(shown) for shown in same_size(image, target))
-    indices = [list(COLOURS).index(name) for name in sorted({item.colour for item in expected_objects})]
-    areas = [(first == index, second == index) for index in indices]
+    first, second = map(colour_areas, same_size(image, target))
+    areas = [(first[name], second[name]) for name in sorted({item.colour for item in expected_objects})]
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in areas]))
 
 
@@ -148,13 +140,12 @@ def iou_by_object(
     from scipy.optimize import linear_sum_assignment
 
     _check_any(expected_objects)
-    seen, wanted = (colour_map(shown) for shown in same_size(image, target))
+    both = [colour_areas(shown) for shown in same_size(target, image)]
     least = 0.1 * np.pi * min(item.radius for item in expected_objects) ** 2
     overlaps: list[float] = []
     for colour in sorted({item.colour for item in expected_objects}):
-        index = list(COLOURS).index(colour)
         # A letter that a shape encloses belongs to the shape.
-        parts = [[binary_fill_holes(part) for part in _patches(shown == index)] for shown in (wanted, seen)]
+        parts = [[binary_fill_holes(part) for part in _patches(areas[colour])] for areas in both]
         truth, patches = ([part for part in some if part.sum() >= least] for some in parts)
         table = np.array([[(a & b).sum() / (a | b).sum() for b in patches] for a in truth])
         own = np.zeros(len(truth))
@@ -190,10 +181,10 @@ def box_iou(image: ImageOrArray, boxes: Sequence[tuple[str, Box]]) -> float:
     from scipy.ndimage import find_objects as boxes_of
     from scipy.ndimage import label
 
-    nearest = colour_map(image)
+    areas = colour_areas(image)
     best = []
     for colour, box in boxes:
-        patches = boxes_of(label(nearest == list(COLOURS).index(colour))[0])
+        patches = boxes_of(label(areas[colour])[0])
         places = ((across.start, down.start, across.stop, down.stop) for down, across in patches)
         best.append(max((box_overlap(box, place) for place in places), default=0.0))
     return float(np.mean(best))
