@@ -65,21 +65,16 @@ def load_folder(folder: str | Path) -> list[Case]:
 def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> Case:
     if unknown := sorted(set(row) - FIELDS):
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
-    image = image_at(folder, row, "image")
-    return Case(
-        text_of(row, "id"),
-        row.get("group", OTHER),
-        "own",
-        text_of(row, "prompt"),
-        image,
-        image_at(folder, row, "target") if "target" in row else None,
-        _mask(folder, row) if "mask" in row else None,
-        text_of(row, "source_text") if "source_text" in row else None,
-        text_of(row, "expected_text") if "expected_text" in row else None,
-        row.get("difficulty", "easy"),
-        boxes=_boxes(row.get("boxes", []), image.size),
-        dataset="own",
-    )
+    name, prompt, image = text_of(row, "id"), text_of(row, "prompt"), image_at(folder, row, "image")
+    truth: dict[str, Any] = {
+        text: text_of(row, text) for text in ("source_text", "expected_text") if text in row
+    }
+    if "target" in row:
+        truth["target"] = image_at(folder, row, "target")
+    if "mask" in row:
+        truth["edit_mask"] = _mask(folder, row)
+    truth |= {"difficulty": row.get("difficulty", "easy"), "boxes": _boxes(row.get("boxes", []), image.size)}
+    return Case(name, row.get("group", OTHER), "own", prompt, image, **truth, dataset="own")
 
 
 def _boxes(entries: Sequence[dict[str, Any]], size: tuple[int, int]) -> tuple[tuple[str, Box], ...]:
