@@ -15,12 +15,6 @@ from ..loading.families import resolve_family
 from ..specs import FAMILIES, LEVEL_NAMES
 from .config import Control, Method, RunConfig, Schedule, TrainingSettings, check_data_folder
 
-COPIED = (  # flags that are fields of `RunConfig` as they are
-    *("method", "output_dir", "features", "highres_target", "train_data_dir", "dataset_name"),
-    *("max_train_samples", "validation_samples", "cache_dir", "dataloader_num_workers"),
-    *("load_in_8bit", "gradient_checkpointing", "overwrite_output_dir"),
-)
-
 
 def parse(arguments: Sequence[str], description: str | None) -> argparse.Namespace:
     """Parse the flags; `--train-batch-size` is `--train_batch_size`."""
@@ -74,14 +68,16 @@ def run_config_of(arguments: argparse.Namespace) -> RunConfig:
     changes = {"levels": tuple(arguments.levels), "blend": arguments.blend}
     if arguments.rank:
         changes |= {"rank": arguments.rank, "query_dim": arguments.rank}
-    return RunConfig(
-        family=family,
-        bridge=resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
-        config=BridgeConfig.for_family(family, **changes),
-        strength=check_strength(arguments.strength),
-        lora_baseline=arguments.lora_baseline == "lora",
-        **{name: getattr(arguments, name) for name in COPIED},
-    )
+    names = {field.name for field in fields(RunConfig)}
+    flags = {name: value for name, value in vars(arguments).items() if name in names}  # as they are
+    flags |= {
+        "family": family,
+        "bridge": resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
+        "config": BridgeConfig.for_family(family, **changes),
+        "strength": check_strength(arguments.strength),
+        "lora_baseline": arguments.lora_baseline == "lora",
+    }
+    return RunConfig(**flags)
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:

@@ -33,11 +33,9 @@ class TrainData:
             raise ValueError("training needs a pack of questions, of edits, or both")
         if self.edit is not None and self.flow is None:
             raise ValueError("a pack of edits needs the pipeline's transformer for its loss")
-        self.texts = {
-            kind: self.language_model.tokenize(pack.texts(), kind == "edit")
-            for kind, pack in self.packs.items()
-        }
-        self.empty_prompt = self.language_model.tokenize([(" ", None)], edit=True)
+        tokenize = self.language_model.tokenize
+        self.texts = {kind: tokenize(pack.texts(), kind == "edit") for kind, pack in self.packs.items()}
+        self.empty_prompt = tokenize([(" ", None)], edit=True)
 
     @property
     def packs(self) -> dict[Kind, Pack]:
@@ -63,8 +61,7 @@ class Batch:
         self.texts = train_data.texts[kind].select(self.samples).trimmed(empty_length)
         if kind == "edit":
             generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
-            rows, columns = self.pack.lines[int(self.samples[0])]["latents"]
-            self.latent_grid = (rows, columns)
+            self.latent_grid = rows, columns = self.pack.lines[int(self.samples[0])]["latents"]
             width = self.pack.fields["after"][0].shape[-1]
             self.noise = torch.randn(size, rows * columns, width, generator=generator)
             self.time_noise = torch.randn(size, generator=generator)

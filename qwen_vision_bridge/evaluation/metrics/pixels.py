@@ -1,4 +1,4 @@
-"""Compare the pixels of two images: one function a metric, its source cited.
+"""Compare the pixels of two images, one function a metric with its source cited; and the regions to compare.
 
 An image is a PIL image or a uint8 array (H, W, 3); a mask is a bool array (H, W) with at least one True.
 Anything else raises ValueError (TypeError where it is no image at all), naming what was given and what is
