@@ -72,7 +72,9 @@ def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> Case:
     if "target" in row:
         truth["target"] = image_at(folder, row, "target")
     if "mask" in row:
-        truth["edit_mask"] = _mask(folder, row)
+        truth["edit_mask"] = np.asarray(image_at(folder, row, "mask").convert("L")) > 127
+        if not truth["edit_mask"].any():
+            raise ValueError("the mask is black: paint white what may change")
     truth |= {"difficulty": row.get("difficulty", "easy"), "boxes": _boxes(row.get("boxes", []), image.size)}
     return Case(name, row.get("group", OTHER), "own", prompt, image, **truth, dataset="own")
 
@@ -146,13 +148,6 @@ def image_at(folder: Path, row: dict[str, Any], name: str) -> Image.Image:
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"the path {relative!r} leads out of {folder}")
     return load_images(path)[0]
-
-
-def _mask(folder: Path, row: dict[str, Any]) -> np.ndarray:
-    mask = np.asarray(image_at(folder, row, "mask").convert("L")) > 127
-    if not mask.any():
-        raise ValueError("the mask is black: paint white what may change")
-    return mask
 
 
 def text_of(row: dict[str, Any], name: str) -> str:

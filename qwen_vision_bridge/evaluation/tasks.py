@@ -78,7 +78,13 @@ class Run:
     @cached_property
     def truths(self) -> dict[str, str]:
         """Digest of what each case's edits are measured by."""
-        return {name: digest_of(_truth(case)) for name, case in self.cases.items()}
+        truths = {}
+        for name, case in self.cases.items():
+            truth = [case.source_text, case.expected_text, str(case.boxes)]
+            truth += ["" if case.target is None else image_digest(case.target)]
+            truth += ["" if case.edit_mask is None else digest_of(np.packbits(case.edit_mask).tolist())]
+            truths[name] = digest_of(truth)
+        return truths
 
     @cached_property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -144,9 +150,3 @@ def _key(run: Run, case: Case, arm: Arm, question: Question | None) -> str:
     labels = [case.case_id, case.group, case.kind, case.difficulty, arm.name]
     batched = question is None and run.batch > 1
     return digest_of([content_key(run, case, arm, batched), run.truths[case.case_id], labels, question])
-
-
-def _truth(case: Case) -> list[Any]:
-    truth = [case.source_text, case.expected_text, str(case.boxes)]
-    truth += ["" if case.target is None else image_digest(case.target)]
-    return [*truth, "" if case.edit_mask is None else digest_of(np.packbits(case.edit_mask).tolist())]

@@ -39,7 +39,8 @@ def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
     for name, (_, figure) in figures.items():
         write_image(folder / name, figure)
     cases = _cases(folder, evaluation.records)
-    style, script = (_asset(f"report.{ending}") for ending in ("css", "js"))
+    here = Path(__file__).parent
+    style, script = ((here / f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
     page = render_template(
         "report.html.jinja",
         title=evaluation.provenance.get("family", "?"),
@@ -126,10 +127,6 @@ def _embedded(image: Image.Image, longest: int) -> str:
     buffer = io.BytesIO()
     shown.save(buffer, "WEBP", quality=85, lossless=max(shown.size) <= 64)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:
