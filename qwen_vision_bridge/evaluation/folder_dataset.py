@@ -59,10 +59,10 @@ def load_folder(folder: str | Path) -> list[Case]:
         CaseFileError: every fault in it.
     """
     path = required_file(Path(folder) / "cases.jsonl")
-    return read_lines([path], lambda row, where: _own_case(path.parent, row, where))
+    return read_lines([path], lambda row, _: _own_case(path.parent, row))
 
 
-def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> Case:
+def _own_case(folder: Path, row: dict[str, Any]) -> Case:
     if unknown := sorted(set(row) - FIELDS):
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
     name, prompt, image = text_of(row, "id"), text_of(row, "prompt"), image_at(folder, row, "image")
