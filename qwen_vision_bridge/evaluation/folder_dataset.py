@@ -65,16 +65,15 @@ def load_folder(folder: str | Path) -> list[Case]:
 def _own_case(folder: Path, row: dict[str, Any]) -> Case:
     if unknown := sorted(set(row) - FIELDS):
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
-    name, prompt, image = text_of(row, "id"), text_of(row, "prompt"), image_at(folder, row, "image")
-    truth: dict[str, Any] = {
-        text: text_of(row, text) for text in ("source_text", "expected_text") if text in row
-    }
+    image, name, prompt = image_at(folder, row, "image"), text_of(row, "id"), text_of(row, "prompt")
+    truth: dict[str, Any] = {}
     if "target" in row:
         truth["target"] = image_at(folder, row, "target")
     if "mask" in row:
         truth["edit_mask"] = np.asarray(image_at(folder, row, "mask").convert("L")) > 127
         if not truth["edit_mask"].any():
             raise ValueError("the mask is black: paint white what may change")
+    truth |= {text: text_of(row, text) for text in ("source_text", "expected_text") if text in row}
     truth |= {"difficulty": row.get("difficulty", "easy"), "boxes": _boxes(row.get("boxes", []), image.size)}
     return Case(name, row.get("group", OTHER), "own", prompt, image, **truth, dataset="own")
 

@@ -63,8 +63,8 @@ def load_textedit(folder: str | Path, subset: str = "miniset") -> list[Case]:
         raise FileNotFoundError(f"no eval_prompts/{subset}/*.jsonl in {root}: give a checkout of TextEdit")
 
     def case(row: dict[str, Any], where: Path) -> Case:
-        name, prompt = f"textedit-{where.stem}-{row['id']}", text_of(row, "prompt")
-        image, target = (image_at(root / "data", row, column) for column in ("original_image", "gt_image"))
+        image, name = image_at(root / "data", row, "original_image"), f"textedit-{where.stem}-{row['id']}"
+        prompt, target = text_of(row, "prompt"), image_at(root / "data", row, "gt_image")
         texts = {"source_text": text_of(row, "source_text"), "expected_text": text_of(row, "target_text")}
         truth: dict[str, Any] = {**texts, "text_is_part": True, "dataset": "textedit"}
         return Case(name, "ocr", where.stem, prompt, image, target, **truth)
