@@ -16,8 +16,6 @@ from ..specs import Family
 from .statistics import BASELINE
 
 FORM = "NAME=BRIDGE[,strength=S][,site=SITE][,features=own|shuffled|target]"
-
-
 Patch = Callable[[EnhancedQwenImageEdit, Case], AbstractContextManager[None]]
 
 
@@ -73,12 +71,9 @@ class Arm:
 
 def default_arms(bridge: VisionBridge, name: str, strength: float = 1.0, site: Site = "tower") -> list[Arm]:
     """The arms that every claim needs: baseline, bridge, and its two controls."""
-    kinds: tuple[tuple[str, Features], ...] = (
-        ("bridge", "own"),
-        ("shuffled", "shuffled"),
-        ("target-only", "target"),
-    )
-    return [Arm(BASELINE), *(Arm(label, bridge, name, strength, site, features) for label, features in kinds)]
+    kinds: dict[str, Features] = {"bridge": "own", "shuffled": "shuffled", "target-only": "target"}
+    arms = [Arm(label, bridge, name, strength, site, features) for label, features in kinds.items()]
+    return [Arm(BASELINE), *arms]
 
 
 def parse_arm(text: str, family: Family) -> Arm:
@@ -107,10 +102,8 @@ def parse_arm(text: str, family: Family) -> Arm:
             )
     else:
         loaded, _ = resolve_bridge(bridge, family)
-    site, features = settings.get("site", "tower"), settings.get("features", "own")
-    return Arm(
-        name, loaded, bridge, strength, cast("Site", site), cast("Features", features)
-    )  # Arm checks them
+    site = cast("Site", settings.get("site", "tower"))  # Arm checks both
+    return Arm(name, loaded, bridge, strength, site, cast("Features", settings.get("features", "own")))
 
 
 def check_arms(arms: Sequence[Arm]) -> None:

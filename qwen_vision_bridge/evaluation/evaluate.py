@@ -22,9 +22,9 @@ from .executor import Executor
 from .metrics.consistency import pair_records
 from .metrics.registry import METRICS
 from .record_log import RecordLog
-from .scoring import Scorer, unmeasured
+from .scoring import scoring_pool, unmeasured
 from .statistics import Difference, compare_arms
-from .tasks import Run, Task, check_ids, failures, plan
+from .tasks import Run, Task, check_ids, plan
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ def evaluate(
     record_log.merge()
     records = [record_log.records[task.key] for task in tasks]
     records += pair_records(cases, records, run.folder)
-    left_out = [*options.notes, *unmeasured(cases), *left_out, *failures(records)]
+    failures = [f"{r['case_id']}, {r['arm']}: {r['error']}" for r in records if r["error"]]
+    left_out = [*options.notes, *unmeasured(cases), *left_out, *failures]
     rows = compare_arms(records, METRICS, (*GROUPS, OTHER), seed)
     seconds, before = time.perf_counter() - started, len(tasks) - len(pending)
     described = [arm.describe() for arm in arms]
@@ -151,8 +152,8 @@ def _work(
     _extract(run, mine)
     total = sum(map(len, by_case.values()))
     bar = tqdm(total=total, desc="evaluating", unit="task", disable=total == 0)
-    with bar, Scorer(workers) as scorer:
-        executor = Executor(run, record_log, scorer, bar.update)
+    with bar, scoring_pool(workers) as pool:
+        executor = Executor(run, record_log, pool, 4 * workers, bar.update)
         try:
             for tasks in _chunks(list(by_case.values()), run.batch):
                 executor.work(tasks)
@@ -167,14 +168,12 @@ def _sizes(tasks: Sequence[Task]) -> list[tuple[int, int]]:
 def _chunks(by_case: Sequence[list[Task]], batch: int) -> Iterator[list[Task]]:
     """Tasks of whole cases: as many cases of equal sizes at a time as have their edits in one batch."""
     chunk: list[Task] = []
-    edits = 0
     for tasks in sorted(by_case, key=_sizes) if batch > 1 else by_case:
-        own = sum(task.question is None for task in tasks)
-        if chunk and (edits + own > batch or _sizes(tasks) != _sizes(chunk)):
+        edits = sum(task.question is None for task in [*chunk, *tasks])
+        if chunk and (edits > batch or _sizes(tasks) != _sizes(chunk)):
             yield chunk
-            chunk, edits = [], 0
+            chunk = []
         chunk = chunk + tasks
-        edits += own
     if chunk:
         yield chunk
 

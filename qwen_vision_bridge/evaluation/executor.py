@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor as Pool
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,7 +28,7 @@ from ..patches import shared_latents
 from ..specs import cache_home
 from ..synthetic.questions import Question
 from .record_log import RecordLog
-from .scoring import Scorer, score_reply
+from .scoring import score, score_reply
 from .tasks import Run, Task, content_key
 from .vqa import ask
 
@@ -55,12 +56,16 @@ class Executor:
     Args:
         run: what stays the same.
         record_log: takes the records.
-        scorer: measures images, here or in processes of its own.
+        pool: measures images, here or in processes of its own.
+        most_pending: images that may wait to be measured.
         tick: is called for every record.
     """
 
-    def __init__(self, run: Run, record_log: RecordLog, scorer: Scorer, tick: Callable[[], Any]) -> None:
-        self.run, self.record_log, self.scorer, self.tick = run, record_log, scorer, tick
+    def __init__(
+        self, run: Run, record_log: RecordLog, pool: Pool, most_pending: int, tick: Callable[[], Any]
+    ) -> None:
+        self.run, self.record_log, self.tick = run, record_log, tick
+        self.pool, self.most_pending = pool, most_pending
         self._sources: dict[str, VisionCache] = {}
         self._pending: deque[PendingScore] = deque()
 
@@ -68,16 +73,11 @@ class Executor:
         """Do the tasks of some cases; one that fails is a record with an error, and the others go on."""
         for case in {task.case.case_id: task.case for task in tasks}.values():
             self._write_inputs(case)
-        edits = [task for task in tasks if task.question is None]
         with shared_latents(self.run.pipeline.pipe):
             for task in tasks:
                 if task.question is not None:
                     self._answer(task, task.question)
-            if self.run.batch > 1:
-                self._edit_together(edits)
-            else:
-                for task in edits:
-                    self._edit(task)
+            self._edit([task for task in tasks if task.question is None])
         self._sources.clear()
 
     def finish(self, at_most: int = 0) -> None:
@@ -121,27 +121,22 @@ class Executor:
 
     # --- edits -------------------------------------------------------------------------------------------
 
-    def _edit(self, task: Task) -> None:
-        """One edit by the stock call."""
-        started = time.perf_counter()
-        with self._recording_errors([task]):
-            image, attention = self._cached_baseline(task), None
-            if image is None:
-                image, attention = self._run(task, self.run.pipeline.edit)
-                self._cache_baseline(task, image)
-            self._save(task, image, attention, time.perf_counter() - started)
-
-    def _edit_together(self, tasks: Sequence[Task]) -> None:
-        """Edits that are prepared one by one and denoised in batches of equal sizes."""
+    def _edit(self, tasks: Sequence[Task]) -> None:
+        """Edits by the stock call, or prepared one by one and denoised in batches of equal sizes."""
         batches: dict[tuple[Any, ...], list[tuple[Task, Prepared]]] = {}
         for task in tasks:
             started = time.perf_counter()
             with self._recording_errors([task]):
-                if (image := self._cached_baseline(task)) is not None:
-                    self._save(task, image, None, time.perf_counter() - started)
+                path = self._baseline_path(task)
+                if path is not None and path.is_file():  # an earlier run left it
+                    image, attention = load_images(path)[0], None
+                elif self.run.batch == 1:
+                    image, attention = self._run(task, self.run.pipeline.edit)
+                else:
+                    prepared = self._run(task, self.run.pipeline.prepare)
+                    batches.setdefault(prepared.shape, []).append((task, prepared))
                     continue
-                prepared = self._run(task, self.run.pipeline.prepare)
-                batches.setdefault(prepared.shape, []).append((task, prepared))
+                self._save(task, image, attention, time.perf_counter() - started)
         for edits in batches.values():
             for first in range(0, len(edits), self.run.batch):
                 self._denoise(edits[first : first + self.run.batch])
@@ -154,7 +149,6 @@ class Executor:
         seconds = (time.perf_counter() - started) / len(edits)
         for (task, prepared), image in zip(edits, images, strict=False):  # none where it failed
             with self._recording_errors([task]):
-                self._cache_baseline(task, image)
                 self._save(task, image, prepared.attention, seconds)
 
     def _run(self, task: Task, function: Callable[[Edit], Result]) -> Result:
@@ -167,15 +161,6 @@ class Executor:
         with nullcontext() if arm.patch is None else arm.patch(run.pipeline, case):
             return function(edit)
 
-    def _cached_baseline(self, task: Task) -> Image.Image | None:
-        """The baseline's image where an earlier run left it."""
-        path = self._baseline_path(task)
-        return load_images(path)[0] if path is not None and path.is_file() else None
-
-    def _cache_baseline(self, task: Task, image: Image.Image) -> None:
-        if (path := self._baseline_path(task)) is not None:
-            write_image(path, image)
-
     def _baseline_path(self, task: Task) -> Path | None:
         """Where a baseline's image is kept for other runs; None for other arms."""
         if not task.arm.is_baseline:
@@ -184,8 +169,10 @@ class Executor:
         return cache_home() / "baselines" / f"{key}.png"
 
     def _save(self, task: Task, image: Image.Image, attention: LevelAttention | None, seconds: float) -> None:
-        """Write an image with its level weights, and have it measured."""
-        case = task.case
+        """Write an image with its level weights, and have it measured; keep a baseline for other runs."""
+        case, baseline = task.case, self._baseline_path(task)
+        if baseline is not None and not baseline.is_file():
+            write_image(baseline, image)
         if image.size != case.image.size:  # the editor works at its own size
             image = image.resize(case.image.size)
         # Another bridge's image of the same case keeps its own name.
@@ -200,8 +187,8 @@ class Executor:
                 fields["attention"] = f"{stem}_levels.png"
             means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
             fields["level_weights"] = dict(zip(attention.levels, means, strict=True))
-        self._pending.append(PendingScore(task, fields, seconds, self.scorer.submit(case, image)))
-        self.finish(self.scorer.queue)
+        self._pending.append(PendingScore(task, fields, seconds, self.pool.submit(score, case, image)))
+        self.finish(self.most_pending)
 
     # --- questions ---------------------------------------------------------------------------------------
 

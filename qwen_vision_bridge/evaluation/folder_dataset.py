@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,17 +21,11 @@ from ..case import OTHER, Box, Case
 from ..images import load_images
 from ..synthetic.scene import COLOURS
 
+Row = TypeVar("Row")
+
 FIELDS = {
-    "id",
-    "image",
-    "prompt",
-    "group",
-    "difficulty",
-    "target",
-    "mask",
-    "source_text",
-    "expected_text",
-    "boxes",
+    *("id", "image", "prompt", "group", "difficulty"),
+    *("target", "mask", "source_text", "expected_text", "boxes"),
 }
 
 
@@ -66,27 +59,23 @@ def load_folder(folder: str | Path) -> list[Case]:
         CaseFileError: every fault in it.
     """
     path = required_file(Path(folder) / "cases.jsonl")
-    return read_lines([path], lambda row, where: _own_case(path.parent, row, where))
+    return read_lines([path], lambda row, _: _own_case(path.parent, row))
 
 
-def _own_case(folder: Path, row: dict[str, Any], _where: Path) -> Case:
+def _own_case(folder: Path, row: dict[str, Any]) -> Case:
     if unknown := sorted(set(row) - FIELDS):
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
-    image = image_at(folder, row, "image")
-    return Case(
-        text_of(row, "id"),
-        row.get("group", OTHER),
-        "own",
-        text_of(row, "prompt"),
-        image,
-        image_at(folder, row, "target") if "target" in row else None,
-        _mask(folder, row) if "mask" in row else None,
-        text_of(row, "source_text") if "source_text" in row else None,
-        text_of(row, "expected_text") if "expected_text" in row else None,
-        row.get("difficulty", "easy"),
-        boxes=_boxes(row.get("boxes", []), image.size),
-        dataset="own",
-    )
+    image, name, prompt = image_at(folder, row, "image"), text_of(row, "id"), text_of(row, "prompt")
+    truth: dict[str, Any] = {}
+    if "target" in row:
+        truth["target"] = image_at(folder, row, "target")
+    if "mask" in row:
+        truth["edit_mask"] = np.asarray(image_at(folder, row, "mask").convert("L")) > 127
+        if not truth["edit_mask"].any():
+            raise ValueError("the mask is black: paint white what may change")
+    truth |= {text: text_of(row, text) for text in ("source_text", "expected_text") if text in row}
+    truth |= {"difficulty": row.get("difficulty", "easy"), "boxes": _boxes(row.get("boxes", []), image.size)}
+    return Case(name, row.get("group", OTHER), "own", prompt, image, **truth, dataset="own")
 
 
 def _boxes(entries: Sequence[dict[str, Any]], size: tuple[int, int]) -> tuple[tuple[str, Box], ...]:
@@ -100,89 +89,64 @@ def _boxes(entries: Sequence[dict[str, Any]], size: tuple[int, int]) -> tuple[tu
     return tuple(boxes)
 
 
-CaseReaders = Iterable[tuple[str, Callable[[], Case | None]]]
-"""Where each case is from, in words, and what reads it; None is a case that was not asked for."""
+def read_cases(
+    rows: Iterable[tuple[str, Row]], read: Callable[[Row], Case | None], source: Path
+) -> list[Case]:
+    """The cases of some rows, or all faults at once.
 
-
-def read_cases(readers: CaseReaders, source: Path) -> list[Case]:
-    """The cases, or all faults at once.
+    Args:
+        rows: each with its place, in words.
+        read: gives a row's case; None where it was not asked for.
 
     Raises:
         CaseFileError: every fault, or no case at all in `source`.
     """
-    cases: list[Case] = []
+    cases: dict[str, Case] = {}
+    places: dict[str, str] = {}
     faults: list[str] = []
-    seen: dict[str, str] = {}
-    for place, read in readers:
+    for place, row in rows:
         try:
-            case = read()
-            if case is not None:
-                _keep(case, place, seen, cases)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            faults.append(f"{place}: {_words(error)}")
+            case = read(row)
+            if case is None:
+                continue
+            if case.case_id in cases:
+                raise ValueError(f"the id {case.case_id!r} is that of {places[case.case_id]} too")
+            cases[case.case_id], places[case.case_id] = case, place
+        except KeyError as error:
+            faults.append(f"{place}: the field {error} is missing")
+        except (ValueError, TypeError, OSError) as error:
+            faults.append(f"{place}: {error}")
     if faults:
         raise CaseFileError("\n".join(faults))
     if not cases:
         raise CaseFileError(f"{source}, line 1: there is no case in it")
-    return cases
+    return list(cases.values())
 
 
 def read_lines(files: list[Path], read: Callable[[dict[str, Any], Path], Case | None]) -> list[Case]:
     """A case from every line of JSON, or all faults at once."""
 
-    def one(line: str, path: Path) -> Case | None:
-        row = json.loads(line)
+    def read_line(line: tuple[Path, str]) -> Case | None:
+        row = json.loads(line[1])
         if not isinstance(row, dict):
             raise ValueError("needed is a JSON object")
-        return read(row, path)
+        return read(row, line[0])
 
     lines = (
-        (f"{path}, line {number}", partial(one, line, path))
+        (f"{path}, line {number}", (path, line))
         for path in files
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if line.strip()
     )
-    return read_cases(lines, files[0])
-
-
-def read_entries(path: Path, entries: dict[str, Any], read: Callable[[str, Any], Case]) -> list[Case]:
-    """A case from every entry, or all faults at once with the line that names the entry."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-
-    def place(key: str) -> str:
-        number = next((n for n, line in enumerate(lines, start=1) if json.dumps(key) in line), 1)
-        return f"{path}, line {number}, entry {key!r}"
-
-    return read_cases(((place(key), partial(read, key, entry)) for key, entry in entries.items()), path)
-
-
-def _keep(case: Case, place: str, seen: dict[str, str], cases: list[Case]) -> None:
-    if case.case_id in seen:
-        raise ValueError(f"the id {case.case_id!r} is that of {seen[case.case_id]} too")
-    seen[case.case_id] = place
-    cases.append(case)
-
-
-def _words(error: Exception) -> str:
-    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+    return read_cases(lines, read_line, files[0])
 
 
 def image_at(folder: Path, row: dict[str, Any], name: str) -> Image.Image:
-    return load_images(_inside(folder, text_of(row, name)))[0]
-
-
-def _inside(folder: Path, relative: str) -> Path:
+    relative = text_of(row, name)
     path = (folder / relative).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"the path {relative!r} leads out of {folder}")
-    return path
-
-
-def _mask(folder: Path, row: dict[str, Any]) -> np.ndarray:
-    mask = np.asarray(image_at(folder, row, "mask").convert("L")) > 127
-    if not mask.any():
-        raise ValueError("the mask is black: paint white what may change")
-    return mask
+    return load_images(path)[0]
 
 
 def text_of(row: dict[str, Any], name: str) -> str:
@@ -196,13 +160,3 @@ def required_file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     return path
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CaseFileError(f"{path}, line {error.lineno}: {error.msg}") from error
-    if not isinstance(data, dict):
-        raise CaseFileError(f"{path}, line 1: needed is a JSON object")
-    return data

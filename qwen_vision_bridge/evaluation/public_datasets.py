@@ -9,8 +9,8 @@ of cure-lab/PnPInversion. GEdit-Bench: the dataset stepfun-ai/GEdit-Bench as dow
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,20 @@ from PIL import Image
 from ..case import OTHER, Case
 from ..images import load_images
 from .folder_dataset import (
-    CaseReaders,
+    CaseFileError,
     image_at,
     load_folder,
     read_cases,
-    read_entries,
     read_lines,
-    read_object,
     required_file,
     text_of,
 )
 
 PIE_SIDE = 512  # px: PIE-Bench's images and masks
-LAYOUTS = ("own", "textedit", "textedit-full", "pie", "gedit", "gedit-cn")
 
 
 def load_cases(layout: str, folder: str | Path) -> list[Case]:
-    """The cases of a folder in one of `LAYOUTS`.
+    """The cases of a folder: `own`, `textedit`, `textedit-full`, `pie`, `gedit` or `gedit-cn`.
 
     Raises:
         ValueError: another layout; and what the layout's own function raises.
@@ -50,7 +47,7 @@ def load_cases(layout: str, folder: str | Path) -> list[Case]:
         "gedit-cn": lambda: load_gedit(folder, "cn"),
     }
     if layout not in loaders:
-        raise ValueError(f"the layout of a folder of cases is one of {', '.join(LAYOUTS)}, not {layout!r}")
+        raise ValueError(f"the layout of a folder of cases is one of {', '.join(loaders)}, not {layout!r}")
     return loaders[layout]()
 
 
@@ -66,20 +63,11 @@ def load_textedit(folder: str | Path, subset: str = "miniset") -> list[Case]:
         raise FileNotFoundError(f"no eval_prompts/{subset}/*.jsonl in {root}: give a checkout of TextEdit")
 
     def case(row: dict[str, Any], where: Path) -> Case:
-        image = image_at(root / "data", row, "original_image")
-        return Case(
-            f"textedit-{where.stem}-{row['id']}",
-            "ocr",
-            where.stem,
-            text_of(row, "prompt"),
-            image,
-            image_at(root / "data", row, "gt_image"),
-            None,
-            text_of(row, "source_text"),
-            text_of(row, "target_text"),
-            text_is_part=True,
-            dataset="textedit",
-        )
+        image, name = image_at(root / "data", row, "original_image"), f"textedit-{where.stem}-{row['id']}"
+        prompt, target = text_of(row, "prompt"), image_at(root / "data", row, "gt_image")
+        texts = {"source_text": text_of(row, "source_text"), "expected_text": text_of(row, "target_text")}
+        truth: dict[str, Any] = {**texts, "text_is_part": True, "dataset": "textedit"}
+        return Case(name, "ocr", where.stem, prompt, image, target, **truth)
 
     return read_lines(files, case)
 
@@ -92,9 +80,9 @@ def load_pie(folder: str | Path) -> list[Case]:
     """
     root = Path(folder)
     path = required_file(root / "mapping_file.json")
-    entries = read_object(path)
 
-    def case(key: str, row: dict[str, Any]) -> Case:
+    def case(entry: tuple[str, dict[str, Any]]) -> Case:
+        key, row = entry
         image = image_at(root / "annotation_images", row, "image_path")
         mask = decode_runs(row["mask"], (PIE_SIDE, PIE_SIDE))
         if image.size != (PIE_SIDE, PIE_SIDE):
@@ -102,7 +90,7 @@ def load_pie(folder: str | Path) -> list[Case]:
         kind, prompt = f"type{row['editing_type_id']}", text_of(row, "editing_instruction")
         return Case(f"pie-{key}", "detail", kind, prompt, image, edit_mask=mask, dataset="pie")
 
-    return read_entries(path, entries, case)
+    return read_cases(_entries(path), case, path)
 
 
 def load_gedit(folder: str | Path, language: str = "en") -> list[Case]:
@@ -120,14 +108,17 @@ def load_gedit(folder: str | Path, language: str = "en") -> list[Case]:
     root = Path(folder)
     tables = [path for ending in ("arrow", "parquet") for path in sorted(root.rglob(f"*.{ending}"))]
     if tables:
-        return read_cases(_gedit_rows(tables, language), tables[0])
+        rows = (
+            (f"{path}, row {number}", row) for path in tables for number, row in enumerate(_table_rows(path))
+        )
+        return read_cases(rows, lambda row: _gedit_case(row, language, _stored), tables[0])
     if not (root / "metadata.jsonl").is_file():
         raise FileNotFoundError(
             f"no *.arrow, *.parquet or metadata.jsonl in {root}: give GEdit-Bench's files"
         )
 
     def case(row: dict[str, Any], _where: Path) -> Case | None:
-        return _gedit_case(row, language, lambda: image_at(root, row, "file_name"))
+        return _gedit_case(row, language, lambda row: image_at(root, row, "file_name"))
 
     return read_lines([root / "metadata.jsonl"], case)
 
@@ -150,19 +141,30 @@ def decode_runs(runs: list[int], shape: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _gedit_rows(tables: list[Path], language: str) -> CaseReaders:
-    for path in tables:
-        for number, row in enumerate(_table_rows(path)):
-            yield f"{path}, row {number}", partial(_gedit_case, row, language, partial(_stored, row))
+def _entries(path: Path) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    """The entries of a JSON object with their keys, each with the line that names it."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CaseFileError(f"{path}, line {error.lineno}: {error.msg}") from error
+    if not isinstance(entries, dict):
+        raise CaseFileError(f"{path}, line 1: needed is a JSON object")
+    lines = text.splitlines()
+    for key, row in entries.items():
+        number = next((n for n, line in enumerate(lines, start=1) if json.dumps(key) in line), 1)
+        yield f"{path}, line {number}, entry {key!r}", (key, row)
 
 
-def _gedit_case(row: dict[str, Any], language: str, image: Callable[[], Image.Image]) -> Case | None:
+def _gedit_case(
+    row: dict[str, Any], language: str, image_of: Callable[[dict[str, Any]], Image.Image]
+) -> Case | None:
     if text_of(row, "instruction_language") != language:
         return None
     task = text_of(row, "task_type")
     group = "ocr" if task == "text_change" else OTHER
     name, prompt = f"gedit-{language}-{text_of(row, 'key')}", text_of(row, "instruction")
-    return Case(name, group, task, prompt, image(), dataset="gedit")
+    return Case(name, group, task, prompt, image_of(row), dataset="gedit")
 
 
 def _stored(row: dict[str, Any]) -> Image.Image:

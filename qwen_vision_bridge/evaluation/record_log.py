@@ -12,7 +12,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 NAME = "results.jsonl"
-PART = re.compile(r"results\.part-\d+\.jsonl")  # `merge` deletes these, and no file of another's naming
+FILE = re.compile(r"results(\.part-\d+)?\.jsonl")  # `merge` deletes the parts, and nothing of another name
 
 
 class RecordLog:
@@ -47,17 +47,17 @@ class RecordLog:
 
         Stopped half way it can simply be done again: a record is known by its key.
         """
-        known = _read(self.folder / NAME) if (self.folder / NAME).is_file() else {}
-        parts = [path for path in self._files() if path.name != NAME]
-        for path in parts:
-            _append(self.folder / NAME, _take(known, _read(path)))
-            path.unlink()
+        known: dict[str, dict[str, Any]] = {}
+        for path in self._files():
+            fresh = _take(known, _read(path))
+            if path.name != NAME:
+                _append(self.folder / NAME, fresh)
+                path.unlink()
         self.records |= known
 
     def _files(self) -> list[Path]:
-        own = [self.folder / NAME] if (self.folder / NAME).is_file() else []
-        parts = (path for path in self.folder.glob("results.part-*.jsonl") if PART.fullmatch(path.name))
-        return own + sorted(parts)
+        """The files of records, `results.jsonl` first."""
+        return sorted(path for path in self.folder.glob("results*.jsonl") if FILE.fullmatch(path.name))
 
 
 def _take(known: dict[str, dict[str, Any]], others: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

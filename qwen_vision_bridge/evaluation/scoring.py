@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
@@ -46,68 +47,46 @@ def measure(case: Case, image: Image.Image) -> dict[str, float]:
     Raises:
         ValueError: an image of another size than the case's.
     """
-    return _rounded(measured(EditedImage(case, image), facts_of(case)))
+    return score(case, image)["metrics"]
+
+
+def score(case: Case, image: Image.Image) -> dict[str, Any]:
+    """What a record says of an edited image: `metrics`, and what was read where no text is known."""
+    edit, facts = EditedImage(case, image), facts_of(case)
+    # The number of threads moves the last digits of long sums; a result must not depend on it.
+    metrics = {name: round(value, DIGITS) for name, value in measured(edit, facts).items()}
+    reading = {"read_before": edit.text_before, "read_after": edit.text} if "unknown text" in facts else {}
+    return {"metrics": metrics, **reading}
 
 
 def score_reply(question: Question, reply: str) -> dict[str, float]:
     """Every metric of a reply to a question of its kind."""
-    return measured(Reply(question, reply), frozenset({"question", question.kind}))
+    return measured(Reply(reply, question.answer), frozenset({"question", question.kind}))
 
 
-class Scorer:
-    """`measure` for many images: in this process, or in some of their own while this one makes the next.
+class ThisProcess(Executor):
+    """Does what is submitted at once."""
 
-    Args:
-        workers: how many processes; 0 measures here.
-
-    Raises:
-        ValueError: fewer than 0.
-    """
-
-    def __init__(self, workers: int = 0) -> None:
-        if workers < 0:
-            raise ValueError(f"workers is {workers}; needed: at least 0")
-        self.queue = 4 * workers  # images that may wait
-        self._pool = None
-        if workers:
-            # Forked processes would share the threads and the CUDA context of this one.
-            fresh = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, fresh, initializer=_prepare_worker)
-
-    def submit(self, case: Case, image: Image.Image) -> Future[dict[str, Any]]:
-        """What a record says of an image, sooner or later: `metrics`, and what was read without a truth."""
-        if self._pool is not None:
-            return self._pool.submit(_score, case, image)
-        done: Future[dict[str, Any]] = Future()
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
         try:
-            done.set_result(_score(case, image))
+            done.set_result(function(*args, **kwargs))
         except Exception as error:  # raised where the result is asked for, as a pool's is
             done.set_exception(error)
         return done
 
-    def __enter__(self) -> Scorer:
-        return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the processes; what still waits is not measured."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-def _score(case: Case, image: Image.Image) -> dict[str, Any]:
-    edit, facts = EditedImage(case, image), facts_of(case)
-    scored: dict[str, Any] = {"metrics": _rounded(measured(edit, facts))}
-    if "unknown text" in facts:
-        scored |= {"read_before": edit.text_before, "read_after": edit.text}
-    return scored
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    """The number of threads moves the last digits of long sums; a result must not depend on it."""
-    return {name: round(value, DIGITS) for name, value in values.items()}
+@contextmanager
+def scoring_pool(workers: int) -> Iterator[Executor]:
+    """What scores images: this process, or some of their own while this one makes the next image."""
+    pool: Executor = ThisProcess()
+    if workers:  # forked processes would share the threads and the CUDA context of this one
+        fresh = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, fresh, initializer=_prepare_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _prepare_worker() -> None:

@@ -5,6 +5,7 @@ Everything is a function of the pairs alone: their order never matters, and equa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ EXPECTED = {"ocr": (0.10, 0.15), "space": (0.05, 0.10), "detail": (0.05, 0.05)}
 """Gain that was expected of a bridge in the headline share, least and most."""
 DISCORDANT = 0.2  # share of cases that two arms decide differently, assumed for planning
 BASELINE = "baseline"
+Cases = dict[str, dict[str, Mapping[str, Any]]]
+"""Records by case id and arm."""
 
 
 class Difference(NamedTuple):
@@ -100,12 +103,12 @@ def paired_test(differences: np.ndarray) -> tuple[float, str]:
 
     changed = differences[differences != 0]
     binary = bool(np.isin(differences, (-1.0, 0.0, 1.0)).all())
-    name = "sign" if binary else "wilcoxon"
-    if len(changed) == 0:
-        return 1.0, name
-    if binary:
-        return float(binomtest(int((changed > 0).sum()), len(changed)).pvalue), name
-    return float(wilcoxon(np.sort(changed)).pvalue), name
+    p_value = 1.0
+    if len(changed):
+        wins = int((changed > 0).sum())
+        test = binomtest(wins, len(changed)) if binary else wilcoxon(np.sort(changed))
+        p_value = float(test.pvalue)
+    return p_value, "sign" if binary else "wilcoxon"
 
 
 def resolvable(differences: np.ndarray, share: bool = False) -> float:
@@ -152,23 +155,27 @@ def compare_arms(
         seed: of the bootstrap.
         against: the arm that takes the place of the baseline.
     """
-    table: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
-    arms: dict[str, None] = {}
-    for record in sorted(records, key=lambda record: record["case_id"]):
-        by_case = table.setdefault((record["level"], record["group"]), {})
-        by_case.setdefault(record["case_id"], {})[record["arm"]] = record
-        arms.setdefault(record["arm"])
+    records = sorted(records, key=lambda record: record["case_id"])
+    table = by_case(records, "level", "group")
+    arms = [arm for arm in dict.fromkeys(record["arm"] for record in records) if arm != against]
     rows = []
-    for level in ("perception", "edit", "agreement"):
-        for group in groups:
-            cases = list(table.get((level, group), {}).values())
-            for arm in sorted(arms.keys() - {against}, key=list(arms).index):
-                pairs = [(case[against], case[arm]) for case in cases if {against, arm} <= set(case)]
-                for difficulty in ("all", "easy", "hard"):
-                    some = [p for p in pairs if difficulty in ("all", p[0]["difficulty"])]
-                    if difficulty == "all" or 0 < len(some) < len(pairs):
-                        rows += _rows(some, (level, group, difficulty, arm), metrics, seed)
+    for level, group, arm in itertools.product(("perception", "edit", "agreement"), groups, arms):
+        cases = table.get((level, group), {}).values()
+        pairs = [(case[against], case[arm]) for case in cases if {against, arm} <= set(case)]
+        for difficulty in ("all", "easy", "hard"):
+            some = [pair for pair in pairs if difficulty in ("all", pair[0]["difficulty"])]
+            if difficulty == "all" or 0 < len(some) < len(pairs):
+                rows += _rows(some, (level, group, difficulty, arm), metrics, seed)
     return rows
+
+
+def by_case(records: Iterable[Mapping[str, Any]], *labels: str) -> dict[tuple[str, ...], Cases]:
+    """Records by the values of some labels, then by case id, then by arm."""
+    table: dict[tuple[str, ...], Cases] = {}
+    for record in records:
+        cases = table.setdefault(tuple(record[label] for label in labels), {})
+        cases.setdefault(record["case_id"], {})[record["arm"]] = record
+    return table
 
 
 def _rows(
@@ -179,7 +186,7 @@ def _rows(
 ) -> list[Difference]:
     rows = []
     for name, metric in metrics.items():
-        values = [(first["metrics"].get(name), second["metrics"].get(name)) for first, second in pairs]
+        values = [[record["metrics"].get(name) for record in pair] for pair in pairs]
         both = np.array([pair for pair in values if None not in pair], dtype=float)  # (n, 2)
         if not len(both):
             continue

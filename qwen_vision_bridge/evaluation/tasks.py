@@ -6,6 +6,7 @@ ever taken for another's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,7 +78,13 @@ class Run:
     @cached_property
     def truths(self) -> dict[str, str]:
         """Digest of what each case's edits are measured by."""
-        return {name: digest_of(_truth(case)) for name, case in self.cases.items()}
+        truths = {}
+        for name, case in self.cases.items():
+            truth = [case.source_text, case.expected_text, str(case.boxes)]
+            truth += ["" if case.target is None else image_digest(case.target)]
+            truth += ["" if case.edit_mask is None else digest_of(np.packbits(case.edit_mask).tolist())]
+            truths[name] = digest_of(truth)
+        return truths
 
     @cached_property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -102,11 +109,9 @@ def check_ids(cases: Sequence[Case]) -> None:
     """
     if not cases:
         raise ValueError("there are no cases to evaluate: give at least one")
-    seen: set[str] = set()
-    for case in cases:
-        if case.case_id in seen:
-            raise ValueError(f"two cases have the id {case.case_id!r}: every case needs its own")
-        seen.add(case.case_id)
+    (name, count), *_ = Counter(case.case_id for case in cases).most_common(1)
+    if count > 1:
+        raise ValueError(f"two cases have the id {name!r}: every case needs its own")
 
 
 def plan(run: Run, edits: bool, perception: bool) -> tuple[list[Task], list[str]]:
@@ -124,12 +129,6 @@ def plan(run: Run, edits: bool, perception: bool) -> tuple[list[Task], list[str]
     if not unpaired:
         return tasks, []
     return tasks, [f"shuffled: {unpaired} cases have no other on the same grid to take features from"]
-
-
-def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The records with an error, in words."""
-    failed = [record for record in records if record["error"]]
-    return [f"{record['case_id']}, {record['arm']}: {record['error']}" for record in failed]
 
 
 def content_key(run: Run, case: Case, arm: Arm, batched: bool) -> str:
@@ -151,9 +150,3 @@ def _key(run: Run, case: Case, arm: Arm, question: Question | None) -> str:
     labels = [case.case_id, case.group, case.kind, case.difficulty, arm.name]
     batched = question is None and run.batch > 1
     return digest_of([content_key(run, case, arm, batched), run.truths[case.case_id], labels, question])
-
-
-def _truth(case: Case) -> list[Any]:
-    truth = [case.source_text, case.expected_text, str(case.boxes)]
-    truth += ["" if case.target is None else image_digest(case.target)]
-    return [*truth, "" if case.edit_mask is None else digest_of(np.packbits(case.edit_mask).tolist())]

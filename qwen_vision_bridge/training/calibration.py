@@ -14,7 +14,7 @@ the same grid: the update is what the target would see with better vision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -64,7 +64,6 @@ def calibrate(
     config: BridgeConfig,
     stream: Callable[[], Iterable[Tokens]],
     ranks: Sequence[int] | None = None,
-    ridges: Sequence[float] = RIDGES,
     components: int = COMPONENTS,
 ) -> Calibration:
     """Fit a bridge to the high-resolution features of a token stream, or to the target's where it has none.
@@ -90,7 +89,7 @@ def calibrate(
     blends: tuple[Blend, ...] = ("add", "replace") if moments.has_highres else ("replace",)
     ranks = ranks or sorted({max(config.rank // part, config.heads) for part in (4, 2, 1)})
     ranks = [rank for rank in ranks if rank % config.heads == 0]
-    fits = {blend: _search(replace(config, blend=blend), moments, ranks, ridges) for blend in blends}
+    fits = {blend: _search(replace(config, blend=blend), moments, ranks) for blend in blends}
 
     def error(blend: Blend) -> float:  # in the same unit for both blends
         return (1 - fits[blend].explained) * float(moments.regression_target(blend)[1].sum())
@@ -110,18 +109,11 @@ def token_stream(pack: Pack, trainable: TrainableBridge) -> Iterator[Tokens]:
             yield Tokens(levels, baseline.flatten(0, 1).cpu(), highres)
 
 
-@dataclass(frozen=True)
-class Basis:
+class Basis(NamedTuple):
     """Orthonormal directions of channels that are scaled to an RMS of 1."""
 
-    scale: Tensor
-    """(D,): RMS of each channel."""
-    directions: Tensor
-    """(D, K)."""
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Project (n, D) to (n, K)."""
-        return (features / self.scale) @ self.directions
+    scale: Tensor  # (D,), RMS of each channel
+    directions: Tensor  # (D, K)
 
 
 def basis_chunks(config: BridgeConfig, stream: Iterable[Tokens]) -> list[Tokens]:
@@ -197,9 +189,7 @@ class Moments:
             projected = rows @ basis.directions
             self._measure_basis(number, projected, rows)
             return projected
-        rows = level.float()
-        rms = (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        return (rows @ (basis.directions / basis.scale[:, None])) / rms
+        return (level.float() @ (basis.directions / basis.scale[:, None])) / _norm_of(level)
 
     def _measure_basis(self, number: int, projected: Tensor, rows: Tensor) -> None:
         self.basis_energy[number, 0] += projected.square().sum().double()
@@ -227,14 +217,10 @@ def fit(
         (down (size, rank), up (rank, K)) of each block; outputs are the sum of x_l @ down @ up.
     """
     moments = _with_ridge(moments, ridge)
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    blocks = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    blocks = [slice(sum(sizes[:number]), sum(sizes[: number + 1])) for number in range(len(sizes))]
     factors = [torch.linalg.cholesky(moments[block, block]) for block in blocks]
     solution = torch.linalg.solve(moments, cross)
-    pairs = [
-        _reduced(factor, factor.T @ solution[block], rank)
-        for factor, block in zip(factors, blocks, strict=True)
-    ]
+    pairs = [_reduced(c, c.T @ solution[block], rank) for c, block in zip(factors, blocks, strict=True)]
     for _ in range(SWEEPS):
         for number, (block, factor) in enumerate(zip(blocks, factors, strict=True)):
             residual = cross[block].clone()
@@ -248,13 +234,14 @@ def fit(
 
 def normalised(level: Tensor) -> Tensor:
     """A level after the bridge's norm, (n, D) in float32."""
-    rows = level.float()
-    return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return level.float() / _norm_of(level)
 
 
-def _search(
-    config: BridgeConfig, moments: Moments, ranks: Sequence[int], ridges: Sequence[float]
-) -> Calibration:
+def _norm_of(level: Tensor) -> Tensor:
+    return (level.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def _search(config: BridgeConfig, moments: Moments, ranks: Sequence[int]) -> Calibration:
     """Choose the ridge by cross-validation at full rank, then the rank at that ridge."""
     cross, energy = moments.regression_target(config.blend)
 
@@ -271,13 +258,12 @@ def _search(
         return held_out(lambda inputs, outputs: torch.linalg.solve(_with_ridge(inputs, ridge), outputs))
 
     def explained(rank: int) -> float:
-        return held_out(
-            lambda inputs, outputs: torch.cat(
-                [down @ up for down, up in fit(inputs, outputs, moments.sizes, rank, ridge)]
-            )
-        )
+        def solve(inputs: Tensor, outputs: Tensor) -> Tensor:
+            return torch.cat([down @ up for down, up in fit(inputs, outputs, moments.sizes, rank, ridge)])
 
-    ridge = max(ridges, key=explained_at_full_rank)
+        return held_out(solve)
+
+    ridge = max(RIDGES, key=explained_at_full_rank)
     by_rank = {rank: explained(rank) for rank in ranks}
     rank = max(by_rank, key=by_rank.__getitem__)
     pairs = fit(moments.levels.sum(0), cross.sum(0), moments.sizes, rank, ridge)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
@@ -13,17 +15,20 @@ from ..loading.families import resolve_family
 from ..specs import FAMILIES, LEVEL_NAMES
 from .config import Control, Method, RunConfig, Schedule, TrainingSettings, check_data_folder
 
-PARSERS = {"int": int, "float": float, "int | None": int, "Schedule": str}
-COPIED = (  # flags that are fields of `RunConfig` as they are
-    *("method", "output_dir", "features", "highres_target", "train_data_dir", "dataset_name"),
-    *("max_train_samples", "validation_samples", "cache_dir", "dataloader_num_workers"),
-    *("load_in_8bit", "gradient_checkpointing", "overwrite_output_dir"),
-)
-
 
 def parse(arguments: Sequence[str], description: str | None) -> argparse.Namespace:
     """Parse the flags; `--train-batch-size` is `--train_batch_size`."""
-    return _parser(description).parse_args([_underscored(word) for word in arguments])
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _add_run(parser.add_argument_group("run"))
+    _add_bridge(parser.add_argument_group("bridge"))
+    _add_data(parser.add_argument_group("data"))
+    _add_settings(parser.add_argument_group("training"))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(
+        [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in arguments]
+    )
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
@@ -63,80 +68,44 @@ def run_config_of(arguments: argparse.Namespace) -> RunConfig:
     changes = {"levels": tuple(arguments.levels), "blend": arguments.blend}
     if arguments.rank:
         changes |= {"rank": arguments.rank, "query_dim": arguments.rank}
-    return RunConfig(
-        family=family,
-        bridge=resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
-        config=BridgeConfig.for_family(family, **changes),
-        strength=check_strength(arguments.strength),
-        lora_baseline=arguments.lora_baseline == "lora",
-        **{name: getattr(arguments, name) for name in COPIED},
-    )
-
-
-def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, sign, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + sign + value
-
-
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    _add_run(parser.add_argument_group("run"))
-    _add_bridge(parser.add_argument_group("bridge"))
-    _add_data(parser.add_argument_group("data"))
-    _add_settings(parser.add_argument_group("training"))
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    names = {field.name for field in fields(RunConfig)}
+    flags = {name: value for name, value in vars(arguments).items() if name in names}  # as they are
+    flags |= {
+        "family": family,
+        "bridge": resolve_bridge(arguments.bridge, family)[0] if arguments.bridge else None,
+        "config": BridgeConfig.for_family(family, **changes),
+        "strength": check_strength(arguments.strength),
+        "lora_baseline": arguments.lora_baseline == "lora",
+    }
+    return RunConfig(**flags)
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+    add, switch = group.add_argument, partial(group.add_argument, action="store_true")
+    methods = get_args(Method)
     add("--models", choices=sorted(FAMILIES), default="miniature", help="model family")
     for role in ("source", "target", "editor"):
         add(f"--{role}", help="another registered model, hub id or local folder for this role")
-    add(
-        "--method",
-        choices=get_args(Method),
-        default="perceive",
-        help="closed form, or the loss to train with",
-    )
+    add("--method", choices=methods, default="perceive", help="closed form, or the loss to train with")
     add("--output_dir", type=Path, required=True, help="folder of bridge, checkpoints and log")
-    add(
-        "--overwrite_output_dir",
-        action="store_true",
-        help="replace the run in --output_dir; only its own files are removed",
-    )
-    add(
-        "--resume_from_checkpoint",
-        metavar="CHECKPOINT",
-        help="continue the run in --output_dir: path, name or `latest`",
-    )
-    add("--dry_run", action="store_true", help="print the plan and stop")
+    switch("--overwrite_output_dir", help="replace the run in --output_dir; only its own files are removed")
+    resume = "continue the run in --output_dir: path, name or `latest`"
+    add("--resume_from_checkpoint", metavar="CHECKPOINT", help=resume)
+    switch("--dry_run", help="print the plan and stop")
 
 
 def _add_bridge(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+    add, controls = group.add_argument, get_args(Control)
     add("--bridge", help="continue from this bridge: folder or hub id")
     add("--rank", type=int, help="rank of a new bridge; default: the family's")
     add("--levels", nargs="+", choices=LEVEL_NAMES, default=LEVEL_NAMES, help="source levels of a new bridge")
     add("--blend", choices=["add", "replace"], default="add", help="see BridgeConfig")
-    add(
-        "--features",
-        choices=get_args(Control),
-        default="own",
-        help="what the bridge sees; `shuffled` and `target` are controls",
-    )
+    features = "what the bridge sees; `shuffled` and `target` are controls"
+    add("--features", choices=controls, default="own", help=features)
     add("--rival", choices=["lora"], dest="lora_baseline", help="train a LoRA of the bridge's size instead")
     add("--strength", type=float, default=1.0, help="strength of the update while training")
-    add(
-        "--teacher",
-        action="store_true",
-        dest="highres_target",
-        help="calibrate to the target's features of the image at a higher resolution",
-    )
+    teacher = "calibrate to the target's features of the image at a higher resolution"
+    add("--teacher", action="store_true", dest="highres_target", help=teacher)
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
@@ -150,18 +119,16 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     for field in fields(TrainingSettings):
+        flag, help_text = f"--{field.name}", f"default: {field.default}"
         if field.type == "bool":
-            group.add_argument(f"--{field.name}", action="store_true", default=None)
-            continue
-        choices = get_args(Schedule) if field.type == "Schedule" else None
-        group.add_argument(
-            f"--{field.name}",
-            type=PARSERS[str(field.type)],
-            choices=choices,
-            help=f"default: {field.default}",
-        )
-    group.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on CUDA")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
-    group.add_argument("--load_in_8bit", action="store_true", help="quantise the frozen models; needs CUDA")
-    group.add_argument("--report_to", choices=["tensorboard"], help="tracker beside log.jsonl")
+            add(flag, action="store_true", default=None)
+        elif field.type == "Schedule":
+            add(flag, choices=get_args(Schedule), help=help_text)
+        else:
+            add(flag, type=float if field.type == "float" else int, help=help_text)
+    add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on CUDA")
+    add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add("--load_in_8bit", action="store_true", help="quantise the frozen models; needs CUDA")
+    add("--report_to", choices=["tensorboard"], help="tracker beside log.jsonl")

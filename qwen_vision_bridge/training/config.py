@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from ..specs import Family, check_seed
 
@@ -82,13 +82,8 @@ class RunConfig:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of samples that the method learns from."""
-        by_method: dict[Method, tuple[Kind, ...]] = {
-            "calibrate": ("perceive",),
-            "perceive": ("perceive",),
-            "edit": ("edit",),
-            "perceive+edit": ("perceive", "edit"),
-        }
-        return by_method[self.method]
+        kinds = "perceive" if self.method == "calibrate" else self.method
+        return cast("tuple[Kind, ...]", tuple(kinds.split("+")))
 
     @property
     def bridge_config(self) -> BridgeConfig:

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
+from torch.utils import data as utils_data
 
 from ..case import Scene
 from ..images import load_images
@@ -32,6 +33,11 @@ MAX_FAULTS = 20  # that a message lists
 # A model that knows the world is asked what an instruction means; other questions have these shares.
 INSTRUCTION_SHARE = 0.3
 QUESTION_SHARES = {"read": 0.45, "locate": 0.2, "count": 0.05, "describe": 0.3}
+ASK = {
+    "read": questions.read_question,
+    "count": questions.count_question,
+    "describe": questions.describe_question,
+}
 EXPLAINABLE = ("read", "locate", "count")  # questions for models that were not trained on the world
 ONE_IMAGE = tuple((group, kind) for group in ("ocr", "space", "detail") for kind in world.KINDS[group])
 
@@ -154,7 +160,7 @@ class DatasetSamples(_UserSamples):
         ValueError: the `datasets` package is not installed, or a column is missing.
     """
 
-    def __init__(self, name: str, kind: Kind, split: str = "train") -> None:
+    def __init__(self, name: str, kind: Kind) -> None:
         try:
             import datasets
         except ImportError as error:
@@ -163,32 +169,23 @@ class DatasetSamples(_UserSamples):
                 "datasets python train_bridge.py …`, or give a folder with --train_data_dir"
             ) from error
         self.kind: Kind = kind
-        self.rows: Any = datasets.load_dataset(name, split=split)
+        self.rows: Any = datasets.load_dataset(name, split="train")
         columns, needed = self.rows.column_names, {"image", *COLUMNS[kind]}
         if missing := sorted(needed - set(columns)):
             raise ValueError(
                 f"the dataset {name} has no column {missing[0]!r}, only {', '.join(columns)}; "
                 f"for --method {kind} it needs {', '.join(sorted(needed))}"
             )
-        self.digest = digest_of(["dataset", name, split, kind, self.rows._fingerprint])
+        self.digest = digest_of(["dataset", name, "train", kind, self.rows._fingerprint])
 
 
-class Subset:
+class Subset(utils_data.Subset):
     """Some of the samples of a list, by index."""
-
-    def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
-        self.samples, self.indices = samples, list(indices)
 
     @property
     def digest(self) -> str:
         """Digest of the whole list and the indices."""
-        return digest_of([self.samples.digest, self.indices])
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[self.indices[index]]
+        return digest_of([self.dataset.digest, self.indices])
 
 
 def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
@@ -204,24 +201,21 @@ def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
             WorldSamples(kind, "train", count, knows_world, size),
             WorldSamples(kind, "validation", run.validation_samples, knows_world, size),
         )
-    samples: Samples = (
-        FolderSamples(run.train_data_dir, kind)
-        if run.train_data_dir is not None
-        else DatasetSamples(str(run.dataset_name), kind)
-    )
+    folder, name = run.train_data_dir, str(run.dataset_name)
+    samples: Samples = DatasetSamples(name, kind) if folder is None else FolderSamples(folder, kind)
     train, validation = split_samples(samples, run.validation_samples)
     return Split(Subset(samples, train.indices[: run.max_train_samples]), validation)
 
 
-def split_samples(samples: Samples, max_held_out: int, share: float = 0.1) -> Split[Subset]:
-    """Split off evenly spread samples to validate on, at most `max_held_out` and `share` of all.
+def split_samples(samples: Samples, max_held_out: int) -> Split[Subset]:
+    """Split off evenly spread samples to validate on, at most `max_held_out` and a tenth of all.
 
     Raises:
         ValueError: a single sample, which cannot be split.
     """
     if len(samples) < 2:
         raise ValueError(f"training needs at least two samples, one to validate on; got {len(samples)}")
-    count = max(1, min(max_held_out, int(share * len(samples))))
+    count = max(1, min(max_held_out, int(0.1 * len(samples))))
     held_out = {round(number * (len(samples) - 1) / count) for number in range(count)}
     rest = sorted(set(range(len(samples))) - held_out)
     return Split(Subset(samples, rest), Subset(samples, sorted(held_out)))
@@ -233,15 +227,11 @@ def _question(scene: Scene, rng: np.random.Generator, knows_world: bool) -> tupl
         kinds.remove("read")
     shares = np.array([QUESTION_SHARES[kind] for kind in kinds])
     kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
-    if kind == "read":
-        asked = questions.read_question(scene)
-    elif kind == "locate":
+    if kind == "locate":
         asked = questions.locate_question(scene, rng)
         kind = "locate" if asked[0].startswith("Where") else "count"
-    elif kind == "count":
-        asked = questions.count_question(scene)
     else:
-        asked = questions.describe_question(scene)
+        asked = ASK[kind](scene)
     return asked if knows_world else (f"{asked[0]} {questions.REPLY_FORMS[kind]}", asked[1])
 
 

@@ -26,48 +26,34 @@ class FeatureEncoder:
         highres_target: add the target's features of the image at a higher resolution: at the size that its
             own processor allows where that keeps the grid, since only the pipeline reduces the image; else
             at `HIGHRES` times the grid, averaged over the tokens that share a place.
-        load_in_8bit: quantise the towers; needs CUDA.
     """
 
     def __init__(
-        self,
-        family: Family,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        highres_target: bool = False,
-        load_in_8bit: bool = False,
+        self, family: Family, device: torch.device | str, dtype: torch.dtype, highres_target: bool = False
     ) -> None:
         self.family, self.highres_target = family, highres_target
         self.extractor = VisionCacheExtractor(
-            family, load_in_8bit, device=device, dtype=dtype, feature_cache=False, keep_models=True
+            family, device=device, dtype=dtype, feature_cache=False, keep_models=True
         )
 
     def key(self) -> str:
         """Key of everything that decides an image's features."""
-        extractor = self.extractor
-        return digest_of(
-            [
-                FEATURES_VERSION,
-                extractor.revision("qwen3"),
-                extractor.revision("qwen25"),
-                str(extractor.dtype),
-                extractor.load_in_8bit,
-                self.family.editor.pipeline_class,
-                self.family.editor.condition_area,
-                self.family.editor.condition_step,
-                self.highres_target,
-            ]
-        )
+        extractor, editor = self.extractor, self.family.editor
+        revisions = extractor.revision("qwen3"), extractor.revision("qwen25")
+        towers = *revisions, str(extractor.dtype), extractor.load_in_8bit
+        shown = editor.pipeline_class, editor.condition_area, editor.condition_step
+        return digest_of([FEATURES_VERSION, *towers, *shown, self.highres_target])
 
     def encode(self, samples: Sequence[Sample]) -> list[Fields]:
         """The fields `early`, `mid`, `late`, `vision` and perhaps `highres`, and each sample's `grid`."""
         images = [sample.image for sample in samples]
         target = self.extractor.extract_qwen25_vision([self._as_shown(image) for image in images])
         source = self.extractor.extract_qwen3_vision(images, grids=target.grids)
-        encoded = []
-        for one, other in zip(source.split(), target.split(), strict=True):
-            levels = {name: one.features[name][0] for name in LEVEL_NAMES}
-            encoded.append({**levels, "vision": other.vision_features[0], "grid": list(other.grid)})
+        encoded = [
+            {name: one.features[name][0] for name in LEVEL_NAMES}
+            | {"vision": other.vision_features[0], "grid": list(other.grid)}
+            for one, other in zip(source.split(), target.split(), strict=True)
+        ]
         if self.highres_target:
             for fields, highres in zip(encoded, self._highres(images, target.grids), strict=True):
                 fields["highres"] = highres
@@ -86,15 +72,13 @@ class FeatureEncoder:
         return image.resize((width, height), Image.Resampling.LANCZOS)
 
     def _highres(self, images: list[Image.Image], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        same = [self.extractor.target_grid(image) == grid for image, grid in zip(images, grids, strict=True)]
-        highres_grids = [
-            (rows, columns) if keeps else (HIGHRES * rows, HIGHRES * columns)
-            for keeps, (rows, columns) in zip(same, grids, strict=True)
-        ]
+        own = map(self.extractor.target_grid, images)
+        factors = [1 if grid == shown else HIGHRES for grid, shown in zip(own, grids, strict=True)]
+        highres_grids = [(n * rows, n * columns) for n, (rows, columns) in zip(factors, grids, strict=True)]
         caches = self.extractor.extract_qwen25_vision(images, grids=highres_grids).split()
         return [
-            cache.vision_features[0] if keeps else pooled(cache.vision_features[0], cache.grid)
-            for keeps, cache in zip(same, caches, strict=True)
+            pooled(cache.vision_features[0], cache.grid) if factor > 1 else cache.vision_features[0]
+            for factor, cache in zip(factors, caches, strict=True)
         ]
 
 

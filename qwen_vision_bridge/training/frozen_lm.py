@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from ..specs import Family
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
+    from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLProcessor
 
 MAX_TEXT = 512  # tokens after the image
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -51,9 +51,8 @@ class TextBatch(NamedTuple):
     def trimmed(self, min_length: int = 1) -> TextBatch:
         """Remove padding that no text needs."""
         labelled = (self.labels >= 0).any(0).nonzero()
-        length = max(
-            int(self.prompt_lengths.max()), int(labelled[-1]) + 2 if len(labelled) else 0, min_length
-        )
+        answered = int(labelled[-1]) + 2 if len(labelled) else 0
+        length = max(int(self.prompt_lengths.max()), answered, min_length)
         ids, labels, weights = (part[:, :length] for part in self[:3])
         return TextBatch(ids, labels, weights, self.prompt_lengths)
 
@@ -109,11 +108,6 @@ class FrozenLanguageModel:
             self.decoder.train()
         self._prefixes: dict[tuple[str, tuple[int, int]], Prefix] = {}
 
-    @property
-    def lookahead(self) -> int:
-        """How many of the prompt's last tokens predict the answer."""
-        return self.family.reply_tokens
-
     def template(self, prompt: str, edit: bool = False) -> tuple[str, str]:
         """Put a prompt into its template: up to the end of the image, and from there to the answer."""
         if edit or not self.family.chat_template:
@@ -141,6 +135,7 @@ class FrozenLanguageModel:
             raise ValueError(
                 f"a prompt with its answer has {longest} tokens; at most {MAX_TEXT} are possible"
             )
+        lookahead = self.family.reply_tokens  # so many of the prompt's last tokens predict the answer
         ids = torch.zeros(len(texts), longest, dtype=torch.long)
         labels, weights = torch.full_like(ids, -1), torch.zeros(ids.shape)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -148,9 +143,9 @@ class FrozenLanguageModel:
             last = len(prompt) - 1
             labels[row, last : last + len(answer)] = torch.tensor(answer, dtype=torch.long)
             weights[row, last : last + len(answer)] = 1
-            for back in range(1, min(self.lookahead, len(answer))):
+            for back in range(1, min(lookahead, len(answer))):
                 labels[row, last - back], weights[row, last - back] = answer[back], 1
-            if self.lookahead > 1 and answer:  # an edit pipeline reads the answer from this token's state
+            if lookahead > 1 and answer:  # an edit pipeline reads the answer from this token's state
                 weights[row, last] = 3
         return TextBatch(ids, labels, weights, torch.tensor([len(prompt) for prompt in prompts]))
 
@@ -222,6 +217,8 @@ class FrozenLanguageModel:
     def _forward(
         self, features: Tensor, ids: Tensor, prefix: Prefix, first: int | None, keep_cache: bool = False
     ) -> tuple[Tensor, DynamicCache | None]:
+        from transformers import DynamicCache
+
         batch, embed = len(features), self.decoder.embed_tokens
         image_end = embed(prefix.ids[-1:]).expand(batch, -1, -1)
         inputs = torch.cat([features.to(image_end.dtype), image_end, embed(ids)], dim=1)
@@ -229,7 +226,9 @@ class FrozenLanguageModel:
             template = embed(prefix.ids[: prefix.start]).expand(batch, -1, -1)
             inputs, begin, cache = torch.cat([template, inputs], dim=1), 0, None
         else:
-            begin, cache = prefix.start, _expanded_cache(self.model.config, prefix.cache, batch)
+            begin, cache = prefix.start, DynamicCache(config=self.model.config.get_text_config())
+            for layer, shared in enumerate(prefix.cache):
+                cache.update(*(part.expand(batch, -1, -1, -1) for part in shared), layer)
         output = self.decoder(
             inputs_embeds=inputs,
             past_key_values=cache,
@@ -245,12 +244,10 @@ class FrozenLanguageModel:
 
     @torch.no_grad()
     def _prefix(self, grid: tuple[int, int], edit: bool) -> Prefix:
+        """The template up to the end of an image, computed once."""
         text = self.template("", edit)[0]
-        if (text, grid) not in self._prefixes:
-            self._prefixes[text, grid] = self._compute_prefix(text, grid)
-        return self._prefixes[text, grid]
-
-    def _compute_prefix(self, text: str, grid: tuple[int, int]) -> Prefix:
+        if (text, grid) in self._prefixes:
+            return self._prefixes[text, grid]
         pad, count = "<|image_pad|>", grid[0] * grid[1]
         ids = torch.tensor(self._token_ids([text.replace(pad, pad * count)])[0])
         config = self.model.config
@@ -261,27 +258,17 @@ class FrozenLanguageModel:
         )
         start = int((ids == config.image_token_id).nonzero()[0])
         ids, positions = ids.to(self.device), positions.to(self.device)
-        if not self.caches_prefix:
-            return Prefix(ids, start, positions, None, None)
-        output = self.decoder(
-            inputs_embeds=self.decoder.embed_tokens(ids[None, :start]),
-            use_cache=True,
-            position_ids=positions[..., :start],
-        )
-        cache = [(layer.keys.clone(), layer.values.clone()) for layer in output.past_key_values.layers]
-        return Prefix(ids, start, positions, cache, output.last_hidden_state)
+        cache = states = None
+        if self.caches_prefix:
+            output = self.decoder(
+                inputs_embeds=self.decoder.embed_tokens(ids[None, :start]),
+                use_cache=True,
+                position_ids=positions[..., :start],
+            )
+            cache = [(layer.keys.clone(), layer.values.clone()) for layer in output.past_key_values.layers]
+            states = output.last_hidden_state
+        self._prefixes[text, grid] = Prefix(ids, start, positions, cache, states)
+        return self._prefixes[text, grid]
 
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
-
-def _expanded_cache(
-    config: Qwen2_5_VLConfig, prefix: list[tuple[Tensor, Tensor]], batch: int
-) -> DynamicCache:
-    """A fresh cache that begins with keys and values shared by the whole batch."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=config.get_text_config())
-    for layer, (keys, values) in enumerate(prefix):
-        cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
-    return cache

@@ -33,11 +33,9 @@ class TrainData:
             raise ValueError("training needs a pack of questions, of edits, or both")
         if self.edit is not None and self.flow is None:
             raise ValueError("a pack of edits needs the pipeline's transformer for its loss")
-        self.texts = {
-            kind: self.language_model.tokenize(pack.texts(), kind == "edit")
-            for kind, pack in self.packs.items()
-        }
-        self.empty_prompt = self.language_model.tokenize([(" ", None)], edit=True)
+        tokenize = self.language_model.tokenize
+        self.texts = {kind: tokenize(pack.texts(), kind == "edit") for kind, pack in self.packs.items()}
+        self.empty_prompt = tokenize([(" ", None)], edit=True)
 
     @property
     def packs(self) -> dict[Kind, Pack]:
@@ -63,8 +61,7 @@ class Batch:
         self.texts = train_data.texts[kind].select(self.samples).trimmed(empty_length)
         if kind == "edit":
             generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
-            rows, columns = self.pack.lines[int(self.samples[0])]["latents"]
-            self.latent_grid = (rows, columns)
+            self.latent_grid = rows, columns = self.pack.lines[int(self.samples[0])]["latents"]
             width = self.pack.fields["after"][0].shape[-1]
             self.noise = torch.randn(size, rows * columns, width, generator=generator)
             self.time_noise = torch.randn(size, generator=generator)
@@ -84,14 +81,14 @@ class Batch:
 
     def _velocity_error(self, features: Tensor, part: slice) -> Tensor:
         language_model, samples = self.train_data.language_model, self.samples[part]
-        ids, lengths = self._prompts(part)
-        states = language_model.hidden_states(
-            features,
-            ids.to(language_model.device),
-            self.pack.grid_of(samples),
-            edit=True,
-            first=TEMPLATE_PREFIX_TOKENS,
-        )
+        # Some instructions are replaced by the empty prompt.
+        texts, empty, dropped = self.texts.select(part), self.train_data.empty_prompt, self.dropped[part]
+        empty_ids = torch.zeros_like(texts.ids[0])
+        empty_ids[: int(empty.prompt_lengths[0])] = empty.ids[0]
+        ids = torch.where(dropped[:, None], empty_ids, texts.ids).to(language_model.device)
+        lengths = torch.where(dropped, empty.prompt_lengths[0], texts.prompt_lengths)
+        grid = self.pack.grid_of(samples)
+        states = language_model.hidden_states(features, ids, grid, edit=True, first=TEMPLATE_PREFIX_TOKENS)
         before_text = states.shape[1] - ids.shape[1]
         mask = torch.arange(states.shape[1])[None] < before_text + lengths[:, None]
         assert self.train_data.flow is not None  # edits are trained through it
@@ -104,11 +101,3 @@ class Batch:
             self.noise[part].to(states.device),
             self.time_noise[part].to(states.device),
         ).sum()
-
-    def _prompts(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Token ids and lengths of instructions, some of them replaced by the empty prompt."""
-        texts, empty, dropped = self.texts.select(part), self.train_data.empty_prompt, self.dropped[part]
-        empty_ids = torch.zeros_like(texts.ids[0])
-        empty_ids[: int(empty.prompt_lengths[0])] = empty.ids[0]
-        ids = torch.where(dropped[:, None], empty_ids, texts.ids)
-        return ids, torch.where(dropped, empty.prompt_lengths[0], texts.prompt_lengths)

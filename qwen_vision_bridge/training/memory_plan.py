@@ -29,16 +29,22 @@ class Need(NamedTuple):
     """One thing that a run loads or writes."""
 
     name: str
-    place: str
-    """`device` or `disk`."""
+    place: str  # `device` or `disk`
     gb: float
 
 
 def plan(run: RunConfig, settings: TrainingSettings) -> str:
     """The plan as text."""
     lines = [f"{run.family.name}: --method {run.method}; this plan downloads nothing"]
-    phases = ((_features_title(run), features_needs(run)), (_training_title(run), training_needs(run)))
-    for number, (title, needs) in enumerate(phases, 1):
+    edits = "edit" in run.kinds
+    beside = "and the pipeline of 2. for the latents" if edits else "no language model"
+    models = "language model and transformer" if edits else "language model"
+    training = f"training through the frozen {models}; the towers are freed"
+    if run.method == "calibrate":
+        training = "regression on the CPU, then answers on held-out images"
+    features = f"features, once (both vision towers, {beside})"
+    phases = {features: features_needs(run), training: training_needs(run)}
+    for number, (title, needs) in enumerate(phases.items(), 1):
         lines.append(f"{number}. {title}")
         lines += [f"   {need.name:<58} {need.place:<6} {need.gb:7.2f} GB" for need in needs]
         sums = {place: sum(n.gb for n in needs if n.place == place) for place in ("device", "disk")}
@@ -103,19 +109,6 @@ def tokens_of(family: Family) -> int:
     if _is_small(family):  # whose processor has a limit of its own
         return (TARGET_PX // family.target.token_px) ** 2
     return round(AREA**0.5 / family.target.token_px) ** 2
-
-
-def _features_title(run: RunConfig) -> str:
-    if "edit" in run.kinds:
-        return "features, once (both vision towers, and the pipeline of 2. for the latents)"
-    return "features, once (both vision towers, no language model)"
-
-
-def _training_title(run: RunConfig) -> str:
-    if run.method == "calibrate":
-        return "regression on the CPU, then answers on held-out images"
-    models = "language model and transformer" if "edit" in run.kinds else "language model"
-    return f"training through the frozen {models}; the towers are freed"
 
 
 def _speed(run: RunConfig, settings: TrainingSettings) -> str:

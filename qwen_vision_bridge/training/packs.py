@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..features import SHARD_ITEMS, FeatureStore, Item, Shard, shard_names
+from ..features import SHARD_ITEMS, FeatureStore, Item, shard_names
 from ..loading.memory import usable_gpu_bytes
 from ..specs import step_seed
 from .data import Sample, Samples
@@ -64,15 +64,15 @@ class Pack:
     """The features of training samples, memory-mapped or on a GPU.
 
     Args:
-        device: where batches go. On CUDA all features go there at once if they take less than `share` of
-            its free memory.
+        device: where batches go. On CUDA all features go there at once if they take less than 60 % of its
+            free memory.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu", share: float = 0.6) -> None:
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._shards = FeatureStore(folder).shards()
         size = sum(rows.nbytes for shard in self._shards for rows in shard.tensors.values())
-        keep = self.device.type == "cuda" and size < share * usable_gpu_bytes(self.device)[0]
+        keep = self.device.type == "cuda" and size < 0.6 * usable_gpu_bytes(self.device)[0]
         self._index(self.device if keep else torch.device("cpu"))
 
     def __len__(self) -> int:
@@ -115,8 +115,9 @@ class Pack:
         self.lines = [line for shard in self._shards for line in shard.items]
         self.fields: dict[str, list[Tensor]] = {}
         for shard in self._shards:
-            for field, rows in _on(shard, device).items():
-                self.fields.setdefault(field, []).extend(rows)
+            for field, rows in shard.tensors.items():
+                counts = [line["rows"][field] for line in shard.items]
+                self.fields.setdefault(field, []).extend(rows.to(device).split(counts))
         layouts: dict[str, list[int]] = {}
         for index, line in enumerate(self.lines):
             layouts.setdefault(json.dumps([line["grid"], line["rows"]], sort_keys=True), []).append(index)
@@ -132,16 +133,8 @@ def join(packs: Sequence[Pack], device: torch.device | str = "cpu") -> Pack:
     return joined
 
 
-def _on(shard: Shard, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
-    moved = shard._replace(tensors={field: rows.to(device) for field, rows in shard.tensors.items()})
-    return {field: moved.split(field) for field in moved.tensors}
-
-
 def _item(sample: Sample, fields: Fields) -> Item:
-    tensors = {
-        name: value.detach().to("cpu", torch.bfloat16)
-        for name, value in fields.items()
-        if isinstance(value, Tensor)
-    }
-    plain = {name: value for name, value in fields.items() if name not in tensors}
-    return Item(tensors, {**plain, "prompt": sample.prompt, "answer": sample.answer})
+    rows = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in fields.items() if name not in rows}
+    stored = {name: value.detach().to("cpu", torch.bfloat16) for name, value in rows.items()}
+    return Item(stored, {**plain, "prompt": sample.prompt, "answer": sample.answer})

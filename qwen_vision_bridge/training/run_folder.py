@@ -52,7 +52,8 @@ class TrainingRun:
         if not os.path.lexists(path):
             return None
         data = read_json(path)
-        if data.get("format") != FORMAT or not all(map(_is_inside, data["files"])):
+        paths = [PurePosixPath(name) for name in data["files"]]
+        if data.get("format") != FORMAT or any(path.is_absolute() or ".." in path.parts for path in paths):
             raise ValueError(
                 f"{path} is of another program or version (format {data.get('format')!r}, needed is "
                 f"{FORMAT!r}): give another --output_dir"
@@ -60,7 +61,6 @@ class TrainingRun:
         return cls(Path(folder), data["run"], data["fingerprint"], data["files"])
 
     def write(self) -> None:
-        """Write `run.json`."""
         data = {"format": FORMAT, "run": self.run_id, "fingerprint": self.fingerprint, "files": self.files}
         write_json(self.folder / RUN, data)
 
@@ -203,7 +203,15 @@ def open_run(
     outcome: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            outcome = [_open(Path(folder), fingerprint, resume, overwrite, steps)]
+            run, checkpoint = check_output_dir(folder, resume, overwrite, fingerprint, steps)
+            if run is None or overwrite:
+                if run is not None:
+                    run.remove()
+                run_id = uuid.uuid4().hex[:12] if checkpoint is None else run_of(checkpoint)
+                run = TrainingRun(Path(folder), run_id, dict(fingerprint))
+                run.write()
+            run.remove_leftovers()
+            outcome = [(run, checkpoint)]
         except (OSError, ValueError) as error:  # raised below, in every process
             outcome = [error]
     if accelerator.num_processes > 1:
@@ -213,20 +221,6 @@ def open_run(
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
-
-
-def _open(
-    folder: Path, fingerprint: Mapping[str, Any], resume: str | None, overwrite: bool, steps: int
-) -> tuple[TrainingRun, Path | None]:
-    run, checkpoint = check_output_dir(folder, resume, overwrite, fingerprint, steps)
-    if run is None or overwrite:
-        if run is not None:
-            run.remove()
-        run_id = uuid.uuid4().hex[:12] if checkpoint is None else run_of(checkpoint)
-        run = TrainingRun(folder, run_id, dict(fingerprint))
-        run.write()
-    run.remove_leftovers()
-    return run, checkpoint
 
 
 def _checkpoint_folders(folder: str | Path) -> list[Path]:
@@ -263,8 +257,3 @@ def _check_fingerprint(path: Path, saved: Mapping[str, Any], current: Mapping[st
             f"{path} is of another run ({difference}): give the same flags, or start a new run in another "
             "--output_dir"
         )
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts

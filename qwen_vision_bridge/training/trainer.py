@@ -127,13 +127,9 @@ class Trainer:
             FileNotFoundError: no such checkpoint. OSError: it is damaged.
             ValueError: it is of another run or model. FileExistsError: the folder is another run's.
         """
+        last_step = self.settings.max_train_steps
         self.output, path = open_run(
-            self.folder,
-            self.accelerator,
-            self.fingerprint,
-            checkpoint,
-            self.overwrite,
-            self.settings.max_train_steps,
+            self.folder, self.accelerator, self.fingerprint, checkpoint, self.overwrite, last_step
         )
         if path is None:
             return False
@@ -141,7 +137,10 @@ class Trainer:
         shapes = {name: tensors[f"parameter/{name}"].shape for name in state.get("trained", ())}
         if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
             raise ValueError(f"{path} is of another model: its parameters have other names or shapes")
-        self._log_changed_settings(state["settings"])
+        saved, current = state["settings"], asdict(self.settings)
+        changes = [f"{k} {saved.get(k)} → {v}" for k, v in current.items() if saved.get(k) != v]
+        if changes and self.accelerator.is_main_process:
+            print(f"resumed with other settings: {', '.join(changes)}", flush=True)
         self.step = state["step"]
         self._load_state_tensors(tensors)
         return True
@@ -177,11 +176,10 @@ class Trainer:
                 with self.accelerator.autocast():
                     losses, metrics = batch.losses(self.trainable, part)
                 sum(losses.values()).backward()
-                for name, value in {**losses, **metrics}.items():
-                    self._add_to_log(name, value.detach().float())
+                self._add_to_log(**losses, **metrics)
         self._sum_gradients()
         norm = nn.utils.clip_grad_norm_(list(self._trained), settings.max_grad_norm)
-        self._add_to_log("norm", norm / world)
+        self._add_to_log(norm=norm / world)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * self._lr_factor(self.step)
         self.optimizer.step()
@@ -225,21 +223,16 @@ class Trainer:
                 moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
 
-    def _log_changed_settings(self, saved: dict[str, Any]) -> None:
-        current = asdict(self.settings)
-        changes = [f"{k} {saved.get(k)} → {v}" for k, v in current.items() if saved.get(k) != v]
-        if changes and self.accelerator.is_main_process:
-            print(f"resumed with other settings: {', '.join(changes)}", flush=True)
-
-    def _add_to_log(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0) + value.detach()
+    def _add_to_log(self, **figures: Tensor) -> None:
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
 
     def _log_losses(self, since: float, since_step: int) -> None:
         """Log the means of the steps since the last log; refuse values that are not finite."""
         count, names = max(self.step - since_step, 1), sorted(self._sums)
         if not names:
             return
-        sums = torch.stack([self._sums[name].float() for name in names])
+        sums = torch.stack([self._sums[name] for name in names])
         sums = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._sums = {}
         means = {name: value / count for name, value in zip(names, sums, strict=True)}
@@ -292,20 +285,15 @@ def _optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) 
     """AdamW with weight decay on matrices alone."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
+    decays = ((matrices, settings.weight_decay), (vectors, 0.0))
+    groups = [{"params": params, "weight_decay": decay} for params, decay in decays if params]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
 def _lr_schedule(settings: TrainingSettings, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
     """Step → factor of the learning rate, from transformers' schedules: a function of the step alone."""
     from transformers import get_scheduler
 
-    scheduler = get_scheduler(
-        settings.lr_scheduler, optimizer, settings.lr_warmup_steps, settings.max_train_steps
-    )
-    factor = scheduler.lr_lambdas[0]
-    return lambda step: factor(step + 1) if step < settings.lr_warmup_steps else factor(step)
+    warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
+    factor = get_scheduler(settings.lr_scheduler, optimizer, warmup, steps).lr_lambdas[0]
+    return lambda step: factor(step + 1) if step < warmup else factor(step)

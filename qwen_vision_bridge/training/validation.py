@@ -85,23 +85,20 @@ def answer_questions(
     Args:
         kind: answer questions of this kind only, see `Answer.kind`. limit: the first so many only.
     """
-    texts = pack.texts()
-    lengths = language_model.tokenize([(prompt, None) for prompt, _ in texts]).prompt_lengths.tolist()
+    open_answers = [Answer(i, prompt, answer or "", "") for i, (prompt, answer) in enumerate(pack.texts())]
+    lengths = language_model.tokenize([(answer.prompt, None) for answer in open_answers]).prompt_lengths
     layout_of = {int(i): layout for layout, members in pack.layouts.items() for i in members}
-    chosen = [i for i, text in enumerate(texts) if kind in (None, Answer(i, text[0], text[1] or "", "").kind)]
     batches: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for index in chosen[:limit]:
-        batches[layout_of[index], lengths[index]].append(index)
+    for answer in [answer for answer in open_answers if kind in (None, answer.kind)][:limit]:
+        batches[layout_of[answer.sample], int(lengths[answer.sample])].append(answer.sample)
     answers = []
     for members in batches.values():
         for samples in torch.tensor(members).split(BATCH[language_model.device.type]):
+            asked = [open_answers[index] for index in samples.tolist()]
             features = vision_features(trainable, pack, samples)
-            prompts = [texts[index][0] for index in samples.tolist()]
+            prompts = [answer.prompt for answer in asked]
             generated = language_model.generate(features, prompts, pack.grid_of(samples))
-            answers += [
-                Answer(index, texts[index][0], texts[index][1] or "", answer)
-                for index, answer in zip(samples.tolist(), generated, strict=True)
-            ]
+            answers += [a._replace(generated=text) for a, text in zip(asked, generated, strict=True)]
     return sorted(answers)
 
 
@@ -150,14 +147,14 @@ def choose_gate(trainable: TrainableBridge, train_data: TrainData, samples: int 
 
 
 @torch.no_grad()
-def edit_loss(trainable: Trainable, train_data: TrainData, batch_size: int = 32) -> float:
+def edit_loss(trainable: Trainable, train_data: TrainData) -> float:
     """Flow-matching loss of the edits, without dropout of prompts and with the same noise in every call."""
     settings = TrainingSettings(condition_dropout=0.0, edit_weight=1.0)
     assert train_data.edit is not None
-    count, total = -(-len(train_data.edit) // batch_size), 0.0
+    size = settings.train_batch_size
+    count, total = -(-len(train_data.edit) // size), 0.0
     for step in range(count):
-        batch = Batch(train_data, "edit", step, batch_size, settings)
-        losses, _ = batch.losses(trainable, slice(0, batch_size))
+        losses, _ = Batch(train_data, "edit", step, size, settings).losses(trainable, slice(0, size))
         total += float(losses["edit"]) / count
     return total
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...case import Box
 from .ocr import ImageOrArray, pixels_of
+from .pixels import SSIM_OPTIONS, box_overlap
 from .text import edit_similarity
 
 SAME_LINE = 10.0  # px between the middles of neighbours on a line
@@ -58,14 +59,15 @@ def region_scores(before: Sequence[Word], after: Sequence[Word], source: str, ta
     if not lines or max(alike) < 0.5 or not after:
         return RegionScores(0.0, 0.0, 0.0, 0.0, 0.0)
     edited = lines[int(np.argmax(alike))]
-    region = _union([word.box for word in edited])
-    within = [w for w in after if _iou(w.box, region) > IN_REGION or _holds(region, w.box)]
-    accuracy = max((edit_similarity(target, read) for read in _readings(within)), default=0.0)
-    everything = _plain("".join(word.text for word in after))
+    left, top, right, bottom = zip(*(word.box for word in edited), strict=True)
+    region = min(left), min(top), max(right), max(bottom)
+    within = [w for w in after if box_overlap(w.box, region) > IN_REGION or _holds(region, w)]
+    readings = map(_text, [*([word] for word in within), *_lines(within)])  # each word alone, and each line
+    accuracy = max((edit_similarity(target, read) for read in readings), default=0.0)
+    everything = _text(after)
     if source in everything and target not in everything:
         accuracy *= STAYED
-    stay = [line for line in lines if line is not edited]
-    stay = _lines([word for line in stay for word in line])
+    stay = _lines([word for line in lines if line is not edited for word in line])
     others = _lines([word for word in after if word not in within])
     kept = _kept(stay, others)
     unit = (1 - OWN_WEIGHT) / len(stay) if stay else 0.0
@@ -98,8 +100,7 @@ def masked_scores(image: ImageOrArray, original: ImageOrArray, mask: np.ndarray)
     error = float(np.mean((first - second) ** 2))
     # Over the whole image with mirrored rims, as torchmetrics has it; scikit-image leaves the rims out.
     wide = [np.pad(pixels, ((5, 5), (5, 5), (0, 0)), mode="reflect") for pixels in (first, second)]
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    _, similarity = structural_similarity(*wide, channel_axis=-1, data_range=1.0, full=True, **options)
+    _, similarity = structural_similarity(*wide, channel_axis=-1, data_range=1.0, **SSIM_OPTIONS)
     psnr = 100.0 if error == 0 else min(float(-10 * np.log10(error)), 100.0)
     return {"pie_psnr_db": psnr, "pie_mse": error, "pie_ssim": float(similarity[5:-5, 5:-5].mean())}
 
@@ -108,10 +109,10 @@ def _roi_ned(before: Sequence[Word], after: Sequence[Word], source: str, target:
     best = max(before, key=lambda word: edit_similarity(source, _plain(word.text)))
     if edit_similarity(source, _plain(best.text)) <= NOT_THE_SOURCE:
         return 0.0
-    there = [word for word in after if _iou(word.box, best.box) > AT_SOURCE]
+    there = [word for word in after if box_overlap(word.box, best.box) > AT_SOURCE]
     if not there:
         return 0.0
-    read = _plain("".join(word.text for word in sorted(there, key=lambda word: word.box[0])))
+    read = _text(sorted(there, key=_left))
     score = edit_similarity(target, read)
     stayed = edit_similarity(source, read) > 0.9 and edit_similarity(source, target) < 0.5
     return score * STAYED if stayed else score
@@ -119,24 +120,13 @@ def _roi_ned(before: Sequence[Word], after: Sequence[Word], source: str, target:
 
 def _kept(stay: Sequence[list[Word]], others: Sequence[list[Word]]) -> float:
     """Sum over the lines that had to stay of the similarity to the line most like it, each taken once."""
-    taken: set[int] = set()
-    total = 0.0
+    left, total = list(others), 0.0
     for line in stay:
-        scores = {
-            index: edit_similarity(_text(line), _text(other))
-            for index, other in enumerate(others)
-            if index not in taken
-        }
-        best = max(scores, key=scores.__getitem__, default=None)
-        if best is not None and scores[best] > 0:
-            taken.add(best)
-            total += scores[best]
+        scores = [edit_similarity(_text(line), _text(other)) for other in left]
+        if (best := max(scores, default=0.0)) > 0:
+            left.pop(scores.index(best))
+            total += best
     return total
-
-
-def _readings(words: Sequence[Word]) -> list[str]:
-    """Each word alone, and each line of words."""
-    return [_plain(word.text) for word in words] + [_text(line) for line in _lines(words)]
 
 
 def _lines(words: Sequence[Word]) -> list[list[Word]]:
@@ -147,7 +137,11 @@ def _lines(words: Sequence[Word]) -> list[list[Word]]:
             lines[-1].append(word)
         else:
             lines.append([word])
-    return [sorted(line, key=lambda word: word.box[0]) for line in lines]
+    return [sorted(line, key=_left) for line in lines]
+
+
+def _left(word: Word) -> float:
+    return word.box[0]
 
 
 def _middle(word: Word) -> float:
@@ -163,18 +157,7 @@ def _plain(text: str) -> str:
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).lower()))
 
 
-def _union(boxes: Sequence[Box]) -> Box:
-    left, top, right, bottom = zip(*boxes, strict=True)
-    return min(left), min(top), max(right), max(bottom)
-
-
-def _iou(a: Box, b: Box) -> float:
-    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
-    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return width * height / (areas - width * height) if areas else 0.0
-
-
-def _holds(region: Box, box: Box) -> bool:
-    across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return region[0] <= across <= region[2] and region[1] <= down <= region[3]
+def _holds(region: Box, word: Word) -> bool:
+    """Whether the middle of a word is in the region."""
+    across = (word.box[0] + word.box[2]) / 2
+    return region[0] <= across <= region[2] and region[1] <= _middle(word) <= region[3]

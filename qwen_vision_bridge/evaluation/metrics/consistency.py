@@ -18,10 +18,10 @@ from ...case import Case, Scene, SceneObject
 from ...synthetic.questions import words_of
 from ...synthetic.scene import corners_of
 from .objects import found_places
-from .ocr import ImageOrArray, pixels_of
+from .ocr import ImageOrArray
+from .pixels import colour_off as colour_off
+from .pixels import disc, inside_box, visible_change
 from .text import edit_similarity
-
-VISIBLE = 24  # grey levels in some channel: less is no change, but the codec's
 
 
 class EditAgreement(NamedTuple):
@@ -60,31 +60,13 @@ def agreement(case: Case, image: Image.Image, read: str | None = None) -> dict[s
         return {"agrees_colour_off": colour_off(image, edited, reference, shown)}
     original = model.objects[0]
     taken = next(item for item in after.objects if item.name == original.name)
-    values = {
-        "agrees_colour_off": colour_off(
-            image, inside(taken, image.size), reference, inside(original, reference.size)
-        )
-    }
+    edited, shown = inside(taken, image.size), inside(original, reference.size)
+    values = {"agrees_colour_off": colour_off(image, edited, reference, shown)}
     if case.kind == "same_object":
-        places = [found_places(shown, [original])[0] for shown in (image, reference)]
-        apart = 1.0
-        if None not in places:
-            apart = float(np.hypot(*np.subtract(*places)) / image.width)
+        places = [found_places(seen, [original])[0] for seen in (image, reference)]
+        apart = 1.0 if None in places else float(np.hypot(*np.subtract(*places)) / image.width)
         values["agrees_place_off"] = min(apart, 1.0)
     return values
-
-
-def colour_off(a: ImageOrArray, mask_a: np.ndarray, b: ImageOrArray, mask_b: np.ndarray) -> float:
-    """CIEDE2000 between the mean CIELAB colours of two regions, masks bool (H, W).
-
-    Sharma, Wu and Dalal 2005, by scikit-image. Raises ValueError where a mask is empty.
-    """
-    from skimage.color import deltaE_ciede2000, rgb2lab
-
-    if not (mask_a.any() and mask_b.any()):
-        raise ValueError("a mask is False everywhere; needed: at least one pixel to compare")
-    means = [rgb2lab(pixels_of(shown)[mask]).mean(0) for shown, mask in ((a, mask_a), (b, mask_b))]
-    return float(deltaE_ciede2000(*means))
 
 
 def edit_agreement(
@@ -98,7 +80,7 @@ def edit_agreement(
     Raises:
         ValueError: an edit of another size than its image.
     """
-    changed = [_changed(*pair) for pair in ((before_a, after_a), (before_b, after_b))]
+    changed = [visible_change(*pair) for pair in ((before_a, after_a), (before_b, after_b))]
     if not all(mask.any() for mask in changed):
         return None
     middles = [(np.argwhere(mask).mean(0) + 0.5) / mask.shape for mask in changed]  # (down, right), 0 to 1
@@ -125,50 +107,35 @@ def pair_records(
     for case in sorted((case for case in cases if case.dataset), key=lambda case: case.case_id):
         by_prompt.setdefault((case.group, case.prompt), []).append(case)
     agreements = []
-    for (_, prompt), alike in by_prompt.items():
-        for first, second in itertools.pairwise(alike):
-            for arm in dict.fromkeys(record["arm"] for record in records):
-                pair = (edits.get((case.case_id, arm)) for case in (first, second))
-                both = [record for record in pair if record is not None]
-                if len(both) < 2:
-                    continue
-                after = [Image.open(folder / record["image"]) for record in both]
-                agreed = edit_agreement(first.image, after[0], second.image, after[1])
-                values = {} if agreed is None else agreed._asdict()
-                agreements.append(
-                    {
-                        **both[0],
-                        "key": f"{both[0]['key']}+{both[1]['key']}",
-                        "level": "agreement",
-                        "case_id": f"{first.case_id}+{second.case_id}",
-                        "prompt": prompt,
-                        "seconds": 0.0,
-                        "metrics": {f"pair_{name}": round(value, 6) for name, value in values.items()},
-                    }
-                )
+    pairs = [pair for alike in by_prompt.values() for pair in itertools.pairwise(alike)]
+    arms = dict.fromkeys(record["arm"] for record in records)
+    for (first, second), arm in itertools.product(pairs, arms):
+        both = [edits[key] for case in (first, second) if (key := (case.case_id, arm)) in edits]
+        if len(both) < 2:
+            continue
+        after = [Image.open(folder / record["image"]) for record in both]
+        agreed = edit_agreement(first.image, after[0], second.image, after[1])
+        values = {} if agreed is None else agreed._asdict()
+        changes = {
+            "key": f"{both[0]['key']}+{both[1]['key']}",
+            "level": "agreement",
+            "case_id": f"{first.case_id}+{second.case_id}",
+            "prompt": first.prompt,
+            "seconds": 0.0,
+            "metrics": {f"pair_{name}": round(value, 6) for name, value in values.items()},
+        }
+        agreements.append({**both[0], **changes})
     return agreements
 
 
 def inside(item: SceneObject, size: tuple[int, int]) -> np.ndarray:
     """The inner half of a shape, bool (H, W): its rim, and what little an edit misplaces, are left out."""
-    y, x = np.mgrid[0 : size[1], 0 : size[0]] + 0.5
     reach = 0.5 * np.linalg.norm(corners_of(item) - item.centre, axis=1).min()
-    return np.hypot(x - item.centre[0], y - item.centre[1]) <= max(reach, 1.0)
+    return disc(item.centre, max(reach, 1.0), size)
 
 
 def _bare(scene: Scene, size: tuple[int, int]) -> np.ndarray:
     """Where a scene shows its background alone."""
-    y, x = np.mgrid[0 : size[1], 0 : size[0]] + 0.5
-    free = np.ones(x.shape, bool)
-    for item in scene.objects:
-        free &= np.hypot(x - item.centre[0], y - item.centre[1]) > item.radius + 2
-    for left, top, right, bottom in (block.box for block in scene.texts):
-        free &= (x < left - 2) | (x > right + 2) | (y < top - 2) | (y > bottom + 2)
-    return free
-
-
-def _changed(before: ImageOrArray, after: ImageOrArray) -> np.ndarray:
-    first, second = pixels_of(before), pixels_of(after)
-    if first.shape != second.shape:
-        raise ValueError(f"the edit is {second.shape}, its image {first.shape}; needed: the same size")
-    return (np.abs(first.astype(int) - second) > VISIBLE).any(-1)
+    covered = [disc(item.centre, item.radius + 2, size) for item in scene.objects]
+    covered += [inside_box(block.box, 2, size) for block in scene.texts]
+    return ~np.logical_or.reduce([np.zeros((size[1], size[0]), bool), *covered])

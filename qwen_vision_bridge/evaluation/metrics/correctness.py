@@ -22,20 +22,10 @@ from .text import exact_text, letters_of
 
 # Kinds whose result is read, and kinds whose result is a background; the others show by their scenes.
 WRITTEN = (
-    "change_text",
-    "append_letter",
-    "copy_text",
-    "swap_words",
-    "reverse_text",
-    "replace_letter",
-    "delete_vowels",
-    "sort_letters",
-    "double_letter",
-    "spell_digit",
-    "same_text",
+    *("change_text", "append_letter", "copy_text", "swap_words", "reverse_text", "replace_letter"),
+    *("delete_vowels", "sort_letters", "double_letter", "spell_digit", "same_text"),
 )
 BACKGROUND = ("recolour_background", "same_background")
-VISIBLE = 24  # grey levels in some channel: pixels that differ by less are not asked about
 # Images are compared a little out of focus: 1 px of 128, against what codecs do to single pixels and rims.
 FOCUS = 1 / 128
 MISSING = 0.35  # share of a change, or of a thing that had to stay, that may be missing
@@ -82,8 +72,8 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
     if case.kind in WRITTEN:
         read = read_text(image) if reading is None else reading
         right = bool(exact_text(letters_of(read), case.expected_text or ""))
-        reason = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
-        reason = reason or _damaged(edit, target, image)
+        misread = "" if right else f"it reads {read!r}, not {case.expected_text!r}"
+        reason = misread or _damaged(edit, target, image)
         return Verdict(not reason, reason, "words", right)
     if case.kind in BACKGROUND:
         reason = _wrong_background(edit, target, image) or _damaged(edit, target, image)
@@ -94,11 +84,9 @@ def judge(case: Case, image: Image.Image, reading: str | None = None) -> Verdict
 
 def is_move(edit: Edit) -> bool:
     """Whether an edit moves shapes and does nothing else to them."""
-    before, after = edit.before.objects, edit.after.objects
-    first, second = (
-        Counter((o.kind, o.colour, o.radius, o.mark) for o in objects) for objects in (before, after)
-    )
-    return first == second and set(before) != set(after)
+    both = edit.before.objects, edit.after.objects
+    looks = [Counter((o.kind, o.colour, o.radius, o.mark) for o in objects) for objects in both]
+    return looks[0] == looks[1] and set(both[0]) != set(both[1])
 
 
 # Each of the following says what is wrong, "" where nothing is.
@@ -117,22 +105,14 @@ def _misplaced(edit: Edit, target: Image.Image, image: Image.Image) -> str:
 
 def _surplus(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     """A shape too many of a colour that the scene has."""
-    by_colour: dict[str, list[SceneObject]] = {}
-    for item in edit.after.objects:
-        by_colour.setdefault(item.colour, []).append(item)
-    least = {
-        colour: SCRAP * min(float(_flat(target, item).sum()) for item in items)
-        for colour, items in by_colour.items()
-    }
-    for patch in find_objects(image, min_area=min(least.values())):
-        if patch.area < least.get(patch.colour, np.inf):
-            continue
+    areas = [(item, SCRAP * float(_flat(target, item).sum())) for item in edit.after.objects]
+    for patch in find_objects(image, min_area=min(area for _, area in areas)):
+        alike = [(item, area) for item, area in areas if item.colour == patch.colour]
+        is_shape = patch.area >= min((area for _, area in alike), default=np.inf)
         # A wide letter cuts a square in two, so halves at a shape's own place are no second shape.
-        apart = (
-            np.hypot(*np.subtract(patch.centroid, item.centre)) > item.radius
-            for item in by_colour[patch.colour]
-        )
-        if all(apart):
+        if is_shape and all(
+            np.hypot(*np.subtract(patch.centroid, item.centre)) > item.radius for item, _ in alike
+        ):
             return f"there is a {patch.colour} shape too many"
     return ""
 
@@ -140,9 +120,9 @@ def _surplus(edit: Edit, target: Image.Image, image: Image.Image) -> str:
 def _unchanged(edit: Edit, original: Image.Image, target: Image.Image, image: Image.Image) -> str:
     """A change that was asked for and does not show."""
     before, after = _parts(edit.before), _parts(edit.after)
-    visible = _differ(original, target)
+    visible = metrics.visible_change(original, target)
     undone = max(
-        _share(image, target, original, visible & _region(part, visible.shape))
+        _share(image, target, original, visible & _region(part, target.size))
         for part in set(before) ^ set(after)
     )
     return f"{undone:.0%} of the change is missing" if undone > MISSING else ""
@@ -156,7 +136,7 @@ def _damaged(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     for part in parts:
         if part in before:
             without = render(_scene(edit.after, [other for other in parts if other is not part]))
-            visible = _differ(without, target)
+            visible = metrics.visible_change(without, target)
             if visible.any():  # a thing that another covers wholly cannot be lost
                 shares.append((_share(image, target, without, visible), _name(part)))
     lost, name = max(shares)
@@ -172,18 +152,17 @@ def _damaged(edit: Edit, target: Image.Image, image: Image.Image) -> str:
 
 def _wrong_background(edit: Edit, target: Image.Image, image: Image.Image) -> str:
     """A background of another colour, or without its texture."""
-    from skimage.color import deltaE_ciede2000, rgb2lab
+    from skimage.color import rgb2lab
 
     bare = np.asarray(render(_scene(edit.after, [])))
     # One px more than what is drawn: images are resized on their way, which smears edges.
     where = metrics.shrink((bare == np.asarray(target)).all(-1), 1)
-    edited, wanted = (rgb2lab(np.asarray(shown))[where] for shown in (image, target))  # (P, 3)
-    off = float(deltaE_ciede2000(edited.mean(0), wanted.mean(0)))
+    off = metrics.colour_off(image, where, target, where)
     if off > BACKGROUND_OFF:
         return f"the background is {off:.0f} CIEDE2000 off its colour"
-    spread = float(edited[:, 0].std() * wanted[:, 0].std())
-    both = float(np.mean((edited[:, 0] - edited[:, 0].mean()) * (wanted[:, 0] - wanted[:, 0].mean())))
-    texture_kept = both / spread if spread > 0 else 0.0  # a plain area has no texture to agree
+    edited, wanted = (rgb2lab(np.asarray(shown))[where][:, 0] for shown in (image, target))  # (P,)
+    plain = edited.std() == 0 or wanted.std() == 0  # a plain area has no texture to agree
+    texture_kept = 0.0 if plain else float(np.corrcoef(edited, wanted)[0, 1])
     return f"the texture agrees by {texture_kept:.2f} only" if texture_kept < TEXTURE_KEPT else ""
 
 
@@ -211,24 +190,16 @@ def _name(part: Part) -> str:
     return f'the word "{part.text}"' if part.text else "the plate"
 
 
-def _region(part: Part, shape: tuple[int, ...]) -> np.ndarray:
+def _region(part: Part, size: tuple[int, int]) -> np.ndarray:
     """Where a part can be: its disc or its box, bool (H, W)."""
-    y, x = np.mgrid[0 : shape[0], 0 : shape[1]] + 0.5
     if isinstance(part, SceneObject):
-        return np.hypot(x - part.centre[0], y - part.centre[1]) <= part.radius
-    left, top, right, bottom = part.box
-    return (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
+        return metrics.disc(part.centre, part.radius, size)
+    return metrics.inside_box(part.box, 0, size)
 
 
 def _flat(target: Image.Image, item: SceneObject) -> np.ndarray:
     """Where the target shows the bare colour of a shape, without rim and letter: bool (H, W)."""
-    pixels = np.asarray(target)
-    return (pixels == COLOURS[item.colour]).all(-1) & _region(item, pixels.shape)
-
-
-def _differ(a: Image.Image, b: Image.Image) -> np.ndarray:
-    """Where two images visibly differ, bool (H, W)."""
-    return (np.abs(np.asarray(a).astype(int) - np.asarray(b)) > VISIBLE).any(-1)
+    return (np.asarray(target) == COLOURS[item.colour]).all(-1) & _region(item, target.size)
 
 
 def _share(image: Image.Image, wanted: Image.Image, unwanted: Image.Image, where: np.ndarray) -> float:

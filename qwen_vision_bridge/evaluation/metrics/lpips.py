@@ -8,8 +8,6 @@ beneath is torchvision's, from the folder that torch.hub keeps.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .ocr import ImageOrArray, pixels_of
+from .ocr import ImageOrArray
+from .pixels import same_size
 
 WEIGHTS = {"alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 """File of each network; PIE-Bench measures with `squeeze`."""
@@ -44,39 +43,22 @@ def lpips(a: ImageOrArray, b: ImageOrArray, net: str = "alex", mask: np.ndarray 
         raise ValueError(f"LPIPS cannot be measured: {why}")
     import torch
 
-    first, second = (pixels_of(image).astype(np.float32) / 127.5 - 1 for image in (a, b))
-    if first.shape != second.shape:
-        raise ValueError(f"the images are {first.shape} and {second.shape}; needed: the same size")
-    if mask is not None:  # -1 is black
-        first, second = (
-            np.where(mask[..., None], pixels, -1.0).astype(np.float32) for pixels in (first, second)
-        )
+    planes = []
+    for pixels in same_size(a, b):
+        shown = pixels if mask is None else np.where(mask[..., None], pixels, 0)
+        planes.append(torch.from_numpy(shown.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None])
     with torch.no_grad():
-        planes = (torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (first, second))
         return float(_network(net)(*planes).squeeze())
 
 
 @lru_cache(maxsize=2)
 def _network(net: str) -> Any:
+    from accelerate.utils import patch_environment
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-    with _tensors_only():
+    # Torch takes nothing but tensors out of a file, whatever the library between asks for.
+    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
         return _NoTrainLpips(net=net)
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Let torch take nothing but tensors out of a file, whatever the library between asks for."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _checkpoints() -> Path:

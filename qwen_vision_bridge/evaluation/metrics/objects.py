@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ...case import RGB, Box, SceneObject
+from ...case import Box, SceneObject
 from ...synthetic.scene import COLOURS
 from .ocr import ImageOrArray, pixels_of
-from .pixels import same_size
+from .pixels import box_overlap, same_size
+
+TOLERANCE = 25.0  # CIE76, from a shape's colour
 
 
 class FoundObject(NamedTuple):
@@ -26,45 +28,38 @@ class FoundObject(NamedTuple):
     area: float
 
 
-def colour_map(
-    image: ImageOrArray, colours: Mapping[str, RGB] = COLOURS, tolerance: float = 25.0
-) -> np.ndarray:
-    """Index of the nearest colour in CIELAB (CIE76) of every pixel, int (H, W); -1 where all are farther than
-    `tolerance`."""
+def colour_areas(image: ImageOrArray) -> dict[str, np.ndarray]:
+    """Where each of `COLOURS` is, bool (H, W): a pixel is of its nearest colour in CIELAB (CIE76), if that is
+    within `TOLERANCE`."""
     from skimage.color import rgb2lab
 
-    palette = rgb2lab(np.array(list(colours.values()), dtype=np.uint8)[None])[0]  # (C, 3)
+    palette = rgb2lab(np.array(list(COLOURS.values()), dtype=np.uint8)[None])[0]  # (C, 3)
     distances = np.linalg.norm(rgb2lab(pixels_of(image))[..., None, :] - palette, axis=-1)  # (H, W, C)
-    return np.where(distances.min(-1) <= tolerance, distances.argmin(-1), -1)
+    nearest = np.where(distances.min(-1) <= TOLERANCE, distances.argmin(-1), -1)
+    return {colour: nearest == index for index, colour in enumerate(COLOURS)}
 
 
-def find_objects(
-    image: ImageOrArray,
-    colours: Mapping[str, RGB] = COLOURS,
-    tolerance: float = 25.0,
-    min_area: float | None = None,
-) -> list[FoundObject]:
-    """The patches of the given colours, largest first.
+def find_objects(image: ImageOrArray, min_area: float | None = None) -> list[FoundObject]:
+    """The patches of the shapes' colours, largest first.
 
-    A pixel belongs to its nearest colour in CIELAB (CIE76) when that is within `tolerance`. An opening with
-    a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 % of the image)
-    are dropped too.
+    An opening with a 3 × 3 square drops rims; connected components below `min_area` pixels (by default 0.3 %
+    of the image) are dropped too.
     """
+    objects = []
+    for colour, area in colour_areas(image).items():
+        for patch in _patches(area, max(0.003 * area.size if min_area is None else min_area, 1)):
+            y, x = np.nonzero(patch)
+            objects.append(FoundObject(colour, (float(x.mean()) + 0.5, float(y.mean()) + 0.5), float(len(x))))
+    return sorted(objects, key=lambda item: -item.area)
+
+
+def _patches(where: np.ndarray, least: float = 0) -> list[np.ndarray]:
+    """Connected parts of at least so many px without their rims, bool (H, W) each."""
     from scipy import ndimage
 
-    nearest = colour_map(image, colours, tolerance)
-    least = 0.003 * nearest.size if min_area is None else min_area
-    objects = []
-    for index, colour in enumerate(colours):
-        patches, count = ndimage.label(ndimage.binary_opening(nearest == index, np.ones((3, 3))))
-        areas = np.bincount(patches.ravel(), minlength=count + 1)
-        patch: int
-        for patch in np.flatnonzero(areas[1:] >= max(least, 1)) + 1:
-            y, x = np.nonzero(patches == patch)
-            objects.append(
-                FoundObject(colour, (float(x.mean()) + 0.5, float(y.mean()) + 0.5), float(areas[patch]))
-            )
-    return sorted(objects, key=lambda item: -item.area)
+    labels, count = ndimage.label(ndimage.binary_opening(where, np.ones((3, 3))))
+    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    return [labels == number for number in range(1, count + 1) if areas[number] >= least]
 
 
 def place_distances(image: ImageOrArray, expected: Sequence[SceneObject]) -> list[float | None]:
@@ -102,8 +97,7 @@ def centroid_error(image: ImageOrArray, expected_objects: Sequence[SceneObject])
     never improves the score, and means and intervals stay finite; `objects_lost` tells such cases apart.
     The image must have the size of the scene that the objects are from.
     """
-    if not expected_objects:
-        raise ValueError("expected_objects is empty; needed: at least one object to look for")
+    _check_any(expected_objects)
     diagonal = float(np.hypot(*pixels_of(image).shape[:2]))
     distances = place_distances(image, expected_objects)
     return float(np.mean([diagonal if distance is None else distance for distance in distances]))
@@ -128,11 +122,9 @@ def objects_invented(image: ImageOrArray, expected_objects: Sequence[SceneObject
 def object_iou(image: ImageOrArray, target: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float:
     """Mean intersection over union of the areas that the expected objects' colours cover in image and
     target, in [0, 1]: Jaccard, "The distribution of the flora in the alpine zone", 1912."""
-    if not expected_objects:
-        raise ValueError("expected_objects is empty; needed: at least one object to look for")
-    first, second = (colour_map(shown) for shown in same_size(image, target))
-    indices = [list(COLOURS).index(name) for name in sorted({item.colour for item in expected_objects})]
-    areas = [(first == index, second == index) for index in indices]
+    _check_any(expected_objects)
+    first, second = map(colour_areas, same_size(image, target))
+    areas = [(first[name], second[name]) for name in sorted({item.colour for item in expected_objects})]
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in areas]))
 
 
@@ -144,16 +136,17 @@ def iou_by_object(
     Patches of a colour are paired for the greatest total (Kuhn 1955); a lost object counts as 0, and so does
     one that stands wholly elsewhere, so this asks for each object what `object_iou` asks for a colour.
     """
+    from scipy.ndimage import binary_fill_holes
     from scipy.optimize import linear_sum_assignment
 
-    if not expected_objects:
-        raise ValueError("expected_objects is empty; needed: at least one object to look for")
-    seen, wanted = (colour_map(shown) for shown in same_size(image, target))
+    _check_any(expected_objects)
+    both = [colour_areas(shown) for shown in same_size(target, image)]
     least = 0.1 * np.pi * min(item.radius for item in expected_objects) ** 2
     overlaps: list[float] = []
     for colour in sorted({item.colour for item in expected_objects}):
-        index = list(COLOURS).index(colour)
-        truth, patches = (_patches(shown == index, least) for shown in (wanted, seen))
+        # A letter that a shape encloses belongs to the shape.
+        parts = [[binary_fill_holes(part) for part in _patches(areas[colour])] for areas in both]
+        truth, patches = ([part for part in some if part.sum() >= least] for some in parts)
         table = np.array([[(a & b).sum() / (a | b).sum() for b in patches] for a in truth])
         own = np.zeros(len(truth))
         if len(patches):
@@ -161,15 +154,6 @@ def iou_by_object(
             own[rows] = table[rows, columns]
         overlaps += own.tolist()
     return float(np.mean(overlaps))
-
-
-def _patches(where: np.ndarray, least: float) -> list[np.ndarray]:
-    """Connected parts of at least so many px, bool (H, W) each, with what they enclose, such as a letter."""
-    from scipy import ndimage
-
-    labels, count = ndimage.label(ndimage.binary_opening(where, np.ones((3, 3))))
-    parts = (ndimage.binary_fill_holes(labels == number) for number in range(1, count + 1))
-    return [part for part in parts if part.sum() >= least]
 
 
 def relations_kept(image: ImageOrArray, expected_objects: Sequence[SceneObject]) -> float | None:
@@ -181,16 +165,14 @@ def relations_kept(image: ImageOrArray, expected_objects: Sequence[SceneObject])
     """
     size = pixels_of(image).shape[1]
     places = found_places(image, expected_objects)
+    pairs = itertools.combinations(zip(expected_objects, places, strict=True), 2)
     kept = []
-    for (item, place), (other, beside) in itertools.combinations(
-        zip(expected_objects, places, strict=True), 2
-    ):
-        for axis in (0, 1):
-            wanted = other.centre[axis] - item.centre[axis]
-            if abs(wanted) >= size / 8:
-                kept.append(
-                    place is not None and beside is not None and (beside[axis] - place[axis]) * wanted > 0
-                )
+    for ((item, place), (other, beside)), axis in itertools.product(pairs, (0, 1)):
+        wanted = other.centre[axis] - item.centre[axis]
+        if abs(wanted) >= size / 8:
+            kept.append(
+                place is not None and beside is not None and (beside[axis] - place[axis]) * wanted > 0
+            )
     return float(np.mean(kept)) if kept else None
 
 
@@ -199,17 +181,15 @@ def box_iou(image: ImageOrArray, boxes: Sequence[tuple[str, Box]]) -> float:
     from scipy.ndimage import find_objects as boxes_of
     from scipy.ndimage import label
 
-    nearest = colour_map(image)
+    areas = colour_areas(image)
     best = []
-    for colour, (left, top, right, bottom) in boxes:
-        patches, _ = label(nearest == list(COLOURS).index(colour))
-        overlaps = [0.0]
-        for down, across in boxes_of(patches):
-            width = min(right, across.stop) - max(left, across.start)
-            height = min(bottom, down.stop) - max(top, down.start)
-            shared = max(width, 0) * max(height, 0)
-            areas = (right - left) * (bottom - top)
-            areas += (across.stop - across.start) * (down.stop - down.start)
-            overlaps.append(shared / (areas - shared))
-        best.append(max(overlaps))
+    for colour, box in boxes:
+        patches = boxes_of(label(areas[colour])[0])
+        places = ((across.start, down.start, across.stop, down.stop) for down, across in patches)
+        best.append(max((box_overlap(box, place) for place in places), default=0.0))
     return float(np.mean(best))
+
+
+def _check_any(expected_objects: Sequence[SceneObject]) -> None:
+    if not expected_objects:
+        raise ValueError("expected_objects is empty; needed: at least one object to look for")

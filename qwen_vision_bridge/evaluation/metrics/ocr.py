@@ -52,18 +52,18 @@ def read_boxes(image: ImageOrArray) -> list[tuple[str, np.ndarray]]:
     return list(zip(reading.txts, reading.boxes, strict=True)) if reading.txts else []
 
 
-def read_text(image: ImageOrArray, min_letters: int = 2) -> str:
-    """The text in an image, its boxes in reading order and joined with spaces; "" where there is none.
+def read_text(image: ImageOrArray) -> str:
+    """The text in an image, see `in_order`; "" where there is none."""
+    return in_order(read_boxes(image))
 
-    Boxes with fewer than `min_letters` letters or digits are left out: a lone sign is what the reader makes
-    of a star, a cross or a wave.
+
+def in_order(boxes: list[tuple[str, np.ndarray]]) -> str:
+    """The texts of boxes from top to bottom and left to right, with spaces between.
+
+    Boxes with fewer than two letters or digits are left out: a lone sign is what the reader makes of a star,
+    a cross or a wave.
     """
-    return in_order(read_boxes(image), min_letters)
-
-
-def in_order(boxes: list[tuple[str, np.ndarray]], min_letters: int = 2) -> str:
-    """The texts of boxes from top to bottom and left to right, with spaces between."""
-    words = [(text, corners) for text, corners in boxes if sum(map(str.isalnum, text)) >= min_letters]
+    words = [(text, corners) for text, corners in boxes if sum(map(str.isalnum, text)) >= 2]
     lines: list[list[tuple[str, np.ndarray]]] = []
     for text, corners in sorted(words, key=lambda word: word[1][:, 1].mean()):
         # A box stays on the line while its middle is above the lower edge of the line's first one.

@@ -30,6 +30,11 @@ class Drift(NamedTuple):
         """Length of the shift, px."""
         return float(np.hypot(self.right_px, self.down_px))
 
+    @property
+    def scale_percent(self) -> float:
+        """How much the content grew or shrank."""
+        return abs(self.scale - 1) * 100
+
 
 def measure_drift(image: Image.Image, original: Image.Image) -> Drift | None:
     """Register an edit on its input.

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeAlias, TypeVar
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ...case import OTHER, Case
-from ...synthetic.questions import Question
 from . import objects, ocr, pixels, text
 from .benchmarks import RegionScores, Word, masked_scores, region_scores
 from .consistency import agreement
@@ -23,14 +23,8 @@ from .lpips import WEIGHTS, lpips, lpips_missing
 from .registration import Drift, measure_drift
 
 READ_UNKNOWN = ("ocr", OTHER)  # groups whose images are read before and after where no right text is known
-Known = TypeVar("Known")
 BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
-
-
-def _known(value: Known | None) -> Known:
-    if value is None:
-        raise ValueError("a metric asked for what its case does not have")
-    return value
+Boxes = list[tuple[str, np.ndarray]]
 
 
 class EditedImage:
@@ -44,37 +38,27 @@ class EditedImage:
         if image.size != case.image.size:
             raise ValueError(f"the edit is {image.size} px, the case {case.case_id} is {case.image.size} px")
         self.case, self.image, self.original = case, image, case.image
-
-    @property
-    def target(self) -> Image.Image:
-        return _known(self.case.target)
-
-    @property
-    def mask(self) -> np.ndarray:
-        return _known(self.case.edit_mask)
-
-    @property
-    def source_text(self) -> str:
-        return _known(self.case.source_text)
-
-    @property
-    def expected_text(self) -> str:
-        return _known(self.case.expected_text)
+        self.objects, self.boxes = case.expected_objects, case.boxes
+        # Not every case has these; a metric that asks for one has it among its needs.
+        self.target: Any = case.target
+        self.mask: Any = case.edit_mask
+        self.source_text: Any = case.source_text
+        self.expected_text: Any = case.expected_text
 
     @cached_property
-    def boxes(self) -> list[tuple[str, np.ndarray]]:
+    def read(self) -> Boxes:
         """Every text that is read, and where; reading is the slowest part."""
         return ocr.read_boxes(self.image)
 
     @property
     def text(self) -> str:
         """All that is read, in order."""
-        return ocr.in_order(self.boxes)
+        return ocr.in_order(self.read)
 
     @property
     def text_before(self) -> str:
         """All that is read in the unedited image."""
-        return _text_of(self.original.tobytes(), self.original.size)
+        return ocr.in_order(_read(self.original.tobytes(), self.original.size))
 
     @cached_property
     def unedited(self) -> np.ndarray:
@@ -93,8 +77,8 @@ class EditedImage:
     @cached_property
     def region_scores(self) -> RegionScores:
         """TextEdit's scores of the edited line."""
-        before = _words_of(self.original.tobytes(), self.original.size)
-        return region_scores(before, as_words(self.boxes), self.source_text, self.expected_text)
+        before = _as_words(_read(self.original.tobytes(), self.original.size))
+        return region_scores(before, _as_words(self.read), self.source_text, self.expected_text)
 
     @cached_property
     def masked_scores(self) -> dict[str, float]:
@@ -102,16 +86,11 @@ class EditedImage:
         return masked_scores(self.image, self.original, self.mask) or {}
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A language model's reply beside the question."""
+class Reply(NamedTuple):
+    """A language model's reply beside the right answer."""
 
-    question: Question
     reply: str
-
-
-Subject: TypeAlias = EditedImage | Reply
-EditFunction: TypeAlias = Callable[[EditedImage], float | None]
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -129,11 +108,6 @@ class Metric:
     """Paper, benchmark or package of its definition; "" for this project's own."""
     is_share: bool = False
     """Whether it lies in 0 to 1, so that points make sense."""
-
-    @property
-    def title(self) -> str:
-        """The name as a heading."""
-        return self.name.replace("_", " ")
 
 
 def is_readable(case: Case) -> bool:
@@ -180,56 +154,40 @@ def _exact_text(edit: EditedImage) -> float:
     return compare(edit.text, edit.expected_text)
 
 
-def _source_text_left(edit: EditedImage) -> float:
-    return text.source_text_left(edit.text, edit.source_text, edit.expected_text)
-
-
 def _psnr(edit: EditedImage) -> float:
     return min(pixels.masked_psnr(edit.image, edit.original, edit.unedited), BEST_PSNR)
 
 
-def _objects(function: Callable[..., float | None]) -> EditFunction:
-    return lambda edit: function(edit.image, edit.case.expected_objects)
+def _lpips(net: str) -> Callable[[EditedImage], float | None]:
+    return lambda edit: None if lpips_missing(net) else lpips(edit.image, edit.original, net, ~edit.mask)
 
 
-def _object_overlap(function: Callable[..., float]) -> EditFunction:
-    return lambda edit: function(edit.image, edit.target, edit.case.expected_objects)
-
-
-def _edited(function: Callable[..., float]) -> EditFunction:
-    return lambda edit: function(edit.image, edit.target, edit.mask)
-
-
-def _unedited(function: Callable[..., float | None]) -> EditFunction:
-    return lambda edit: function(edit.image, edit.original, edit.unedited)
-
-
-def _lpips(net: str) -> EditFunction:
-    def measure(edit: EditedImage) -> float | None:
-        return None if lpips_missing(net) else lpips(edit.image, edit.original, net, ~edit.mask)
-
-    return measure
-
-
-def _drift(read: Callable[[Drift], float]) -> EditFunction:
+def _drift(read: Callable[[Drift], float]) -> Callable[[EditedImage], float | None]:
     return lambda edit: None if edit.drift is None else read(edit.drift)
 
 
-def _reply(function: Callable[[str, str], float | None]) -> Callable[[Reply], float | None]:
-    return lambda reply: function(reply.reply, reply.question.answer)
+def _of(function: Callable[..., float | None], *names: str) -> Callable[[object], float | None]:
+    """The function of these attributes of an edit or a reply."""
+    return lambda subject: function(*(getattr(subject, name) for name in names))
 
 
 HIGHER, LOWER, NEITHER = True, False, None
 SHARE = True
 LAYOUT, EDITED, UNEDITED = ("layout", "objects"), ("edited region",), ("unedited region",)
+# What functions are computed from.
+THINGS, OVERLAP, WRITING = ("image", "objects"), ("image", "target", "objects"), ("text", "expected_text")
+INSIDE, OUTSIDE, REPLY = ("image", "target", "mask"), ("image", "original", "unedited"), ("reply", "answer")
 _TEXTEDIT, _PIE, _1NED = "TextEdit, classic track", "PIE-Bench", "ICDAR 2019, 1-NED"
 _CIEDE2000, _SSIM, _DRIFT = "Sharma, Wu and Dalal 2005", "Wang et al. 2004", "Lucas and Kanade 1981"
 _JACCARD, _VISOR, _PAIR = "Jaccard 1912", "after VISOR, Gokhale et al. 2022", ("another edit",)
+_SOURCE_LEFT = _of(text.source_text_left, "text", "source_text", "expected_text")
+_CHANGE = _of(pixels.mean_abs_difference, "image", "original")
+_TEXT_KEPT = _of(text.edit_similarity, "text", "text_before")
 
 
 def _region(field: str) -> Metric:
-    name, needs = f"region_{field}", ("text region",)
-    return Metric(name, needs, lambda edit: getattr(edit.region_scores, field), HIGHER, _TEXTEDIT, SHARE)
+    read = attrgetter(f"region_scores.{field}")
+    return Metric(f"region_{field}", ("text region",), read, HIGHER, _TEXTEDIT, SHARE)
 
 
 def _pie(field: str, higher: bool, share: bool = False) -> Metric:
@@ -243,70 +201,42 @@ def _agrees(field: str, higher: bool, source: str = "", share: bool = False) -> 
 _ENTRIES = (
     Metric("right", ("verdict",), _right, HIGHER, "", SHARE),
     Metric("exact_text", ("text",), _exact_text, HIGHER, "ICDAR 2015, task 4.3", SHARE),
-    Metric(
-        "edit_similarity",
-        ("whole text",),
-        lambda edit: text.edit_similarity(edit.text, edit.expected_text),
-        HIGHER,
-        _1NED,
-        SHARE,
-    ),
-    Metric("source_text_left", ("source text",), _source_text_left, LOWER, _TEXTEDIT, SHARE),
+    Metric("edit_similarity", ("whole text",), _of(text.edit_similarity, *WRITING), HIGHER, _1NED, SHARE),
+    Metric("source_text_left", ("source text",), _SOURCE_LEFT, LOWER, _TEXTEDIT, SHARE),
     *(_region(field) for field in RegionScores._fields),
-    Metric("centroid_error_px", LAYOUT, _objects(objects.centroid_error), LOWER, "Kuhn 1955"),
-    Metric("object_iou", LAYOUT, _object_overlap(objects.object_iou), HIGHER, _JACCARD, SHARE),
-    Metric("iou_by_object", ("objects",), _object_overlap(objects.iou_by_object), HIGHER, _JACCARD, SHARE),
-    Metric("objects_lost", LAYOUT, _objects(objects.objects_lost), LOWER),
-    Metric("objects_invented", ("layout",), _objects(objects.objects_invented), LOWER),
-    Metric("relations_kept", LAYOUT, _objects(objects.relations_kept), HIGHER, _VISOR, SHARE),
-    Metric(
-        "box_iou", ("boxes",), lambda edit: objects.box_iou(edit.image, edit.case.boxes), HIGHER, "", SHARE
-    ),
-    Metric("edited_colour_error", EDITED, _edited(pixels.colour_difference), LOWER, _CIEDE2000),
-    Metric("edited_ssim", EDITED, _edited(pixels.masked_ssim), HIGHER, _SSIM, SHARE),
-    Metric("unedited_ssim", UNEDITED, _unedited(pixels.masked_ssim), HIGHER, _SSIM, SHARE),
+    Metric("centroid_error_px", LAYOUT, _of(objects.centroid_error, *THINGS), LOWER, "Kuhn 1955"),
+    Metric("object_iou", LAYOUT, _of(objects.object_iou, *OVERLAP), HIGHER, _JACCARD, SHARE),
+    Metric("iou_by_object", ("objects",), _of(objects.iou_by_object, *OVERLAP), HIGHER, _JACCARD, SHARE),
+    Metric("objects_lost", LAYOUT, _of(objects.objects_lost, *THINGS), LOWER),
+    Metric("objects_invented", ("layout",), _of(objects.objects_invented, *THINGS), LOWER),
+    Metric("relations_kept", LAYOUT, _of(objects.relations_kept, *THINGS), HIGHER, _VISOR, SHARE),
+    Metric("box_iou", ("boxes",), _of(objects.box_iou, "image", "boxes"), HIGHER, "", SHARE),
+    Metric("edited_colour_error", EDITED, _of(pixels.colour_difference, *INSIDE), LOWER, _CIEDE2000),
+    Metric("edited_ssim", EDITED, _of(pixels.masked_ssim, *INSIDE), HIGHER, _SSIM, SHARE),
+    Metric("unedited_ssim", UNEDITED, _of(pixels.masked_ssim, *OUTSIDE), HIGHER, _SSIM, SHARE),
     Metric("unedited_psnr_db", UNEDITED, _psnr, HIGHER),
-    Metric("unedited_texture", UNEDITED, _unedited(pixels.texture_kept), HIGHER, "Lewis 1995", SHARE),
+    Metric("unedited_texture", UNEDITED, _of(pixels.texture_kept, *OUTSIDE), HIGHER, "Lewis 1995", SHARE),
     *(Metric(f"unedited_lpips_{net}", UNEDITED, _lpips(net), LOWER, "Zhang et al. 2018") for net in WEIGHTS),
     _pie("pie_psnr_db", HIGHER),
     _pie("pie_mse", LOWER),
     _pie("pie_ssim", HIGHER, SHARE),
-    Metric(
-        "target_difference",
-        ("target",),
-        lambda edit: pixels.mean_abs_difference(edit.image, edit.target),
-        LOWER,
-    ),
+    Metric("target_difference", ("target",), _of(pixels.mean_abs_difference, "image", "target"), LOWER),
     _agrees("agrees_text", HIGHER, _1NED, SHARE),
     _agrees("agrees_colour_off", LOWER, _CIEDE2000),
     _agrees("agrees_place_off", LOWER),
     Metric("pair_colour_off", _PAIR, None, LOWER, _CIEDE2000),
     Metric("pair_place_off", _PAIR, None, LOWER),
     Metric("pair_size_ratio", _PAIR, None, HIGHER, "", SHARE),
-    Metric(
-        "change_from_input",
-        ("unknown result",),
-        lambda edit: pixels.mean_abs_difference(edit.image, edit.original),
-        NEITHER,
-    ),
-    Metric(
-        "text_kept",
-        ("unknown text",),
-        lambda edit: text.edit_similarity(edit.text, edit.text_before),
-        NEITHER,
-        _1NED,
-        SHARE,
-    ),
+    Metric("change_from_input", ("unknown result",), _CHANGE, NEITHER),
+    Metric("text_kept", ("unknown text",), _TEXT_KEPT, NEITHER, _1NED, SHARE),
     Metric("drift_shift_px", ("image",), _drift(lambda drift: drift.shift_px), LOWER, _DRIFT),
-    Metric(
-        "drift_scale_percent", ("image",), _drift(lambda drift: abs(drift.scale - 1) * 100), LOWER, _DRIFT
-    ),
+    Metric("drift_scale_percent", ("image",), _drift(lambda drift: drift.scale_percent), LOWER, _DRIFT),
     Metric("drift_rotation_deg", ("image",), _drift(lambda drift: abs(drift.rotation_deg)), LOWER, _DRIFT),
-    Metric("answered", ("question",), _reply(text.exact_text), HIGHER, "", SHARE),
-    Metric("letters", ("read",), _reply(text.letters_right), HIGHER, "", SHARE),
-    Metric("reply_similarity", ("read",), _reply(text.edit_similarity), HIGHER, _1NED, SHARE),
-    Metric("location_error", ("locate",), _reply(text.location_error), LOWER),
-    Metric("count_error", ("count",), _reply(text.count_error), LOWER),
+    Metric("answered", ("question",), _of(text.exact_text, *REPLY), HIGHER, "", SHARE),
+    Metric("letters", ("read",), _of(text.letters_right, *REPLY), HIGHER, "", SHARE),
+    Metric("reply_similarity", ("read",), _of(text.edit_similarity, *REPLY), HIGHER, _1NED, SHARE),
+    Metric("location_error", ("locate",), _of(text.location_error, *REPLY), LOWER),
+    Metric("count_error", ("count",), _of(text.count_error, *REPLY), LOWER),
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _ENTRIES}
 """By name, in the order of tables."""
@@ -314,7 +244,7 @@ HEADLINES = {"edit": "right", "perception": "answered"}
 """The metric that decides, by level."""
 
 
-def measured(subject: Subject, facts: frozenset[str]) -> dict[str, float]:
+def measured(subject: EditedImage | Reply, facts: frozenset[str]) -> dict[str, float]:
     """Every metric of an edit or a reply whose needs are met, by name."""
     values = {
         metric.name: metric.function(subject)
@@ -324,17 +254,12 @@ def measured(subject: Subject, facts: frozenset[str]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def as_words(boxes: list[tuple[str, np.ndarray]]) -> list[Word]:
+def _as_words(boxes: Boxes) -> list[Word]:
     """Texts with their upright boxes."""
     return [Word(read, (*corners.min(0).tolist(), *corners.max(0).tolist())) for read, corners in boxes]
 
 
 @lru_cache(maxsize=8)
-def _text_of(data: bytes, size: tuple[int, int]) -> str:
-    return ocr.read_text(Image.frombytes("RGB", size, data))
-
-
-@lru_cache(maxsize=4)
-def _words_of(data: bytes, size: tuple[int, int]) -> list[Word]:
+def _read(data: bytes, size: tuple[int, int]) -> Boxes:
     """What is read in an unedited image, the same for all its arms."""
-    return as_words(ocr.read_boxes(Image.frombytes("RGB", size, data)))
+    return ocr.read_boxes(Image.frombytes("RGB", size, data))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,62 +35,56 @@ def evaluation_figures(
         expected: gains that were expected, beside the measured ones.
         records: of the whole run.
     """
-    figures = {}
-    if rows:
-        figures["differences.png"] = (
-            "Paired differences with their 95 % intervals, by group and arm",
-            difference_figure(rows),
-        )
-        figures["wins.png"] = ("Cases won, tied and lost against the baseline", wins_figure(rows))
-    spread = case_differences(records)
-    if spread:
-        figures["cases.png"] = ("Differences case by case, with mean and 95 % interval", cases_figure(spread))
-    if expected:
-        figures["expectations.png"] = (
-            "Measured gains with their intervals, and what was expected (shaded)",
-            expectations_figure(expected),
-        )
-    return figures
+    differences = "Paired differences with their 95 % intervals, by group and arm"
+    by_case = "Differences case by case, with mean and 95 % interval"
+    expectations = "Measured gains with their intervals, and what was expected (shaded)"
+    table: dict[str, tuple[str, Callable[[Any], Image.Image], Any]] = {
+        "differences.png": (differences, difference_figure, rows),
+        "wins.png": ("Cases won, tied and lost against the baseline", wins_figure, rows),
+        "cases.png": (by_case, cases_figure, case_differences(records)),
+        "expectations.png": (expectations, expectations_figure, expected),
+    }
+    return {name: (words, draw(data)) for name, (words, draw, data) in table.items() if data}
 
 
 def difference_figure(rows: Sequence[Difference]) -> Image.Image:
     """Paired differences with their 95 % intervals, one line a level, group and arm."""
-    figure, axis, places = _lines([f"{r.level} · {r.group} · {r.arm} (n={r.n})" for r in rows])
+    labels = [f"{r.level} · {r.group} · {r.arm} (n={r.n})" for r in rows]
+    figure, axis, places = _lines(labels, "difference from the baseline, share that is right")
     for place, row in zip(places, rows, strict=True):
         _interval(axis, place, row.difference, row.ci_low, row.ci_high)
     axis.axvline(0, color="0.7", linewidth=1, zorder=0)
-    axis.set_xlabel("difference from the baseline, share that is right", fontsize=9)
     return to_image(figure)
 
 
 def expectations_figure(rows: Sequence[Expectation]) -> Image.Image:
     """What was expected as a shaded range, what was measured as a point with its interval."""
     labels = [f"{of.level} · {of.group} · {of.arm} (n={of.n})\n{verdict}" for of, *_, verdict in rows]
-    figure, axis, places = _lines(labels, 0.5)
+    figure, axis, places = _lines(
+        labels, "gain over the baseline, share that is right; shaded: expected", 0.5
+    )
     for place, (of, low, high, _) in zip(places, rows, strict=True):
         axis.barh(place, max(high - low, 0.004), 0.7, low, color="#f3d9a4", zorder=0)
         _interval(axis, place, of.difference, of.ci_low, of.ci_high)
     axis.axvline(0, color="0.7", linewidth=1, zorder=0)
-    axis.set_xlabel("gain over the baseline, share that is right; shaded: expected", fontsize=9)
     return to_image(figure)
 
 
 def wins_figure(rows: Sequence[Difference]) -> Image.Image:
     """Shares of the cases in which an arm does better, as well, or worse than the baseline."""
-    figure, axis, places = _lines([f"{row.level} · {row.group} · {row.arm}" for row in rows])
+    labels = [f"{row.level} · {row.group} · {row.arm}" for row in rows]
+    figure, axis, places = _lines(labels, "share of cases: green won, grey tied, red lost")
     for place, row in zip(places, rows, strict=True):
         left = 0.0
         for count, colour in ((row.wins, GOOD), (row.ties, NEUTRAL), (row.losses, BAD)):
             share = count / row.n
             axis.barh(place, share, 0.75, left, color=colour)
             if share > 0.06:
-                dark = "black" if colour == NEUTRAL else "white"
-                axis.text(
-                    left + share / 2, place, str(count), ha="center", va="center", fontsize=7, color=dark
-                )
+                style: Any = {"ha": "center", "va": "center", "fontsize": 7}
+                ink = "black" if colour == NEUTRAL else "white"
+                axis.text(left + share / 2, place, str(count), color=ink, **style)
             left += share
     axis.set_xlim(0, 1)
-    axis.set_xlabel("share of cases: green won, grey tied, red lost", fontsize=9)
     return to_image(figure)
 
 
@@ -145,13 +139,14 @@ def _dots(axis: Axes, place: int, differences: np.ndarray, name: str) -> None:
     axis.scatter([place + 0.3], [differences.mean()], s=22, color=POINT, zorder=3)
 
 
-def _lines(labels: Sequence[str], each: float = 0.28) -> tuple[Figure, Axes, list[int]]:
+def _lines(labels: Sequence[str], below: str, each: float = 0.28) -> tuple[Figure, Axes, list[int]]:
     """A figure with one labelled line a row, the first at the top."""
     figure = Figure(figsize=(7.5, 1.0 + each * len(labels)), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     places = list(range(len(labels)))[::-1]
     axis.set_yticks(places, labels, fontsize=8)
     axis.set_ylim(-0.6, len(labels) - 0.4)
+    axis.set_xlabel(below, fontsize=9)
     return figure, axis, places
 
 

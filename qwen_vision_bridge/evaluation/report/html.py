@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from ...io import write_image, write_text
 from ..evaluate import Evaluation
-from ..statistics import BASELINE
+from ..statistics import BASELINE, by_case
 from .figures import evaluation_figures
 from .tables import expectations, headline_rows, kind_rows, render_template, warning
 
@@ -39,7 +39,8 @@ def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
     for name, (_, figure) in figures.items():
         write_image(folder / name, figure)
     cases = _cases(folder, evaluation.records)
-    style, script = (_asset(f"report.{ending}") for ending in ("css", "js"))
+    here = Path(__file__).parent
+    style, script = ((here / f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
     page = render_template(
         "report.html.jinja",
         title=evaluation.provenance.get("family", "?"),
@@ -74,24 +75,19 @@ def gain_of(baseline: dict[str, float], arm: dict[str, float]) -> float:
 
 def _cases(folder: Path, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The worst and best cases of every group and arm, with their images."""
-    by_case: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in records:
-        if record["level"] == "edit" and record["error"] is None:
-            by_case.setdefault(record["case_id"], {})[record["arm"]] = record
+    edits = [record for record in records if record["level"] == "edit" and record["error"] is None]
+    cases = by_case(edits).get((), {})
     ranked: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for case_id, arms in by_case.items():
+    for case_id, arms in cases.items():
         for name, record in arms.items():
             if name != BASELINE and BASELINE in arms:
                 gain = gain_of(arms[BASELINE]["metrics"], record["metrics"])
                 ranked.setdefault((record["group"], name), []).append((gain, case_id))
-    chosen = set()
-    for pairs in ranked.values():
-        pairs.sort()
-        chosen |= {case_id for _, case_id in (*pairs[:EACH], *pairs[-EACH:])}
-    return [_card(folder, by_case[case_id]) for case_id in sorted(chosen)]
+    best_and_worst = [pair for pairs in map(sorted, ranked.values()) for pair in pairs[:EACH] + pairs[-EACH:]]
+    return [_card(folder, cases[case_id]) for case_id in sorted({case_id for _, case_id in best_and_worst})]
 
 
-def _card(folder: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _card(folder: Path, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     first = arms[BASELINE]
     stem = folder / first["group"] / first["case_id"]
     target = Path(f"{stem}_target.png")
@@ -107,13 +103,12 @@ def _card(folder: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _arm(folder: Path, baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    right = {1.0: "right", 0.0: "wrong"}.get(record["metrics"].get("right"), "not judged")
+def _arm(folder: Path, baseline: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     drawn = record.get("attention")
     return {
         "name": record["arm"],
         "image": _image(folder / record["image"]),
-        "words": right,
+        "words": {1.0: "right", 0.0: "wrong"}.get(record["metrics"].get("right"), "not judged"),
         "read": record.get("read_after"),
         "gain": round(gain_of(baseline["metrics"], record["metrics"]), 6),
         "attention": _image(folder / drawn) if drawn else "",
@@ -132,10 +127,6 @@ def _embedded(image: Image.Image, longest: int) -> str:
     buffer = io.BytesIO()
     shown.save(buffer, "WEBP", quality=85, lossless=max(shown.size) <= 64)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

@@ -11,22 +11,11 @@ from typing import NamedTuple
 from ...io import write_json, write_text
 from ..evaluate import Evaluation
 from ..metrics.registry import HEADLINES, METRICS
-from ..statistics import BASELINE, Difference, Expectation, caution, judge_expectations
+from ..statistics import BASELINE, Difference, Expectation, by_case, caution, judge_expectations
 
 LABELS = (
-    "level",
-    "case_id",
-    "group",
-    "kind",
-    "difficulty",
-    "arm",
-    "prompt",
-    "seed",
-    "seconds",
-    "image",
-    "reply",
-    "answer",
-    "error",
+    *("level", "case_id", "group", "kind", "difficulty", "arm", "prompt"),
+    *("seed", "seconds", "image", "reply", "answer", "error"),
 )
 TITLES = {
     "ocr": "OCR capability",
@@ -71,22 +60,15 @@ class KindRow(NamedTuple):
 def kind_rows(evaluation: Evaluation) -> list[KindRow]:
     """Every kind of case in every arm: the headline metric, or the edited region's likeness to the right edit
     where no edit of that kind is judged. Too few cases a kind for an interval: it proves nothing."""
-    table: dict[tuple[str, str, str], dict[str, dict[str, dict[str, float]]]] = {}
-    for record in evaluation.records:
-        if record["level"] not in HEADLINES:
-            continue
-        cases = table.setdefault((record["level"], record["group"], record["kind"]), {})
-        cases.setdefault(record["case_id"], {})[record["arm"]] = record["metrics"]
+    records = [record for record in evaluation.records if record["level"] in HEADLINES]
     rows = []
-    for (level, group, kind), cases in table.items():
-        judged = any(HEADLINES[level] in metrics for arms in cases.values() for metrics in arms.values())
+    for (level, group, kind), cases in by_case(records, "level", "group", "kind").items():
+        judged = any(HEADLINES[level] in of["metrics"] for arms in cases.values() for of in arms.values())
         metric = HEADLINES[level] if judged else "edited_ssim"
         for arm in [arm["name"] for arm in evaluation.arms if arm["name"] != BASELINE]:
-            both = [
-                (arms.get(BASELINE, {}).get(metric), arms.get(arm, {}).get(metric)) for arms in cases.values()
-            ]
-            pairs = [pair for pair in both if None not in pair]
-            if pairs:
+            both = [arms for arms in cases.values() if {BASELINE, arm} <= set(arms)]
+            values = [[arms[name]["metrics"].get(metric) for name in (BASELINE, arm)] for arms in both]
+            if pairs := [pair for pair in values if None not in pair]:
                 means = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
                 rows.append(KindRow(level, group, kind, arm, metric, len(pairs), *means))
     return rows
@@ -100,15 +82,28 @@ def write_results(folder: str | Path, evaluation: Evaluation) -> None:
         "seconds": round(evaluation.seconds, 1),
         "records_of_an_earlier_run": evaluation.done_before,
         "arms": evaluation.arms,
-        "expectations": [_as_data(row) for row in expectations(evaluation)],
+        "expectations": [_as_data(*row) for row in expectations(evaluation)],
         "caution": warning(evaluation),
         "left_out": evaluation.left_out,
-        "summary": [_finite(row) for row in evaluation.rows],
+        # What no sample of one pair can resolve is infinite, which JSON has no word for.
+        "summary": [
+            {k: None if v == float("inf") else v for k, v in row._asdict().items()} for row in evaluation.rows
+        ],
         "records": evaluation.records,
     }
     write_json(folder / "results.json", data)
     write_text(folder / "results.csv", _as_csv(evaluation))
-    write_text(folder / "summary.md", _as_markdown(evaluation))
+    summary = render_template(
+        "summary.md.jinja",
+        caution=warning(evaluation),
+        expectations=expectations(evaluation),
+        rows=evaluation.rows,
+        better={True: "higher", False: "lower", None: "neither"},
+        kinds=kind_rows(evaluation),
+        left_out=evaluation.left_out,
+        provenance=json.dumps(evaluation.provenance, indent=2, ensure_ascii=False),
+    )
+    write_text(folder / "summary.md", summary)
 
 
 def expectations(evaluation: Evaluation) -> list[Expectation]:
@@ -131,7 +126,11 @@ def warning(evaluation: Evaluation) -> str:
 def as_table(evaluation: Evaluation) -> str:
     """The headlines as a short plain table, with a word of caution; without a truth, what changed."""
     if not headline_rows(evaluation):
-        return "\n".join([*_plain_changes(evaluation), NO_TRUTH])
+        lines = [f"{'group':12} {'arm':12} {'metric':22} {'n':>3} {'baseline':>9} {'arm':>9}"]
+        for row in (row for row in evaluation.rows if row.difficulty == "all"):
+            labels = f"{row.group:12} {row.arm:12} {row.metric:22}"
+            lines.append(f"{labels} {row.n:3d} {row.baseline:9.3f} {row.value:9.3f}")
+        return "\n".join([*lines, NO_TRUTH])
     lines = [
         f"{'level':11} {'group':12} {'arm':12} {'n':>4} {'baseline':>9} {'arm':>7} {'difference':>11} "
         "95 % interval      p  win/tie/loss"
@@ -147,26 +146,10 @@ def as_table(evaluation: Evaluation) -> str:
     return "\n".join([*lines, *filter(None, [warning(evaluation)])])
 
 
-def _plain_changes(evaluation: Evaluation) -> list[str]:
-    """Every metric that needs no truth, an arm a line."""
-    lines = [f"{'group':12} {'arm':12} {'metric':22} {'n':>3} {'baseline':>9} {'arm':>9}"]
-    return lines + [
-        f"{row.group:12} {row.arm:12} {row.metric:22} {row.n:3d} {row.baseline:9.3f} {row.value:9.3f}"
-        for row in evaluation.rows
-        if row.difficulty == "all"
-    ]
-
-
-def _as_data(row: Expectation) -> dict[str, object]:
+def _as_data(measured: Difference, low: float, high: float, verdict: str) -> dict[str, object]:
     fields = ("level", "group", "arm", "metric", "n", "difference", "ci_low", "ci_high")
-    expected = {"expected_low": row.expected_low, "expected_high": row.expected_high}
-    return {name: getattr(row.measured, name) for name in fields} | expected | {"verdict": row.verdict}
-
-
-def _finite(row: Difference) -> dict[str, object]:
-    """A row as JSON takes it: what no sample of one pair can resolve is null."""
-    data = row._asdict()
-    return {**data, "resolvable": None if data["resolvable"] == float("inf") else data["resolvable"]}
+    data = {name: getattr(measured, name) for name in fields}
+    return data | {"expected_low": low, "expected_high": high, "verdict": verdict}
 
 
 def _as_csv(evaluation: Evaluation) -> str:
@@ -182,19 +165,6 @@ def _as_csv(evaluation: Evaluation) -> str:
 def _inert(value: object) -> object:
     """Text that a spreadsheet shows and does not run: a formula gets an apostrophe before it."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
-
-
-def _as_markdown(evaluation: Evaluation) -> str:
-    return render_template(
-        "summary.md.jinja",
-        caution=warning(evaluation),
-        expectations=expectations(evaluation),
-        rows=evaluation.rows,
-        better={True: "higher", False: "lower", None: "neither"},
-        kinds=kind_rows(evaluation),
-        left_out=evaluation.left_out,
-        provenance=json.dumps(evaluation.provenance, indent=2, ensure_ascii=False),
-    )
 
 
 def render_template(name: str, **values: object) -> str:
