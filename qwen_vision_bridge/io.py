@@ -188,8 +188,8 @@ def write_image(path: str | Path, image: Image.Image, about: Mapping[str, object
     """Write an image in the format of the path's suffix.
 
     Args:
-        about: how it was made; a PNG keeps it as JSON in the text `qwen_vision_bridge`, with absolute paths cut
-            to their last part, since images are passed on.
+        about: how it was made; a PNG keeps it as JSON in the text `qwen_vision_bridge`, with absolute paths
+            cut to their last part, since images are passed on.
     """
     options: dict[str, Any] = {}
     if about is not None and Path(path).suffix.lower() == ".png":

@@ -29,19 +29,33 @@ FIELDS = {
 }
 
 
-def photo_cases(image: Image.Image, prompts: Mapping[str, Sequence[str]], area: int) -> list[Case]:
+def photo_cases(
+    image: Image.Image,
+    prompts: Mapping[str, Sequence[str]],
+    area: int,
+    references: Sequence[Image.Image] = (),
+) -> list[Case]:
     """One image without any truth, with the prompts of each group.
 
     Args:
         image: the user's own.
         prompts: by group.
         area: px² of the editor's output: a larger image is reduced to it, since nothing finer comes back.
+        references: images that come before it in the prompt.
     """
     shown, factor = image, (area / (image.width * image.height)) ** 0.5
     if factor < 1:
         shown = image.resize(tuple(max(round(side * factor), 1) for side in image.size))
     return [
-        Case(f"photo-{group}-{number:02d}", group, "photo", prompt, shown, dataset="photo")
+        Case(
+            f"photo-{group}-{number:02d}",
+            group,
+            "photo",
+            prompt,
+            shown,
+            references=tuple(references),
+            dataset="photo",
+        )
         for group, several in prompts.items()
         for number, prompt in enumerate(several)
     ]
