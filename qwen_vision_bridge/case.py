@@ -13,13 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from .specs import check_prompt
+
 RGB = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom; px."""
 GROUPS = ("ocr", "space", "detail", "consistency")
 OTHER = "other"
 """The group of cases from files that name none."""
-SAFE_ID = re.compile(r"[\w][\w.-]{0,120}")
+SAFE_ID = re.compile(r"[\w][\w.-]*")
+MAX_ID_BYTES = 120  # of UTF-8: with an arm's name it must stay a file name
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+"""Names that are no files on Windows, whatever their suffix."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ class Case:
     """One image to edit, one instruction, and what is known of a right edit.
 
     Raises:
-        ValueError: an id that is no file name, an unknown group or difficulty, a target or mask of another
-            size than the image.
+        TypeError, ValueError: an id that is no file name, a prompt that `check_prompt` refuses, an unknown
+            group or difficulty, a target or mask of another size than the image.
     """
 
     case_id: str
@@ -136,8 +141,11 @@ class Case:
     """What a case from files was read from: `own`, `photo`, `textedit`, `pie` or `gedit`."""
 
     def __post_init__(self) -> None:
-        if not SAFE_ID.fullmatch(self.case_id):
+        if not SAFE_ID.fullmatch(self.case_id) or self.case_id.split(".")[0].casefold() in DEVICES:
             raise ValueError(f"the id {self.case_id!r} is no file name of letters, digits, '.', '_' and '-'")
+        if (size := len(self.case_id.encode())) > MAX_ID_BYTES:
+            raise ValueError(f"the id {self.case_id!r} has {size} bytes, a file name takes {MAX_ID_BYTES}")
+        check_prompt(self.prompt)
         if self.group not in (*GROUPS, OTHER) or self.difficulty not in ("easy", "hard"):
             raise ValueError(f"group is one of {', '.join((*GROUPS, OTHER))}, difficulty easy or hard")
         if self.target is not None and self.target.size != self.image.size:

@@ -142,6 +142,18 @@ def parse_object(data: bytes, place: str) -> dict[str, Any]:
     return value
 
 
+def path_inside(folder: Path, relative: str) -> Path:
+    """A path below a folder, as a file of the user's names it.
+
+    Raises:
+        ValueError: it leads out of the folder.
+    """
+    path = (folder / relative).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"the path {relative!r} leads out of {folder}")
+    return path
+
+
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then rename it; missing folders are created.
 

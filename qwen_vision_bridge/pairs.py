@@ -22,7 +22,7 @@ from .io import check_image_path, digest_of, read_json, write_image, write_json
 from .loading.locks import model_lock
 from .loading.tower_attention import VisionAttention, check_vision_attention
 from .patches import Mrope, takes_several
-from .specs import STOCK_STEP, Family, check_prompt, check_seed, whole_number
+from .specs import STOCK_STEP, EditorSpec, Family, check_prompt, check_seed, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,13 +120,8 @@ def check_edit(
     strength, seed = check_strength(strength), check_seed(seed)
     options = check_options(options)
     images = load_images(image, family.target.token_px)
-    longest = family.editor.max_aspect_ratio
     for one in images:
-        if max(one.size) >= longest * min(one.size):
-            raise ValueError(
-                f"an image is {one.width}×{one.height} px, longer than the {longest:g}:1 that "
-                f"{family.editor.name} can edit: crop it"
-            )
+        check_shape(one, family.editor)
     if len(images) > 1 and not takes_several(pipeline_name):
         raise ValueError(f"{pipeline_name} takes one image, got {len(images)}: use Qwen-Image-Edit-2509")
     defaults = {
@@ -135,6 +130,19 @@ def check_edit(
         "negative_prompt": family.negative_prompt,
     }
     return Edit(images, prompt, seed, {**defaults, **options}, strength=strength)
+
+
+def check_shape(image: Image.Image, editor: EditorSpec) -> None:
+    """Refuse an image so long that the pipeline would round a side to 0 px.
+
+    Raises:
+        ValueError: its size, and the longest that the editor takes.
+    """
+    if max(image.size) >= editor.max_aspect_ratio * min(image.size):
+        raise ValueError(
+            f"an image is {image.width}×{image.height} px, longer than the {editor.max_aspect_ratio:g}:1 "
+            f"that {editor.name} can edit: crop it"
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:

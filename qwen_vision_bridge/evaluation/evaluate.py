@@ -201,7 +201,11 @@ def _estimate(run: Run, pending: Sequence[Task], processes: int) -> str:
     steps = run.options.get("num_inference_steps", run.pipeline.family.steps)
     case = next(task.case for task in pending if task.question is None)
     together = min(run.batch, edits)
-    times = [_short_edit(run, case, count, together) for count in (2, 2, 4)]  # the first one warms up
+    try:
+        times = [_short_edit(run, case, count, together) for count in (2, 2, 4)]  # the first one warms up
+    except Exception as error:  # comes again, and is recorded, when the case runs
+        logger.debug("%s: %s", case.case_id, error)
+        return f"{edits} edits to do; how long they take is not known, since {case.case_id} fails."
     step = max(times[2] - times[1], 0.0) / 2
     each = times[1] + step * (steps - 2)
     minutes = each * edits / processes / 60

@@ -9,7 +9,6 @@ Own folder: `cases.jsonl`, one object a line with `id`, `image`, `prompt`, and w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from PIL import Image
 
 from ..case import OTHER, Box, Case
 from ..images import load_images
+from ..io import json_lines, parse_object, path_inside
 from ..synthetic.scene import COLOURS
 
 Row = TypeVar("Row")
@@ -123,9 +123,10 @@ def read_cases(
             case = read(row)
             if case is None:
                 continue
-            if case.case_id in cases:
-                raise ValueError(f"the id {case.case_id!r} is that of {places[case.case_id]} too")
-            cases[case.case_id], places[case.case_id] = case, place
+            name = case.case_id.casefold()  # some file systems do not tell cases apart
+            if name in cases:
+                raise ValueError(f"the id {case.case_id!r} is that of {places[name]} too")
+            cases[name], places[name] = case, place
         except KeyError as error:
             faults.append(f"{place}: the field {error} is missing")
         except (ValueError, TypeError, OSError) as error:
@@ -140,27 +141,15 @@ def read_cases(
 def read_lines(files: list[Path], read: Callable[[dict[str, Any], Path], Case | None]) -> list[Case]:
     """A case from every line of JSON, or all faults at once."""
 
-    def read_line(line: tuple[Path, str]) -> Case | None:
-        row = json.loads(line[1])
-        if not isinstance(row, dict):
-            raise ValueError("needed is a JSON object")
-        return read(row, line[0])
+    def read_line(line: tuple[Path, bytes]) -> Case | None:
+        return read(parse_object(line[1], "the line"), line[0])
 
-    lines = (
-        (f"{path}, line {number}", (path, line))
-        for path in files
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-        if line.strip()
-    )
+    lines = ((place, (path, line)) for path in files for place, line in json_lines(path))
     return read_cases(lines, read_line, files[0])
 
 
 def image_at(folder: Path, row: dict[str, Any], name: str) -> Image.Image:
-    relative = text_of(row, name)
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"the path {relative!r} leads out of {folder}")
-    return load_images(path)[0]
+    return load_images(path_inside(folder, text_of(row, name)))[0]
 
 
 def text_of(row: dict[str, Any], name: str) -> str:

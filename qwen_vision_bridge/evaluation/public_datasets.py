@@ -8,7 +8,6 @@ of cure-lab/PnPInversion. GEdit-Bench: the dataset stepfun-ai/GEdit-Bench as dow
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 
 from ..case import OTHER, Case
 from ..images import load_images
+from ..io import read_json
 from .folder_dataset import (
     CaseFileError,
     image_at,
@@ -143,14 +143,11 @@ def decode_runs(runs: list[int], shape: tuple[int, int]) -> np.ndarray:
 
 def _entries(path: Path) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
     """The entries of a JSON object with their keys, each with the line that names it."""
-    text = path.read_text(encoding="utf-8")
     try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CaseFileError(f"{path}, line {error.lineno}: {error.msg}") from error
-    if not isinstance(entries, dict):
-        raise CaseFileError(f"{path}, line 1: needed is a JSON object")
-    lines = text.splitlines()
+        entries = read_json(path)
+    except ValueError as error:
+        raise CaseFileError(str(error)) from error
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     for key, row in entries.items():
         number = next((n for n, line in enumerate(lines, start=1) if json.dumps(key) in line), 1)
         yield f"{path}, line {number}, entry {key!r}", (key, row)
@@ -172,7 +169,7 @@ def _stored(row: dict[str, Any]) -> Image.Image:
     stored = row["input_image"]
     if not isinstance(stored, dict) or not stored.get("bytes"):
         raise ValueError("input_image holds no bytes of an image")
-    return load_images(Image.open(io.BytesIO(stored["bytes"])))[0]
+    return load_images(stored["bytes"])[0]
 
 
 def _table_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..io import json_lines, parse_object
+
 logger = logging.getLogger(__name__)
 
 NAME = "results.jsonl"
@@ -74,12 +76,12 @@ def _take(known: dict[str, dict[str, Any]], others: Mapping[str, dict[str, Any]]
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """Records by key; a line cut short by a kill is left out, with a word."""
     records = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for place, line in json_lines(path):
         try:
-            record = json.loads(line)
+            record = parse_object(line, place)
             records[record["key"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            logger.warning("%s, line %d is cut short: what it was about runs again", path, number)
+        except (ValueError, KeyError):
+            logger.warning("%s is cut short: what it was about runs again", place)
     return records
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from ..case import GROUPS, OTHER, Case
 from ..controls import find_partners
 from ..images import image_digest
+from ..injection import Grids
 from ..io import digest_of
 from ..pipeline import EnhancedQwenImageEdit
 from ..synthetic.questions import Question, questions_of
@@ -59,9 +61,18 @@ class Run:
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise ValueError(f"batch_arms is a whole number from 1, not {self.batch!r}")
         if any(arm.features == "shuffled" for arm in self.arms):
-            grids = {name: self.pipeline.condition_grids(case.images) for name, case in self.cases.items()}
-            cycle = find_partners(grids, self.seed)
-            self.partners = {name: self._with_other_images(name, cycle) for name in cycle}
+            cycle = find_partners(self._grids(), self.seed)
+            self.partners = dict.fromkeys(self.cases) | {
+                name: self._with_other_images(name, cycle) for name in cycle
+            }
+
+    def _grids(self) -> dict[str, Grids]:
+        """The grids of every case's images; a case whose images the editor cannot do has none."""
+        grids = {}
+        for name, case in self.cases.items():
+            with suppress(ValueError, ZeroDivisionError):  # comes again, and is recorded, when the case runs
+                grids[name] = self.pipeline.condition_grids(case.images)
+        return grids
 
     def _with_other_images(self, name: str, cycle: Mapping[str, str | None]) -> str | None:
         """The next case of the cycle with other images: another prompt on the same ones is no control."""
@@ -109,9 +120,9 @@ def check_ids(cases: Sequence[Case]) -> None:
     """
     if not cases:
         raise ValueError("there are no cases to evaluate: give at least one")
-    (name, count), *_ = Counter(case.case_id for case in cases).most_common(1)
+    (name, count), *_ = Counter(case.case_id.casefold() for case in cases).most_common(1)
     if count > 1:
-        raise ValueError(f"two cases have the id {name!r}: every case needs its own")
+        raise ValueError(f"two cases have the id {name!r}, upper and lower case aside: each needs its own")
 
 
 def plan(run: Run, edits: bool, perception: bool) -> tuple[list[Task], list[str]]:

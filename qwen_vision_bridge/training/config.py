@@ -67,6 +67,8 @@ class RunConfig:
             raise ValueError(f"method is one of {', '.join(get_args(Method))}, not {self.method!r}")
         if self.lora_baseline and (self.method == "calibrate" or self.features != "own" or self.bridge):
             raise ValueError("a LoRA has no bridge: it excludes --bridge, --features and calibration")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(f"max_train_samples is a whole number from 1, not {self.max_train_samples}")
         if self.train_data_dir and self.dataset_name:
             raise ValueError("give --train_data_dir or --dataset_name, not both")
         if self.method == "calibrate" and self.features == "target" and not self.highres_target:

@@ -10,10 +10,11 @@ Paths are relative to the folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -21,11 +22,17 @@ from torch.utils import data as utils_data
 
 from ..case import Scene
 from ..images import load_images
-from ..io import digest_of
+from ..io import digest_of, json_lines, parse_object, path_inside
+from ..loading.towers import load_processor
+from ..pairs import check_length, check_shape
+from ..specs import Family, check_prompt
 from ..synthetic import cases as world
 from ..synthetic import questions
 from ..synthetic.scene import render
 from .config import METADATA, WORLD_SAMPLES, Kind, RunConfig, check_data_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Part = TypeVar("Part")
 COLUMNS: dict[Kind, tuple[str, str]] = {"perceive": ("question", "answer"), "edit": ("instruction", "target")}
@@ -139,15 +146,18 @@ class _UserSamples:
 class FolderSamples(_UserSamples):
     """The samples of one kind in a user's folder, all of them checked.
 
+    Args:
+        family: whose models they are for; None checks neither the length of texts nor the shape of images.
+
     Raises:
         FileNotFoundError: no such folder, or no `metadata.jsonl` in it.
         SampleFileError: every fault in it.
     """
 
-    def __init__(self, folder: str | Path, kind: Kind) -> None:
+    def __init__(self, folder: str | Path, kind: Kind, family: Family | None = None) -> None:
         root, files = Path(folder).expanduser(), ("image", "target")
         check_data_folder(root)
-        rows = _checked_rows(root, kind)
+        rows = _checked_rows(root, kind, family)
         sizes = [[(root / row[name]).stat().st_size for name in files if name in row] for row in rows]
         self.kind, self.digest = kind, digest_of(["folder", kind, rows, sizes])
         self.rows = [{k: root / v if k in files else v for k, v in row.items()} for row in rows]
@@ -201,8 +211,11 @@ def load_samples(run: RunConfig, kind: Kind) -> Split[Samples]:
             WorldSamples(kind, "train", count, knows_world, size),
             WorldSamples(kind, "validation", run.validation_samples, knows_world, size),
         )
-    folder, name = run.train_data_dir, str(run.dataset_name)
-    samples: Samples = DatasetSamples(name, kind) if folder is None else FolderSamples(folder, kind)
+    samples: Samples
+    if run.train_data_dir is None:
+        samples = DatasetSamples(str(run.dataset_name), kind)
+    else:
+        samples = FolderSamples(run.train_data_dir, kind, run.family)
     train, validation = split_samples(samples, run.validation_samples)
     return Split(Subset(samples, train.indices[: run.max_train_samples]), validation)
 
@@ -235,16 +248,17 @@ def _question(scene: Scene, rng: np.random.Generator, knows_world: bool) -> tupl
     return asked if knows_world else (f"{asked[0]} {questions.REPLY_FORMS[kind]}", asked[1])
 
 
-def _checked_rows(root: Path, kind: Kind) -> list[dict[str, str]]:
+def _checked_rows(root: Path, kind: Kind, family: Family | None) -> list[dict[str, str]]:
     """The rows of a kind, or every fault in any row."""
     rows, faults = [], []
-    for number, line in enumerate((root / METADATA).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    lines = json_lines(root / METADATA)
+    with ThreadPoolExecutor() as pool:  # every image is decoded
+        checks = [pool.submit(_checked_row, root, line, family) for _, line in lines]
+    for (place, _), check in zip(lines, checks, strict=True):
         try:
-            row_kind, row = _checked_row(root, line)
-        except (ValueError, OSError) as error:
-            faults.append(f"{root / METADATA}:{number}: {error}")
+            row_kind, row = check.result()
+        except (ValueError, TypeError, OSError) as error:
+            faults.append(f"{place}: {error}")
             continue
         if row_kind == kind:
             rows.append(row)
@@ -257,13 +271,8 @@ def _checked_rows(root: Path, kind: Kind) -> list[dict[str, str]]:
     return rows
 
 
-def _checked_row(root: Path, line: str) -> tuple[Kind, dict[str, str]]:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"a {type(data).__name__}, needed is an object")
+def _checked_row(root: Path, line: bytes, family: Family | None) -> tuple[Kind, dict[str, str]]:
+    data = parse_object(line, "the line")
     if "file_name" in data:
         data = {"image": data["file_name"], **data}
     kinds = [kind for kind, columns in COLUMNS.items() if set(columns) & set(data)]
@@ -274,20 +283,21 @@ def _checked_row(root: Path, line: str) -> tuple[Kind, dict[str, str]]:
         if not isinstance(data.get(name), str) or not data[name].strip():
             raise ValueError(f"{name} is missing or empty")
     row = {name: data[name] for name in names}
-    sizes = [_size(root / row[name]) for name in ("image", "target") if name in row]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"the target is {sizes[1]} px, the image {sizes[0]}: make them equal")
+    for name in ("question", "answer", "instruction"):
+        if name in row:
+            check_prompt(row[name], f"the {name}")
+            if family is not None:
+                check_length(partial(_tokenizer, family), row[name])
+    files = [path_inside(root, row[name]) for name in ("image", "target") if name in row]
+    images = load_images(files, 1 if family is None else family.target.token_px)
+    if len({image.size for image in images}) > 1:
+        raise ValueError(f"the target is {images[1].size} px, the image {images[0].size}: make them equal")
+    if family is not None and kinds[0] == "edit":
+        check_shape(images[0], family.editor)
     return kinds[0], row
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Size in px of an image file that is complete."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such image: {path}")
-    try:
-        with Image.open(path) as image:
-            size = image.size
-            image.verify()
-    except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
-        raise ValueError(f"{path} is no readable image ({error})") from error
-    return size
+@cache
+def _tokenizer(family: Family) -> PreTrainedTokenizerBase:
+    target = family.target
+    return load_processor(target.repo, target.processor_subfolder, target.revision, False).tokenizer

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.training import data as module
+from qwen_vision_bridge.training.config import RunConfig
 from qwen_vision_bridge.training.data import (
     DatasetSamples,
     FolderSamples,
@@ -55,27 +57,70 @@ def test_a_folder_gives_its_questions_and_its_edits(folder: Path) -> None:
     ("row", "fault"),
     [
         ({**GOOD, "image": "none.png"}, "no such image"),
-        ({**GOOD, "image": "cut.png"}, "no readable image"),
-        ({**GOOD, "image": "words.png"}, "no readable image"),
+        ({**GOOD, "image": "cut.png"}, "cut short"),
+        ({**GOOD, "image": "words.png"}, "not an image"),
         ({**GOOD, "answer": ""}, "answer is missing or empty"),
         ({"question": "Q", "answer": "A"}, "image is missing"),
         ({"image": "a.png"}, "needs question and answer, or instruction and target"),
         ({**EDIT, "target": "gone.png"}, "no such image"),
         ({"image": "a.png", "instruction": "Make it red."}, "target is missing"),
         ({**EDIT, "target": "small.png"}, "the target is .*32, 32.*64, 48"),
-        ("{not json", "not JSON"),
-        ("[1, 2]", "needed is an object"),
+        ("{not json", "not valid JSON"),
+        ("[1, 2]", "needed is a JSON object"),
+        ({**GOOD, "image": "../outside.png"}, "leads out of"),
+        ({**GOOD, "question": "What is <|image_pad|>?"}, r"<\\|image_pad\\|>"),
+        (r'{"image": "a.png", "question": "\ud83d", "answer": "A"}', "half a surrogate pair"),
     ],
 )
 def test_every_fault_is_named_with_its_line(folder: Path, row: Any, fault: str) -> None:
     write(folder, GOOD, row)
-    with pytest.raises(SampleFileError, match=f"metadata.jsonl:2: .*{fault}"):
+    with pytest.raises(SampleFileError, match=f"metadata.jsonl, line 2: .*{fault}"):
         FolderSamples(folder, "perceive")
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({**GOOD, "question": "word " * 6000}, "tokens, at most 3000 fit"),
+        ({**GOOD, "image": "tiny.png"}, "smaller than one vision token"),
+        ({**GOOD, "image": "strip.png"}, "longer than the models' 200:1"),
+        ({**EDIT, "image": "long.png", "target": "long.png"}, "longer than the 64:1"),
+    ],
+)
+def test_what_the_models_cannot_take_is_found_before_they_load(folder: Path, row: Any, fault: str) -> None:
+    for name, size in (("tiny", (2, 2)), ("strip", (8 * 300, 8)), ("long", (8 * 80, 8))):
+        Image.new("RGB", size).save(folder / f"{name}.png")
+    write(folder, GOOD, row)
+    with pytest.raises(SampleFileError, match=f"metadata.jsonl, line 2: .*{fault}"):
+        FolderSamples(folder, "perceive", FAMILIES["miniature"])
+
+
+def test_lines_and_upright_images_are_read_as_they_are_meant(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48), "red").save(folder / "phone.jpg", exif=exif)
+    Image.new("RGB", (48, 64), "blue").save(folder / "upright.png")
+    Image.new("RGB", (64, 48), "blue").save(folder / "stored.png")
+    separator = {**GOOD, "question": "One\u2028two\u0085?"}
+    write(folder, separator, {**EDIT, "image": "phone.jpg", "target": "upright.png"})
+    assert FolderSamples(folder, "perceive")[0].prompt == separator["question"]
+    sample = FolderSamples(folder, "edit")[0]
+    assert sample.after is not None
+    assert sample.image.size == sample.after.size == (48, 64)
+    write(folder, GOOD, {**EDIT, "image": "phone.jpg", "target": "stored.png"})
+    with pytest.raises(SampleFileError, match=r"the target is .*64, 48.*48, 64"):
+        FolderSamples(folder, "edit")
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_count_of_samples_below_1_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="max_train_samples is a whole number from 1"):
+        RunConfig(FAMILIES["miniature"], "perceive", Path("runs"), max_train_samples=count)
 
 
 def test_all_faults_come_at_once_and_empty_data_is_refused(folder: Path) -> None:
     write(folder, *[{**GOOD, "answer": ""}] * 30)
-    with pytest.raises(SampleFileError, match=r"(?s):1: .*:20: .*and 10 more"):
+    with pytest.raises(SampleFileError, match=r"(?s)line 1: .*line 20: .*and 10 more"):
         FolderSamples(folder, "perceive")
     write(folder, GOOD)
     with pytest.raises(SampleFileError, match="no line with image, instruction and target"):
