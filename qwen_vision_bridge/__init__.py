@@ -18,8 +18,6 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .io import version_of
-
 if TYPE_CHECKING:
     from .bridge import BridgeConfig, VisionBridge
     from .cache import VisionCache
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 # PyTorch's threads spin while they wait, which makes an edit on a busy machine ten times slower; torch reads
 # this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-__version__ = version_of("qwen-vision-bridge")
 _MODULES = {
     "BridgeConfig": "bridge",
     "EnhancedQwenImageEdit": "pipeline",
@@ -52,6 +49,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from .io import version_of
+
+        return version_of("qwen-vision-bridge")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -21,6 +21,12 @@ def case(**changes: Any) -> Case:
     ("changes", "named"),
     [
         ({"case_id": "../up"}, "up"),
+        ({"case_id": "字" * 110}, "has 330 bytes"),
+        ({"case_id": "con"}, "no file name"),
+        ({"case_id": "NUL.a"}, "no file name"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "Remove <|vision_start|>."}, r"<\|vision_start\|>"),
+        ({"prompt": "half \udc00"}, "surrogate"),
         ({"group": "sound"}, "group"),
         ({"difficulty": "odd"}, "difficulty"),
         ({"target": Image.new("RGB", (10, 20))}, r"\(10, 20\)"),

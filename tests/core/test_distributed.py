@@ -142,3 +142,19 @@ def test_a_result_replaces_an_error_and_never_the_reverse(tmp_path: Path) -> Non
         "a": None,
         "b": None,
     }
+
+
+def test_a_record_is_read_back_whatever_its_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Line separators of Unicode are text, and a line that was cut inside a character is done again."""
+    prompts = ["a\u2028b\u2029c\u0085d", "é 字 😀"]
+    record_log = RecordLog(tmp_path)
+    for key, prompt in enumerate(prompts):
+        record_log.append({"key": str(key), "prompt": prompt, "error": None})
+    assert [record["prompt"] for record in RecordLog(tmp_path).records.values()] == prompts
+    path = tmp_path / "results.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex("字".encode()) + 1])
+    assert list(RecordLog(tmp_path).records) == ["0"]
+    assert "line 2 is cut short" in caplog.text
+    RecordLog(tmp_path).append({"key": "2", "error": None})
+    assert list(RecordLog(tmp_path).records) == ["0", "2"]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vision_bridge.case import Case
 from qwen_vision_bridge.controls import find_partners, target_levels
 from qwen_vision_bridge.evaluation.arms import Arm, default_arms, parse_arm
-from qwen_vision_bridge.evaluation.evaluate import evaluate
+from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
 from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.report.tables import as_table, write_results
 from qwen_vision_bridge.evaluation.scoring import measure, score_reply
@@ -276,3 +277,16 @@ def test_edits_of_another_size_than_the_case_are_refused() -> None:
     case = make_cases("ocr", 1)[0]
     with pytest.raises(ValueError, match=r"\(64, 64\) px.*\(128, 128\) px"):
         measure(case, Image.new("RGB", (64, 64)))
+
+
+def test_a_strip_that_the_editor_cannot_do_is_one_error(editor: Any, tmp_path: Path) -> None:
+    """Its time is not estimated, it is no partner, and the others have their records and rows."""
+    good = make_cases("detail", 1, seed=0)[0]
+    strip = Case("a-strip", "detail", "own", "Make it red.", Image.new("RGB", (800, 8)), dataset="own")
+    said: list[str] = []
+    options = EvaluationOptions(announce=said.append)
+    found = evaluate(editor, [strip, good], tmp_path, perception=False, options=options, **SHORT)
+    errors = {(record["case_id"], bool(record["error"])) for record in found.records}
+    assert errors == {(good.case_id, False), ("a-strip", True)}
+    assert len(said) == 1
+    assert any("800×8 px, longer than the 64:1" in line for line in found.left_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -81,9 +82,20 @@ def outcome(
     return stopped.value.code, capsys.readouterr().err
 
 
-def test_extraction_prints_the_promised_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert example_extraction.main(["--models", "miniature"]) == 0
-    out = capsys.readouterr().out
+def test_extraction_prints_the_promised_lines(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(folder / "home"))
+    arguments = ["--models", "miniature"]
+    with caplog.at_level(logging.INFO, "qwen_vision_bridge.loading.towers"):
+        assert example_extraction.main(arguments) == 0
+        out = capsys.readouterr().out + caplog.text
+        caplog.clear()
+        assert example_extraction.main(arguments) == 0
+    assert "Loading" not in capsys.readouterr().out + caplog.text  # nothing was loaded
     family = FAMILIES["miniature"]
     tokens = (TARGET_PX // family.target.token_px) ** 2
     for line in (
@@ -118,7 +130,7 @@ def test_a_number_runs_its_example(folder: Path, monkeypatch: pytest.MonkeyPatch
     session = example_end_to_end.Session
     monkeypatch.setattr(session, "basic_comparison", lambda self: ran.append("basic"))
     monkeypatch.setattr(session, "attention", lambda self: ran.append("attention"))
-    monkeypatch.setattr(session, "evaluate", lambda self, groups, output: ran.append(output))
+    monkeypatch.setattr(session, "evaluate", lambda self, groups, output, quick: ran.append(output))
     for number in range(1, 7):
         example_end_to_end.main([*QUICK, "--example", str(number)])
     evaluations = ["ocr_tests", "spatial_tests", "detail_tests", "full_evaluation"]
