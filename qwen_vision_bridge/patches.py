@@ -215,4 +215,4 @@ def shared_latents(pipe: EditPipeline) -> Iterator[None]:
 def _announce_once(key: str, message: str) -> None:
     if key not in _announced:
         _announced.add(key)
-        logger.warning(message)
+        logger.info(message)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +53,30 @@ def load_pipeline(
         folder = Path(location)
         if not folder.is_dir():
             folder = Path(pipeline_class.download(location, revision=editor.revision, use_safetensors=True))
-        pipe = pipeline_class.from_pretrained(folder, **load_models(folder, dtype, quantised))
+        with _without_bars():
+            pipe = pipeline_class.from_pretrained(folder, **load_models(folder, dtype, quantised))
     if layerwise:
         quantise_to_4_bit(pipe.transformer, device, dtype)
         quantise_to_4_bit(pipe.text_encoder, device, dtype, KEPT_IN_16_BITS)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     _place(pipe, mode, device)
     return pipe
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the libraries' three nested bars; `load_models` shows one of its own."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [each for each in (of_diffusers, of_transformers) if each.is_progress_bar_enabled()]
+    try:
+        for each in shown:
+            each.disable_progress_bar()
+        yield
+    finally:
+        for each in shown:
+            each.enable_progress_bar()
 
 
 def _place(pipe: DiffusionPipeline, mode: MemoryMode, device: torch.device) -> None:
@@ -81,8 +99,11 @@ def load_models(folder: Path, dtype: torch.dtype, quantised: Mapping[str, object
     Raises:
         ValueError: missing, unexpected or mismatched tensors; OSError: missing or damaged files.
     """
+    from tqdm import tqdm
+
     models = {}
-    for name, entry in read_json(folder / "model_index.json").items():
+    entries = read_json(folder / "model_index.json")
+    for name, entry in tqdm(entries.items(), desc="loading the editor", unit="part", leave=False):
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if library not in ("diffusers", "transformers"):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from typing import Any
 
 import pytest
@@ -191,6 +192,7 @@ def test_positions_are_announced_once(
     from qwen_vision_bridge import patches
 
     patches._announced.clear()
+    caplog.set_level(logging.INFO, "qwen_vision_bridge.patches")
     for _ in range(2):
         with mrope_positions(pipe):
             encode(pipe, seen_by_tower)

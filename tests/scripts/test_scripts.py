@@ -31,13 +31,7 @@ from qwen_vision_bridge.synthetic.cases import GROUPS
 ROOT = Path(__file__).parents[2]
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
 FILES = [
-    "test_input.png",
     "comparison_basic.png",
-    "ocr_tests/results.json",
-    "ocr_tests/summary.md",
-    "spatial_tests/results.json",
-    "spatial_tests/results.csv",
-    "detail_tests/results.json",
     "full_evaluation/results.json",
     "full_evaluation/results.csv",
     "full_evaluation/summary.md",
@@ -137,6 +131,61 @@ def test_a_number_runs_its_example(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert ran == ["basic", *evaluations, "attention"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--example", "5", "--case-folder", "x", "--image", "a.png"], "give one of them"),
+        (["--example", "1", "--case-folder", "x"], "examples 2 to 5"),
+        (["--example", "6", "--arm", "r=random"], "examples 2 to 5"),
+        (["--example", "6", "--image", "a.png", "--image", "a.png"], "one --image"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(
+    folder: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    code, error = outcome(example_end_to_end.main, ["--models", "miniature", *arguments], capsys)
+    assert code == 2
+    assert says in error
+
+
+def test_the_menu_comes_back_after_ctrl_c(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[object] = []
+    answers = iter(["1", "5", "?", "f", "5", "b", "q"])
+
+    def stopped(self: object) -> None:
+        ran.append("stopped")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example_end_to_end.Session, "basic_comparison", stopped)
+    monkeypatch.setattr(
+        example_end_to_end.Session, "evaluate", lambda self, groups, output, quick: ran.append(quick)
+    )
+    monkeypatch.setattr("builtins.input", lambda _question: next(answers))
+    assert example_end_to_end.main(["--models", "miniature"]) == 0
+    assert ran == ["stopped", False]
+    assert "Back to the menu" in capsys.readouterr().out
+
+
+def test_the_first_example_says_which_arm_is_right(
+    folder: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session_of_examples(["--models", "miniature", "--example", "1", "--steps", "2"])
+    out = capsys.readouterr().out
+    assert "stripes" in out
+    assert re.search(r"Baseline: (right|wrong)\. With the bridge: (right|wrong)\.", out)
+    assert example_end_to_end.STRIPED in out
+    card = (ROOT / "qwen_vision_bridge" / "weights" / "bridge-miniature" / "README.md").read_text("utf-8")
+    assert "striped 52 → 95" in card  # what the sentence says
+    with Image.open(folder / "examples_output" / "comparison_basic.png") as sheet:
+        about = json.loads(sheet.text["qwen_vision_bridge"])
+    assert about["family"] == "miniature"
+    assert about["seeds"] == [0]
+    assert str(folder) not in json.dumps(about)
+
+
 @pytest.fixture(scope="module")
 def run_all(
     session_of_examples: Callable[[list[str]], None], tmp_path_factory: pytest.TempPathFactory
@@ -154,7 +203,7 @@ def test_run_all_writes_the_files_of_every_example(run_all: tuple[Path, str]) ->
     output, printed = run_all
     assert {path.name for path in output.iterdir()} == {Path(file).parts[0] for file in FILES}
     assert all((output / file).is_file() for file in FILES)
-    assert printed.count("Saved: examples_output") == 6
+    assert printed.count("Saved: examples_output") == 3  # 5 covers 2, 3 and 4
 
 
 @pytest.mark.slow
