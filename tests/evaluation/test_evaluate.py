@@ -249,7 +249,7 @@ def test_arms_are_read_from_text_and_wrong_ones_are_refused(editor: Any, tmp_pat
     case = make_cases("detail", 1)[0]
     with pytest.raises(ValueError, match="one arm is the baseline"):
         evaluate(editor, [case], tmp_path, [arm])
-    with pytest.raises(ValueError, match="every case needs its own"):
+    with pytest.raises(ValueError, match="each needs its own"):
         evaluate(editor, [case, case], tmp_path)
     with pytest.raises(ValueError, match="file name"):
         replace(case, case_id="../up")

@@ -104,7 +104,7 @@ def test_bad_flags_and_data_end_in_one_line(
     )
     out = ["--output_dir", str(tmp_path / "out")]
     for arguments, message in (
-        (["--train_data_dir", str(tmp_path / "data")], "metadata.jsonl:1: no such image"),
+        (["--train_data_dir", str(tmp_path / "data")], "metadata.jsonl, line 1: no such image"),
         (["--train_data_dir", str(tmp_path / "none")], "no such folder"),
         (["--learning_rate", "0"], "learning_rate is above 0"),
         (["--max_train_steps", "0"], "max_train_steps is a whole number from 1"),
