@@ -281,6 +281,7 @@ class Session:
         """Examples 2 to 5: every case in every arm, measured and compared in one report."""
         from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
         from qwen_vision_bridge.evaluation.report.html import write_page
+        from qwen_vision_bridge.evaluation.report.overview import write_overview
         from qwen_vision_bridge.evaluation.report.tables import TITLES, as_table, write_results
 
         print(f"\n=== {' · '.join(TITLES[group] for group in groups)} ===")
@@ -302,6 +303,7 @@ class Session:
         if result is not None:  # the first process alone has the result
             write_results(path, result)
             write_page(path, result)
+            write_overview(path, result)
             print(as_table(result))
             tasks = sum(record["level"] != "agreement" for record in result.records)
             print(f"Took {result.seconds:.0f} s, {result.done_before} of {tasks} tasks done before.")

@@ -22,8 +22,8 @@ UNKNOWN = (
     "better."
 )
 MEASURES = {
-    "right": "edit is right",
-    "answered": "question answered",
+    "right": "right",
+    "answered": "right answers",
     "exact_text": "text as stated",
     "edited_ssim": "edited region like the target (SSIM)",
     "target_difference": "difference from the target (of 255, lower is better)",

@@ -25,6 +25,7 @@ SPREAD = {
 BETTER, WORSE, SAME, POINT = "#0b62a8", "#d9730d", "#c9ccd4", "#222222"  # told apart by the colour-blind too
 SIGNS = {BETTER: ("+", "^", ""), SAME: ("=", "o", ""), WORSE: ("−", "v", "////")}
 """Sign, marker and hatch of each colour: none is told by its colour alone."""
+FIGURES = ("differences.png", "wins.png", "gains_by_case.png", "expectations.png")
 MARKERS = {"reached": "^", "not reached": "v", "not resolved by this sample": "o"}
 MANY = 12  # cases from which on their distribution is drawn behind the dots
 
@@ -48,13 +49,15 @@ def evaluation_figures(
     differences = "Paired differences with their 95 % intervals, by group and arm"
     by_case = "Differences case by case, with mean and 95 % interval"
     expectations = "Measured gains with their intervals, and what was expected (shaded)"
-    table: dict[str, tuple[str, Callable[[Any], Image.Image], Any]] = {
-        "differences.png": (differences, difference_figure, known),
-        "wins.png": ("Cases won, tied and lost against the baseline", wins_figure, rows if apart else []),
-        "gains_by_case.png": (by_case, cases_figure, case_differences(records)),
-        "expectations.png": (expectations, expectations_figure, wanted),
+    table: list[tuple[str, Callable[[Any], Image.Image], Any]] = [
+        (differences, difference_figure, known),
+        ("Cases won, tied and lost against the baseline", wins_figure, rows if apart else []),
+        (by_case, cases_figure, case_differences(records)),
+        (expectations, expectations_figure, wanted),
+    ]
+    return {
+        name: (words, draw(data)) for name, (words, draw, data) in zip(FIGURES, table, strict=True) if data
     }
-    return {name: (words, draw(data)) for name, (words, draw, data) in table.items() if data}
 
 
 def difference_figure(rows: Sequence[Difference]) -> Image.Image:

@@ -19,7 +19,7 @@ from ..metrics.registry import METRICS
 from ..statistics import BASELINE, Difference
 from .answer import MEASURES, answers_of, bridges_of
 from .cards import EACH, OUTCOMES, case_cards, edits_by_case, embedded, groups_of, outcome_counts
-from .figures import evaluation_figures
+from .figures import FIGURES, evaluation_figures
 from .tables import (
     expectations,
     headline_rows,
@@ -45,6 +45,8 @@ def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
     folder = Path(folder)
     rows = _bridges_first(headline_rows(evaluation), bridges_of(evaluation))
     figures = evaluation_figures(rows, expectations(evaluation), evaluation.records)
+    for name in FIGURES:  # an earlier run of the folder may have had more cases
+        (folder / name).unlink(missing_ok=True)
     for name, (_, figure) in figures.items():
         write_image(folder / name, figure)
     cases, bridges = edits_by_case(evaluation), bridges_of(evaluation)

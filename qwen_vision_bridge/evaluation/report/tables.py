@@ -27,8 +27,8 @@ TITLES = {
     "consistency": "Consistency between images",
 }
 OUTSIDE = (
-    "The miniature knows its synthetic world alone: what it does to photographs shows that everything runs, "
-    "and nothing of what Qwen-Image-Edit would do to them."
+    "The miniature knows its synthetic world alone: what it does to photographs and other images shows that "
+    "everything runs, and nothing of what Qwen-Image-Edit would do to them."
 )
 PHOTO_PROMPTS = {
     "ocr": (
