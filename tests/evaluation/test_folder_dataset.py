@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from qwen_vision_bridge.evaluation.folder_dataset import CaseFileError, load_folder
+from qwen_vision_bridge.evaluation.metrics.registry import verdict_of
 from qwen_vision_bridge.evaluation.public_datasets import decode_runs, load_gedit, load_pie, load_textedit
 from qwen_vision_bridge.evaluation.scoring import measure
 from qwen_vision_bridge.synthetic.cases import make_cases
@@ -62,6 +63,19 @@ def test_text_that_is_not_there_is_not_kept(folder: Path) -> None:
     written = replace(case, image=make_cases("ocr", 1, kinds=("change_text",))[0].image)
     assert measure(written, written.image)["text_kept"] == 1
     assert measure(written, Image.new("RGB", written.image.size))["text_kept"] == 0
+
+
+def test_an_own_case_is_right_where_its_text_is_read(folder: Path) -> None:
+    """Where a target is stated as well, the text alone decides nothing."""
+    (made,) = make_cases("ocr", 1, kinds=("change_text",))
+    for name, image in (("before", made.image), ("after", made.target)):
+        image.save(folder / f"{name}.png")
+    row = {"id": "a", "image": "before.png", "prompt": made.prompt, "expected_text": made.expected_text}
+    write(folder, row, {**row, "id": "b", "target": "after.png"})
+    text, both = load_folder(folder)
+    assert [verdict_of(measure(text, image)) for image in (made.image, made.target)] == [0, 1]
+    assert verdict_of(measure(both, made.target)) is None
+    assert measure(both, made.target)["target_difference"] == 0
 
 
 def test_references_come_before_the_image_in_their_order(folder: Path, photo: Image.Image) -> None:

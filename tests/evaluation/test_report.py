@@ -154,7 +154,7 @@ def test_differences_case_by_case_are_those_of_the_records() -> None:
 def test_figures_that_would_say_nothing_are_not_drawn(tmp_path: Path) -> None:
     few = evaluation(judged(tmp_path, (0, 1), (1, 1), (1, 1)))
     assert set(evaluation_figures(few.rows, [], few.records)) == {"wins.png"}
-    same = evaluation(judged(tmp_path, (0, 0), (1, 1), (1, 1)))
+    same = evaluation(judged(tmp_path, *[(0, 0), (1, 1)] * 6))
     assert evaluation_figures(same.rows, [], same.records) == {}
     (tmp_path / "gains_by_case.png").touch()  # of an earlier, larger run
     write_page(tmp_path, few)
@@ -192,7 +192,7 @@ def test_a_gain_that_a_control_has_too_is_said_so(tmp_path: Path) -> None:
     records = judged(tmp_path, *[WON] * 20, *[BOTH] * 20)
     twins = [{**one, "arm": "shuffled"} for one in records if one["arm"] == "bridge"]
     (answer,) = answers_of(evaluation(records + twins))
-    assert "+0.0 points beyond shuffled (no case differs, not told apart)" in answer.text
+    assert "+0.0 points beyond shuffled (no case differs, not told apart)" in answer.beyond
     page = write_page(tmp_path, evaluation(twins + records)).read_text(encoding="utf-8")
     assert re.findall(r'<tr class="(\w+)"', page) == ["bridge", "control"]
 

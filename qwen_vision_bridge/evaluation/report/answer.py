@@ -40,7 +40,9 @@ class Answer(NamedTuple):
     verdict: Literal["yes", "no", "open"]
     """`open` where the run cannot tell."""
     text: str
-    """A sentence with numbers, and one about the controls where they can be compared."""
+    """A sentence with its numbers."""
+    beyond: str = ""
+    """How much more the arm gains than its controls, where that can be compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +120,7 @@ def _of_verdicts(edits: Sequence[Record], arm: str, controls: Sequence[str], gai
         for control in controls
         if (over := _paired(edits, control, arm, verdict_of)).interval[0] is not None
     ]
-    text += f" Beside its controls: {', '.join(beyond)}." if beyond else ""
-    return Answer(arm, verdict, text)
+    return Answer(arm, verdict, text, f"Beside its controls: {', '.join(beyond)}." if beyond else "")
 
 
 def _of_values(arm: str, metric: str, gain: Gain) -> Answer:

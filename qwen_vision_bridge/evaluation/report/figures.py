@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...plots import DPI, to_image
-from ..metrics.registry import METRICS
+from ..metrics.registry import METRICS, STATED
 from ..statistics import BASELINE, FEWEST, Difference, Expectation, bootstrap_interval
 
 SPREAD = {
@@ -50,7 +50,7 @@ def evaluation_figures(
     by_case = "Differences case by case, with mean and 95 % interval"
     expectations = "Measured gains with their intervals, and what was expected (shaded)"
     table: list[tuple[str, Callable[[Any], Image.Image], Any]] = [
-        (differences, difference_figure, known),
+        (differences, difference_figure, known if apart else []),
         ("Cases won, tied and lost against the baseline", wins_figure, rows if apart else []),
         (by_case, cases_figure, case_differences(records)),
         (expectations, expectations_figure, wanted),
@@ -160,7 +160,8 @@ def _dots(axis: Axes, place: int, differences: np.ndarray, name: str, higher: bo
 
 
 def _label(row: Difference) -> str:
-    return f"{row.level} · {row.group} · {row.arm} (n={row.n})"
+    metric = f" · {row.metric}" if row.metric in STATED else ""  # several of a group, else the headline alone
+    return f"{row.level} · {row.group} · {row.arm}{metric} (n={row.n})"
 
 
 def _lines(

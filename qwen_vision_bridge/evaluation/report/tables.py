@@ -180,8 +180,8 @@ def as_table(evaluation: Evaluation) -> str:
         )
     failed = sum(record["error"] is not None for record in evaluation.records)
     lines += [f"{failed} of {len(evaluation.records)} tasks failed: see results.json"] if failed else []
-    answers = [answer.text for answer in answers_of(evaluation)]
-    return "\n".join([*lines, *answers, *filter(None, [outside, warning(evaluation)])])
+    answers = [words for answer in answers_of(evaluation) for words in (answer.text, answer.beyond)]
+    return "\n".join([*lines, *filter(None, [*answers, outside, warning(evaluation)])])
 
 
 def _as_data(measured: Difference, low: float, high: float, verdict: str) -> dict[str, object]:
