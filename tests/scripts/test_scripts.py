@@ -34,7 +34,6 @@ FILES = [
     "test_input.png",
     "comparison_basic.png",
     "ocr_tests/results.json",
-    "ocr_tests/overview.png",
     "ocr_tests/summary.md",
     "spatial_tests/results.json",
     "spatial_tests/results.csv",
@@ -43,6 +42,7 @@ FILES = [
     "full_evaluation/results.csv",
     "full_evaluation/summary.md",
     "full_evaluation/report.html",
+    "full_evaluation/overview.png",
     "attention_visualization.png",
 ]
 QUICK = ["--models", "miniature", "--steps", "2", "--cases", "1", "--bridge", "random"]
