@@ -23,7 +23,7 @@ UNKNOWN = (
 )
 MEASURES = {
     "right": "right",
-    "answered": "right answers",
+    "answered": "answered",
     "exact_text": "text as stated",
     "edited_ssim": "edited region like the target (SSIM)",
     "target_difference": "difference from the target (of 255, lower is better)",
