@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
+from qwen_vision_bridge.evaluation.options import add_evaluation_options
 
 if TYPE_CHECKING:
     from qwen_vision_bridge.case import Case
@@ -88,44 +89,6 @@ def add_edit_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
     )
-
-
-def add_evaluation_options(options: argparse.ArgumentParser) -> None:
-    """Add what an evaluation takes, in examples 2 to 5."""
-    options.add_argument(
-        "--cases",
-        type=int,
-        help="synthetic cases a group in examples 2 to 5; default: enough "
-        "to see 5 points in example 5, else 4",
-    )
-    options.add_argument("--quick", action="store_true", help="2 cases a group, 8 steps: shows that all runs")
-    options.add_argument(
-        "--case-folder", type=Path, help="cases of your own for example 5, see docs/evaluation.md"
-    )
-    options.add_argument(
-        "--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, gedit or gedit-cn"
-    )
-    options.add_argument(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=BRIDGE[,…]",
-        help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
-        "may be repeated; default: the bridge and its two controls",
-    )
-    options.add_argument(
-        "--batch-arms",
-        type=int,
-        default=1,
-        metavar="N",
-        help="edits denoised together; above "
-        "1 faster on a GPU, and close to the same images but not the same bits",
-    )
-    options.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure images")
-    options.add_argument(
-        "--no-questions", action="store_true", help="edits alone: the language model is not asked"
-    )
-    options.add_argument("--retry-errors", action="store_true", help="do again what failed in an earlier run")
 
 
 def ask() -> int | None:
@@ -281,6 +244,7 @@ class Session:
         """Examples 2 to 5: every case in every arm, measured and compared in one report."""
         from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
         from qwen_vision_bridge.evaluation.report.html import write_page
+        from qwen_vision_bridge.evaluation.report.overview import write_overview
         from qwen_vision_bridge.evaluation.report.tables import TITLES, as_table, write_results
 
         print(f"\n=== {' · '.join(TITLES[group] for group in groups)} ===")
@@ -302,6 +266,7 @@ class Session:
         if result is not None:  # the first process alone has the result
             write_results(path, result)
             write_page(path, result)
+            write_overview(path, result)
             print(as_table(result))
             tasks = sum(record["level"] != "agreement" for record in result.records)
             print(f"Took {result.seconds:.0f} s, {result.done_before} of {tasks} tasks done before.")

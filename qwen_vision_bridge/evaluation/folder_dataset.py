@@ -3,8 +3,9 @@
 Every fault is found before anything runs, and each is named with its file and line.
 
 Own folder: `cases.jsonl`, one object a line with `id`, `image`, `prompt`, and where they are known `group`,
-`difficulty`, `target`, `mask` (white may change), `source_text`, `expected_text` and `boxes` (`colour` of
-`scenes.COLOURS` and `box`, left, top, right, bottom in px). Paths are relative to the folder.
+`difficulty`, `references` (images that come before `image` in the prompt), `target`, `mask` (white may
+change), `source_text`, `expected_text` and `boxes` (`colour` of `scenes.COLOURS` and `box`, left, top, right,
+bottom in px). Paths are relative to the folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..synthetic.scene import COLOURS
 Row = TypeVar("Row")
 
 FIELDS = {
-    *("id", "image", "prompt", "group", "difficulty"),
+    *("id", "image", "prompt", "group", "difficulty", "references"),
     *("target", "mask", "source_text", "expected_text", "boxes"),
 }
 
@@ -89,7 +90,14 @@ def _own_case(folder: Path, row: dict[str, Any]) -> Case:
             raise ValueError("the mask is black: paint white what may change")
     truth |= {text: text_of(row, text) for text in ("source_text", "expected_text") if text in row}
     truth |= {"difficulty": row.get("difficulty", "easy"), "boxes": _boxes(row.get("boxes", []), image.size)}
+    truth["references"] = _references(folder, row.get("references", []))
     return Case(name, row.get("group", OTHER), "own", prompt, image, **truth, dataset="own")
+
+
+def _references(folder: Path, paths: object) -> tuple[Image.Image, ...]:
+    if not isinstance(paths, list):
+        raise ValueError(f"references is a list of image paths, not {paths!r}")
+    return tuple(image_at(folder, {"references": path}, "references") for path in paths)
 
 
 def _boxes(entries: Sequence[dict[str, Any]], size: tuple[int, int]) -> tuple[tuple[str, Box], ...]:

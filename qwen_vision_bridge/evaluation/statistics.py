@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .metrics.registry import Metric
+from .metrics.registry import METRICS, Metric
 
 RESAMPLES = 10_000
 FEW = 30  # below this many cases a bootstrap interval is too narrow to be believed
+FEWEST = 10  # below this many cases there is no interval: resampling a handful shows nothing but the handful
 # Standard errors between nothing and an effect that a two-sided test at 5 % finds 4 times in 5.
 POWER_FACTOR = 1.960 + 0.842
 EXPECTED = {"ocr": (0.10, 0.15), "space": (0.05, 0.10), "detail": (0.05, 0.05)}
@@ -42,9 +43,10 @@ class Difference(NamedTuple):
     value: float
     difference: float
     """Mean of arm minus baseline."""
-    ci_low: float
-    """Lower end of the 95 % percentile bootstrap interval of the mean paired difference."""
-    ci_high: float
+    ci_low: float | None
+    """Lower end of the 95 % percentile bootstrap interval of the mean paired difference; None below `FEWEST`
+    cases."""
+    ci_high: float | None
     p_value: float
     test: str
     """`sign` where a pair can only win, tie or lose by one; else `wilcoxon`."""
@@ -52,8 +54,9 @@ class Difference(NamedTuple):
     """Pairs in which the arm is better, whichever direction that is."""
     ties: int
     losses: int
-    resolvable: float
-    """Smallest true difference that a sample like this finds 4 times in 5, in the metric's unit."""
+    resolvable: float | None
+    """Smallest true difference that a sample like this finds 4 times in 5, in the metric's unit; None where
+    the metric can differ by no more than that, or a single pair says nothing."""
 
 
 class Expectation(NamedTuple):
@@ -87,6 +90,11 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def interval_of(differences: np.ndarray, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
+    """`bootstrap_interval`, or None twice where there are fewer than `FEWEST` differences."""
+    return bootstrap_interval(differences, seed) if len(differences) >= FEWEST else (None, None)
+
+
 @lru_cache(maxsize=4)
 def _picks(count: int, seed: int, resamples: int) -> np.ndarray:
     """(resamples, count) indices: many metrics share one sample, and drawing costs more than using."""
@@ -111,16 +119,25 @@ def paired_test(differences: np.ndarray) -> tuple[float, str]:
     return p_value, "sign" if binary else "wilcoxon"
 
 
-def resolvable(differences: np.ndarray, share: bool = False) -> float:
+def resolvable(differences: np.ndarray, share: bool = False, span: float | None = None) -> float | None:
     """The smallest true mean difference that a paired test at 5 % finds with 80 % power, metric's unit.
 
     2.80 standard errors of the mean (Cohen 1988, chapter 2). A sample of a share without any difference may
-    still hide one of 3/n (Hanley and Lippman-Hand 1983, the rule of three). Infinite for a single pair.
+    still hide one of 3/n (Hanley and Lippman-Hand 1983, the rule of three).
+
+    Args:
+        differences: (n,) paired differences.
+        share: whether they are of a share.
+        span: the largest difference that the metric allows, where there is one.
+
+    Returns:
+        None for a single pair, and where no difference within the span would be found.
     """
     if len(differences) < 2:
-        return float("inf")
+        return None
     least = 3 / len(differences) if share else 0.0
-    return max(POWER_FACTOR * float(np.std(differences, ddof=1)) / len(differences) ** 0.5, least)
+    found = max(POWER_FACTOR * float(np.std(differences, ddof=1)) / len(differences) ** 0.5, least)
+    return None if span is not None and found > span else found
 
 
 def cases_needed(difference: float, discordant: float = DISCORDANT) -> int:
@@ -193,7 +210,7 @@ def _rows(
         differences = both[:, 1] - both[:, 0]
         sign = {True: 1, False: -1, None: 0}[metric.higher_is_better]
         wins, losses = int((sign * differences > 0).sum()), int((sign * differences < 0).sum())
-        low, high = bootstrap_interval(differences, seed)
+        low, high = interval_of(differences, seed)
         p_value, test = paired_test(differences)
         rows.append(
             Difference(
@@ -211,7 +228,7 @@ def _rows(
                 wins,
                 len(both) - wins - losses,
                 losses,
-                resolvable(differences, metric.is_share),
+                resolvable(differences, metric.is_share, metric.span),
             )
         )
     return rows
@@ -237,24 +254,29 @@ def judge_expectations(
             continue
         low, high = EXPECTED[row.group]
         verdict = "not resolved by this sample"
-        if row.n >= FEW and row.ci_low >= low:
-            verdict = "reached"
-        elif row.n >= FEW and row.ci_high < low and row.resolvable <= low:
-            verdict = "not reached"
+        if row.n >= FEW and row.ci_low is not None and row.ci_high is not None:
+            if row.ci_low >= low:
+                verdict = "reached"
+            elif row.ci_high < low and row.resolvable is not None and row.resolvable <= low:
+                verdict = "not reached"
         expectations.append(Expectation(row, low, high, verdict))
     return expectations
 
 
-def caution(rows: Sequence[Difference], headlines: Mapping[str, str]) -> str:
+def caution(headlines: Sequence[Difference]) -> str:
     """What the sample cannot carry, in a sentence or two; "" where 5 points would be seen everywhere."""
-    heads = [row for row in rows if row.difficulty == "all" and row.metric == headlines.get(row.level)]
-    fewest = min((row.n for row in heads), default=0)
-    worst = max((row.resolvable for row in heads), default=0.0)
-    if fewest < FEW:
+    fewest = min((row.n for row in headlines), default=0)
+    shares = [row for row in headlines if METRICS[row.metric].is_share]
+    worst = max((row.resolvable for row in shares if row.resolvable is not None), default=0.0)
+    needed = f"A 5-point difference needs about {cases_needed(0.05)} cases a group."
+    if fewest < FEWEST:
+        cases = "1 case" if fewest == 1 else f"{fewest} cases"
         return (
-            f"Only {fewest} cases in a group: this shows that everything runs, and says nothing about a "
-            f"gain. A 5-point difference needs about {cases_needed(0.05)} cases a group."
+            f"Only {cases} in a group: this shows that everything runs, and says nothing about a gain there. "
+            + needed
         )
+    if fewest < FEW:
+        return f"Only {fewest} cases in a group: its interval is too narrow to be believed. {needed}"
     if worst > 0.05:
         points = 100 * worst
         return f"Differences below {points:.0f} points would be missed in some group: more cases are needed."

@@ -87,7 +87,9 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         if row["metric"] in SHOWN[row["gain"]]:
-            difference = f"{row['diff']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+            few = row["ci_low"] is None
+            interval = "n too small" if few else f"[{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+            difference = f"{row['diff']:+.3f} {interval}"
             numbers = f"{row['n']} | {len(row['seeds'])} | {row['baseline']:.3f} | {row['value']:.3f}"
             named = f"{row['gain']} | {row['group']} | {row['difficulty']} | {row['arm']} | {row['metric']}"
             lines.append(f"| {named} | {numbers} | {difference} |")
@@ -103,7 +105,8 @@ def draw_curve(points: Sequence[tuple[float, Row]], path: Path, name: str, log: 
     ordered = sorted(points, key=lambda point: point[0])
     x = np.array([value for value, _ in ordered])
     middle, low, high = (
-        np.array([100 * row[field] for _, row in ordered]) for field in ("diff", "ci_low", "ci_high")
+        np.array([100 * (row["diff"] if row[field] is None else row[field]) for _, row in ordered])
+        for field in ("diff", "ci_low", "ci_high")
     )
     axis.errorbar(x, middle, yerr=[middle - low, high - middle], fmt="o-", capsize=3)
     axis.axhline(0, color="grey", linewidth=0.8)

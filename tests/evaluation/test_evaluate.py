@@ -98,7 +98,7 @@ def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_p
     arms = [Arm("baseline"), Arm("off", editor.bridge, "random", 0.0)]
     found = evaluate(editor, make_cases("space", 2), tmp_path, arms, **SHORT)
     assert found.rows
-    assert {(row.difference, row.ci_low, row.ci_high) for row in found.rows} == {(0, 0, 0)}
+    assert {(row.difference, row.p_value, row.wins, row.losses) for row in found.rows} == {(0, 1, 0, 0)}
 
 
 def test_a_record_cut_short_by_a_kill_is_run_again(

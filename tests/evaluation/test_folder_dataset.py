@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from PIL import Image
 
 from qwen_vision_bridge.evaluation.folder_dataset import CaseFileError, load_folder
+from qwen_vision_bridge.evaluation.metrics.registry import verdict_of
 from qwen_vision_bridge.evaluation.public_datasets import decode_runs, load_gedit, load_pie, load_textedit
 from qwen_vision_bridge.evaluation.scoring import measure
+from qwen_vision_bridge.synthetic.cases import make_cases
 
 GOOD = {"id": "a", "image": "a.png", "prompt": "<script>alert(1)</script>"}
 
@@ -41,8 +44,7 @@ def test_a_photograph_gets_the_metrics_that_need_no_truth(folder: Path) -> None:
     (case,) = load_folder(folder)
     assert case.prompt == GOOD["prompt"]  # as it is: escaping is the page's work
     drift = {"drift_shift_px", "drift_scale_percent", "drift_rotation_deg"}
-    blind = {"change_from_input", "text_kept"}
-    assert set(measure(case, case.image)) == drift | blind
+    assert set(measure(case, case.image)) == drift | {"change_from_input"}
     write(folder, {**GOOD, "mask": "mask.png", "target": "a.png", "group": "detail", "difficulty": "hard"})
     (case,) = load_folder(folder)
     more = {"unedited_ssim", "unedited_psnr_db", "unedited_texture", "edited_ssim"}
@@ -51,6 +53,39 @@ def test_a_photograph_gets_the_metrics_that_need_no_truth(folder: Path) -> None:
         "edited_colour_error",
         "edited_ssim",
     }
+
+
+def test_text_that_is_not_there_is_not_kept(folder: Path) -> None:
+    """An image without text has no share of it that an edit could keep; one with text has."""
+    write(folder, GOOD)
+    (case,) = load_folder(folder)
+    assert "text_kept" not in measure(case, case.image)
+    written = replace(case, image=make_cases("ocr", 1, kinds=("change_text",))[0].image)
+    assert measure(written, written.image)["text_kept"] == 1
+    assert measure(written, Image.new("RGB", written.image.size))["text_kept"] == 0
+
+
+def test_an_own_case_is_right_where_its_text_is_read(folder: Path) -> None:
+    """Where a target is stated as well, the text alone decides nothing."""
+    (made,) = make_cases("ocr", 1, kinds=("change_text",))
+    for name, image in (("before", made.image), ("after", made.target)):
+        image.save(folder / f"{name}.png")
+    row = {"id": "a", "image": "before.png", "prompt": made.prompt, "expected_text": made.expected_text}
+    write(folder, row, {**row, "id": "b", "target": "after.png"})
+    text, both = load_folder(folder)
+    assert [verdict_of(measure(text, image)) for image in (made.image, made.target)] == [0, 1]
+    assert verdict_of(measure(both, made.target)) is None
+    assert measure(both, made.target)["target_difference"] == 0
+
+
+def test_references_come_before_the_image_in_their_order(folder: Path, photo: Image.Image) -> None:
+    photo.rotate(180).save(folder / "b.png")
+    write(folder, {**GOOD, "references": ["b.png", "small.png"]}, {**GOOD, "id": "b"})
+    case, plain = load_folder(folder)
+    assert [image.size for image in case.images] == [(240, 160), (10, 10), (240, 160)]
+    assert case.references[0].tobytes() == photo.rotate(180).tobytes()
+    assert case.images[-1].tobytes() == photo.tobytes()
+    assert plain.references == ()
 
 
 def test_every_fault_is_named_with_file_and_line(folder: Path) -> None:
@@ -64,6 +99,9 @@ def test_every_fault_is_named_with_file_and_line(folder: Path) -> None:
         ({"id": "e", "image": "a.png"}, "the field 'prompt' is missing"),
         ({**GOOD, "id": "f", "promt": "x"}, "unknown field 'promt'"),
         ({**GOOD, "id": "g", "boxes": [{"colour": "red", "box": [0, 0, 999, 9]}]}, "a box is a colour"),
+        ({**GOOD, "id": "h", "references": "a.png"}, "references is a list of image paths"),
+        ({**GOOD, "id": "i", "references": ["../outside.png"]}, "leads out of"),
+        ({**GOOD, "id": "j", "references": [3]}, "references is a text, not 3"),
         ("[1]", "needed is a JSON object"),
     ]
     write(folder, GOOD, *(row for row, _ in faults))

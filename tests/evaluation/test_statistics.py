@@ -154,11 +154,44 @@ def test_an_expectation_is_reached_not_reached_or_not_resolved() -> None:
     assert verdict(row_of(records(nothing[:31], nothing[:31]))) == "not reached"
 
 
+def test_below_10_cases_there_is_no_interval() -> None:
+    """Nine cases that all gain would have one of no width; from ten on it is the plain bootstrap."""
+    few = row_of(records(np.zeros(9), np.ones(9)))
+    assert (few.n, few.difference, few.ci_low, few.ci_high) == (9, 1, None, None)
+    before, after = np.random.default_rng(5).random((2, 10))
+    enough = row_of(records(before, after, "error_px"))
+    assert (enough.ci_low, enough.ci_high) == bootstrap_interval(after - before)
+    assert enough.ci_low is not None
+    assert comparisons.interval_of(np.zeros(9)) == (None, None)
+    assert comparisons.interval_of(np.zeros(10)) == (0, 0)
+
+
+def test_resolvable_stays_within_the_range_of_the_metric() -> None:
+    assert row_of(records(np.zeros(1), np.ones(1))).resolvable is None  # one pair has no spread
+    assert row_of(records(np.zeros(2), np.zeros(2))).resolvable is None  # 3/2 is more than a share can differ
+    assert row_of(records(np.zeros(3), np.zeros(3))).resolvable == 1
+    errors = records(np.zeros(2), np.array([0.0, 100.0]), "error_px")
+    assert row_of(errors).resolvable == pytest.approx(2.802 * 100 / 2)  # no range: as it is
+    bounded = {"error_px": Metric("error_px", (), None, False, most=100.0)}
+    assert compare_arms(errors, bounded, GROUPS)[0].resolvable is None
+
+
+def test_the_numbers_of_larger_samples_are_the_published_ones() -> None:
+    before, after = np.random.default_rng(8).random((2, 40))
+    row = row_of(records(before, after, "error_px"))
+    differences = after - before
+    assert row.resolvable == 2.802 * float(np.std(differences, ddof=1)) / 40**0.5
+    assert (row.ci_low, row.ci_high) == bootstrap_interval(differences, 0, 10_000)
+
+
 def test_a_small_sample_says_so_and_a_large_one_does_not() -> None:
-    heads = {"edit": "right"}
-    small = compare_arms(records(np.zeros(5), np.ones(5)), METRICS, GROUPS)
-    assert "Only 5 cases" in comparisons.caution(small, heads)
-    middle = compare_arms(records(shares(0.5, 60, 1), shares(0.5, 60, 2)), METRICS, GROUPS)
-    assert "would be missed" in comparisons.caution(middle, heads)
-    large = compare_arms(records(np.zeros(700), shares(0.1, 700, 3)), METRICS, GROUPS)
-    assert comparisons.caution(large, heads) == ""
+    def caution(before: np.ndarray, after: np.ndarray, metric: str = "right") -> str:
+        rows = compare_arms(records(before, after, metric), {metric: METRICS["right"]}, GROUPS)
+        return comparisons.caution([row for row in rows if row.difficulty == "all"])
+
+    assert "Only 5 cases" in caution(np.zeros(5), np.ones(5))
+    assert "Only 1 case " in caution(np.zeros(1), np.ones(1))
+    assert "Only 29 cases" in caution(np.zeros(29), np.ones(29))
+    assert "would be missed" in caution(shares(0.5, 60, 1), shares(0.5, 60, 2))
+    assert caution(np.zeros(700), shares(0.1, 700, 3)) == ""
+    assert caution(np.zeros(60), np.arange(60.0), "target_difference") == ""  # grey levels are no points

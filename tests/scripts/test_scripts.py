@@ -25,6 +25,7 @@ import check_environment
 import example_end_to_end
 import example_extraction
 from qwen_vision_bridge.cli import run
+from qwen_vision_bridge.evaluation.report.tables import OUTSIDE
 from qwen_vision_bridge.specs import FAMILIES, TARGET_PX
 from qwen_vision_bridge.synthetic.cases import GROUPS
 
@@ -36,6 +37,7 @@ FILES = [
     "full_evaluation/results.csv",
     "full_evaluation/summary.md",
     "full_evaluation/report.html",
+    "full_evaluation/overview.png",
     "attention_visualization.png",
 ]
 QUICK = ["--models", "miniature", "--steps", "2", "--cases", "1", "--bridge", "random"]
@@ -214,7 +216,7 @@ def test_the_full_evaluation_has_every_group(run_all: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("example", [1, 2, 5, 6])
 def test_options_take_the_users_photograph(
-    example: int, folder: Path, photo_file: Path, session_of_examples: Any
+    example: int, folder: Path, photo_file: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["--image", str(photo_file), "--prompt", "HELLO"]
     session_of_examples([*QUICK, "--example", str(example), *asked])
@@ -230,16 +232,11 @@ def test_options_take_the_users_photograph(
         records = json.loads(results.read_text(encoding="utf-8"))["records"]
         assert {record["arm"] for record in records} == {"baseline", "bridge"}
         assert all(record["error"] is None and record["read_before"] == "" for record in records)
-        known = {
-            "change_from_input",
-            "text_kept",
-            "drift_shift_px",
-            "drift_scale_percent",
-            "drift_rotation_deg",
-        }
-        assert all(
-            {"change_from_input", "text_kept"} <= record["metrics"].keys() <= known for record in records
-        )
+        known = {"change_from_input", "drift_shift_px", "drift_scale_percent", "drift_rotation_deg"}
+        assert all({"change_from_input"} <= record["metrics"].keys() <= known for record in records)
+        assert results.with_name("overview.png").is_file()
+        assert OUTSIDE in capsys.readouterr().out
+        assert OUTSIDE in results.with_name("report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from .lpips import WEIGHTS, lpips, lpips_missing
 from .registration import Drift, measure_drift
 
 READ_UNKNOWN = ("ocr", OTHER)  # groups whose images are read before and after where no right text is known
+BRIGHTEST = 255.0  # grey levels between black and white
 BEST_PSNR = 100.0  # dB: equal regions would be infinite, which has no mean
 Boxes = list[tuple[str, np.ndarray]]
 
@@ -108,6 +109,13 @@ class Metric:
     """Paper, benchmark or package of its definition; "" for this project's own."""
     is_share: bool = False
     """Whether it lies in 0 to 1, so that points make sense."""
+    most: float | None = None
+    """The largest value, where there is one and the metric is no share."""
+
+    @property
+    def span(self) -> float | None:
+        """The largest difference of two values; None where there is none."""
+        return 1.0 if self.is_share else self.most
 
 
 def is_readable(case: Case) -> bool:
@@ -154,6 +162,10 @@ def _exact_text(edit: EditedImage) -> float:
     return compare(edit.text, edit.expected_text)
 
 
+def _text_kept(edit: EditedImage) -> float | None:
+    return text.edit_similarity(edit.text, edit.text_before) if edit.text_before else None
+
+
 def _psnr(edit: EditedImage) -> float:
     return min(pixels.masked_psnr(edit.image, edit.original, edit.unedited), BEST_PSNR)
 
@@ -182,7 +194,7 @@ _CIEDE2000, _SSIM, _DRIFT = "Sharma, Wu and Dalal 2005", "Wang et al. 2004", "Lu
 _JACCARD, _VISOR, _PAIR = "Jaccard 1912", "after VISOR, Gokhale et al. 2022", ("another edit",)
 _SOURCE_LEFT = _of(text.source_text_left, "text", "source_text", "expected_text")
 _CHANGE = _of(pixels.mean_abs_difference, "image", "original")
-_TEXT_KEPT = _of(text.edit_similarity, "text", "text_before")
+_DIFFERENCE = _of(pixels.mean_abs_difference, "image", "target")
 
 
 def _region(field: str) -> Metric:
@@ -190,8 +202,8 @@ def _region(field: str) -> Metric:
     return Metric(f"region_{field}", ("text region",), read, HIGHER, _TEXTEDIT, SHARE)
 
 
-def _pie(field: str, higher: bool, share: bool = False) -> Metric:
-    return Metric(field, ("pie",), lambda edit: edit.masked_scores.get(field), higher, _PIE, share)
+def _pie(field: str, higher: bool, share: bool = False, most: float | None = None) -> Metric:
+    return Metric(field, ("pie",), lambda edit: edit.masked_scores.get(field), higher, _PIE, share, most)
 
 
 def _agrees(field: str, higher: bool, source: str = "", share: bool = False) -> Metric:
@@ -214,34 +226,47 @@ _ENTRIES = (
     Metric("edited_colour_error", EDITED, _of(pixels.colour_difference, *INSIDE), LOWER, _CIEDE2000),
     Metric("edited_ssim", EDITED, _of(pixels.masked_ssim, *INSIDE), HIGHER, _SSIM, SHARE),
     Metric("unedited_ssim", UNEDITED, _of(pixels.masked_ssim, *OUTSIDE), HIGHER, _SSIM, SHARE),
-    Metric("unedited_psnr_db", UNEDITED, _psnr, HIGHER),
+    Metric("unedited_psnr_db", UNEDITED, _psnr, HIGHER, most=BEST_PSNR),
     Metric("unedited_texture", UNEDITED, _of(pixels.texture_kept, *OUTSIDE), HIGHER, "Lewis 1995", SHARE),
     *(Metric(f"unedited_lpips_{net}", UNEDITED, _lpips(net), LOWER, "Zhang et al. 2018") for net in WEIGHTS),
-    _pie("pie_psnr_db", HIGHER),
-    _pie("pie_mse", LOWER),
+    _pie("pie_psnr_db", HIGHER, most=BEST_PSNR),
+    _pie("pie_mse", LOWER, most=1.0),
     _pie("pie_ssim", HIGHER, SHARE),
-    Metric("target_difference", ("target",), _of(pixels.mean_abs_difference, "image", "target"), LOWER),
+    Metric("target_difference", ("target",), _DIFFERENCE, LOWER, most=BRIGHTEST),
     _agrees("agrees_text", HIGHER, _1NED, SHARE),
     _agrees("agrees_colour_off", LOWER, _CIEDE2000),
     _agrees("agrees_place_off", LOWER),
     Metric("pair_colour_off", _PAIR, None, LOWER, _CIEDE2000),
     Metric("pair_place_off", _PAIR, None, LOWER),
     Metric("pair_size_ratio", _PAIR, None, HIGHER, "", SHARE),
-    Metric("change_from_input", ("unknown result",), _CHANGE, NEITHER),
-    Metric("text_kept", ("unknown text",), _TEXT_KEPT, NEITHER, _1NED, SHARE),
+    Metric("change_from_input", ("unknown result",), _CHANGE, NEITHER, most=BRIGHTEST),
+    Metric("text_kept", ("unknown text",), _text_kept, NEITHER, _1NED, SHARE),
     Metric("drift_shift_px", ("image",), _drift(lambda drift: drift.shift_px), LOWER, _DRIFT),
     Metric("drift_scale_percent", ("image",), _drift(lambda drift: drift.scale_percent), LOWER, _DRIFT),
     Metric("drift_rotation_deg", ("image",), _drift(lambda drift: abs(drift.rotation_deg)), LOWER, _DRIFT),
     Metric("answered", ("question",), _of(text.exact_text, *REPLY), HIGHER, "", SHARE),
     Metric("letters", ("read",), _of(text.letters_right, *REPLY), HIGHER, "", SHARE),
     Metric("reply_similarity", ("read",), _of(text.edit_similarity, *REPLY), HIGHER, _1NED, SHARE),
-    Metric("location_error", ("locate",), _of(text.location_error, *REPLY), LOWER),
-    Metric("count_error", ("count",), _of(text.count_error, *REPLY), LOWER),
+    Metric("location_error", ("locate",), _of(text.location_error, *REPLY), LOWER, most=text.FARTHEST),
+    Metric("count_error", ("count",), _of(text.count_error, *REPLY), LOWER, most=text.MOST_MISCOUNTED),
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _ENTRIES}
 """By name, in the order of tables."""
 HEADLINES = {"edit": "right", "perception": "answered"}
 """The metric that decides, by level."""
+STATED = ("exact_text", "edited_ssim", "target_difference", "box_iou", "unedited_ssim")
+"""What decides an edit instead where no case of a group knows all: what its file says of a right edit."""
+
+
+def verdict_of(metrics: Mapping[str, float]) -> float | None:
+    """1.0 for a right edit, 0.0 for a wrong one, None where its metrics cannot tell.
+
+    A case from a file that states a text and nothing else is right where that text is read.
+    """
+    if "right" in metrics:
+        return metrics["right"]
+    others = metrics.keys() & set(STATED[1:])
+    return None if others else metrics.get("exact_text")
 
 
 def measured(subject: EditedImage | Reply, facts: frozenset[str]) -> dict[str, float]:

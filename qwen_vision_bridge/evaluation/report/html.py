@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from ...case import GROUPS, OTHER
 from ...io import write_image, write_text
 from ..evaluate import Evaluation
-from ..statistics import BASELINE, by_case
-from .figures import evaluation_figures
-from .tables import expectations, headline_rows, kind_rows, render_template, warning
+from ..metrics.registry import METRICS
+from ..statistics import BASELINE, Difference
+from .answer import MEASURES, answers_of, bridges_of
+from .cards import EACH, OUTCOMES, case_cards, edits_by_case, embedded, groups_of, outcome_counts
+from .figures import FIGURES, evaluation_figures
+from .tables import (
+    expectations,
+    headline_rows,
+    interval_words,
+    kind_rows,
+    outside_world,
+    render_template,
+    warning,
+)
 
-EACH = 4  # worst and best cases shown of every group and arm: a page of 500 cases would weigh too much
-THUMB = 256  # px: the longer side of an image in the page
+LEVELS = ("edit", "perception", "agreement")
+RATES = ("right", "answered", "exact_text")  # shown in per cent: each case has it or has it not
 
 
 def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
@@ -34,29 +43,39 @@ def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
     from markupsafe import Markup
 
     folder = Path(folder)
-    rows = headline_rows(evaluation)
+    rows = _bridges_first(headline_rows(evaluation), bridges_of(evaluation))
     figures = evaluation_figures(rows, expectations(evaluation), evaluation.records)
+    for name in FIGURES:  # an earlier run of the folder may have had more cases
+        (folder / name).unlink(missing_ok=True)
     for name, (_, figure) in figures.items():
         write_image(folder / name, figure)
-    cases = _cases(folder, evaluation.records)
+    cases, bridges = edits_by_case(evaluation), bridges_of(evaluation)
+    examples, others = case_cards(folder, evaluation)
     here = Path(__file__).parent
     style, script = ((here / f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
     page = render_template(
         "report.html.jinja",
-        title=evaluation.provenance.get("family", "?"),
-        caution=warning(evaluation),
-        rows=rows,
+        family=evaluation.provenance.get("family", "?"),
+        provenance=evaluation.provenance,
+        details=json.dumps(evaluation.provenance, indent=2, ensure_ascii=False),
+        answers=answers_of(evaluation),
+        caution=warning(evaluation) if rows else "",
+        outside=outside_world(evaluation),
+        rows=[_row(row, bridges) for row in rows],
+        counts=outcome_counts(cases, bridges[0]) if bridges else {},
+        outcomes=OUTCOMES,
         expectations=expectations(evaluation),
-        cases=cases,
-        kinds=kind_rows(evaluation),
-        changes=[row for row in evaluation.rows if row.difficulty == "all"],
-        figures=[(words, _embedded(figure, max(figure.size))) for words, figure in figures.values()],
-        total=len({record["case_id"] for record in evaluation.records if record["level"] == "edit"}),
+        examples=examples,
+        others=others,
+        total=len(cases),
         each=EACH,
-        groups=sorted({case["group"] for case in cases}),
-        arms=[arm["name"] for arm in evaluation.arms if arm["name"] != BASELINE],
+        kinds=kind_rows(evaluation),
+        changes=[(row, interval_words(row)) for row in evaluation.rows if row.difficulty == "all"],
+        figures=[(words, embedded(figure, max(figure.size))) for words, figure in figures.values()],
+        groups=groups_of(others),
+        bridges=bridges,
+        arms=[*bridges, *(arm["name"] for arm in evaluation.arms if arm["name"] not in [BASELINE, *bridges])],
         left_out=evaluation.left_out,
-        provenance=json.dumps(evaluation.provenance, indent=2, ensure_ascii=False),
         style=Markup(style),
         script=Markup(script),
         style_hash=_digest(style),
@@ -65,68 +84,31 @@ def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
     return write_text(folder / "report.html", page)
 
 
-def gain_of(baseline: dict[str, float], arm: dict[str, float]) -> float:
-    """How much better an arm's image is: by the verdict, then by what is left untouched and by distance."""
-    order = (("right", 10.0), ("exact_text", 5.0), ("unedited_ssim", 1.0), ("target_difference", -1 / 255))
-    return sum(
-        weight * (arm[name] - baseline[name]) for name, weight in order if name in arm and name in baseline
+def _bridges_first(rows: Sequence[Difference], bridges: Sequence[str]) -> list[Difference]:
+    """The rows of bridges before those of controls, edits before questions; else as they come."""
+    groups = (*GROUPS, OTHER)
+    return sorted(
+        rows, key=lambda row: (row.arm not in bridges, LEVELS.index(row.level), groups.index(row.group))
     )
 
 
-def _cases(folder: Path, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst and best cases of every group and arm, with their images."""
-    edits = [record for record in records if record["level"] == "edit" and record["error"] is None]
-    cases = by_case(edits).get((), {})
-    ranked: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for case_id, arms in cases.items():
-        for name, record in arms.items():
-            if name != BASELINE and BASELINE in arms:
-                gain = gain_of(arms[BASELINE]["metrics"], record["metrics"])
-                ranked.setdefault((record["group"], name), []).append((gain, case_id))
-    best_and_worst = [pair for pairs in map(sorted, ranked.values()) for pair in pairs[:EACH] + pairs[-EACH:]]
-    return [_card(folder, cases[case_id]) for case_id in sorted({case_id for _, case_id in best_and_worst})]
-
-
-def _card(folder: Path, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    first = arms[BASELINE]
-    stem = folder / first["group"] / first["case_id"]
-    target = Path(f"{stem}_target.png")
+def _row(row: Difference, bridges: Sequence[str]) -> dict[str, Any]:
+    """A headline in words: shares of cases in per cent, other metrics in their own unit."""
+    rate = row.metric in RATES
+    unit, form, scale = (" %", "{:.0f}", 100) if rate else ("", "{:.3f}", 1)
+    signed = "{:+.1f}" if rate else "{:+.3f}"
+    interval = interval_words(row, f"{signed} to {signed}", scale)
     return {
-        "case_id": first["case_id"],
-        "group": first["group"],
-        "prompt": first["prompt"],
-        "input": _image(Path(f"{stem}_input.png")),
-        "target": _image(target) if target.is_file() else "",
-        "baseline": _image(folder / first["image"]),
-        "read": [first.get("read_before"), first.get("read_after")],
-        "arms": [_arm(folder, first, record) for name, record in arms.items() if name != BASELINE],
+        "measure": MEASURES.get(row.metric, row.metric),
+        "row": row,
+        "is_bridge": row.arm in bridges,
+        "baseline": form.format(scale * row.baseline) + unit,
+        "value": form.format(scale * row.value) + unit,
+        "difference": signed.format(scale * row.difference) + (" points" if rate else ""),
+        "interval": interval,
+        "p": f"{row.p_value:.3f}",
+        "better": {True: "", False: " (lower is better)", None: ""}[METRICS[row.metric].higher_is_better],
     }
-
-
-def _arm(folder: Path, baseline: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    drawn = record.get("attention")
-    return {
-        "name": record["arm"],
-        "image": _image(folder / record["image"]),
-        "words": {1.0: "right", 0.0: "wrong"}.get(record["metrics"].get("right"), "not judged"),
-        "read": record.get("read_after"),
-        "gain": round(gain_of(baseline["metrics"], record["metrics"]), 6),
-        "attention": _image(folder / drawn) if drawn else "",
-    }
-
-
-def _image(path: Path) -> str:
-    with Image.open(path) as opened:
-        return _embedded(opened.convert("RGB"), THUMB)
-
-
-def _embedded(image: Image.Image, longest: int) -> str:
-    """An image as a data address: WebP, without loss where it is tiny."""
-    shown = image.copy()
-    shown.thumbnail((longest, longest))
-    buffer = io.BytesIO()
-    shown.save(buffer, "WEBP", quality=85, lossless=max(shown.size) <= 64)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _digest(text: str) -> str:

@@ -1,21 +1,36 @@
-const pick = id => document.getElementById(id), cards = [...document.querySelectorAll('article')];
-const shown = card => card.querySelector('section:not([hidden])');
+const pick = id => document.getElementById(id), cards = [...document.querySelectorAll('#cases article')];
+const shown = card => [...card.querySelectorAll('.arm')].find(part => part.dataset.arm === pick('arm').value);
 function update() {
-  const group = pick('group').value, arm = pick('arm').value, sign = pick('order').value === 'best' ? -1 : 1;
+  const group = pick('group').value, outcome = pick('outcome').value, sign = pick('order').value === 'best' ? -1 : 1;
   let count = 0;
   for (const card of cards) {
-    let has = false;
-    for (const part of card.querySelectorAll('section')) {
-      part.hidden = part.dataset.arm !== arm; has = has || !part.hidden;
-    }
-    card.hidden = !has || (group !== '' && card.dataset.group !== group); count += !card.hidden;
+    const part = shown(card);
+    card.hidden = !part || (group && card.dataset.group !== group) || (outcome && part.dataset.outcome !== outcome);
+    count += !card.hidden;
   }
   const gain = card => shown(card) ? Number(shown(card).dataset.gain) : 0;
   pick('cases').append(...[...cards].sort((a, b) => sign * (gain(a) - gain(b))));
   pick('count').textContent = count + ' shown';
 }
-for (const id of ['group', 'arm', 'order']) pick(id).addEventListener('change', update);
-for (const range of document.querySelectorAll('input[type=range]')) range.addEventListener('input', () => {
-  range.parentElement.querySelector('.over').style.clipPath = 'inset(0 0 0 ' + range.value + '%)';
+if (cards.length) {
+  for (const id of ['group', 'arm', 'outcome', 'order']) pick(id).addEventListener('change', update);
+  update();
+}
+for (const compare of document.querySelectorAll('.compare')) {
+  // The slider shows the card's own images once more, so the page holds each of them once.
+  const images = compare.closest('article').querySelectorAll('.arm'), slider = compare.querySelector('.slider');
+  for (const name of [compare.dataset.before, compare.dataset.after]) {
+    const image = [...images].find(part => part.dataset.arm === name).querySelector('img').cloneNode();
+    slider.append(image);
+  }
+  slider.lastChild.className = 'over';
+  slider.append(Object.assign(document.createElement('div'), {className: 'divider'}));
+  compare.querySelector('input').addEventListener('input', event => slider.style.setProperty('--at', event.target.value + '%'));
+}
+// What is folded is printed too, but for the extras of each case.
+let folded = [];
+addEventListener('beforeprint', () => {
+  folded = [...document.querySelectorAll('details.section:not([open])')];
+  for (const part of folded) part.open = true;
 });
-update();
+addEventListener('afterprint', () => { for (const part of folded) part.open = false; });

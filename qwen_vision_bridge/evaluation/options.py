@@ -1,0 +1,44 @@
+"""Arguments of a command line that runs an evaluation."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_evaluation_options(options: argparse.ArgumentParser) -> None:
+    """Add what an evaluation takes, in examples 2 to 5."""
+    options.add_argument(
+        "--cases",
+        type=int,
+        help="synthetic cases a group in examples 2 to 5; default: enough "
+        "to see 5 points in example 5, else 4",
+    )
+    options.add_argument("--quick", action="store_true", help="2 cases a group, 8 steps: shows that all runs")
+    options.add_argument(
+        "--case-folder", type=Path, help="cases of your own for example 5, see docs/evaluation.md"
+    )
+    options.add_argument(
+        "--layout", default="own", help="of that folder: own, textedit, textedit-full, pie, gedit or gedit-cn"
+    )
+    options.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=BRIDGE[,…]",
+        help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
+        "may be repeated; default: the bridge and its two controls",
+    )
+    options.add_argument(
+        "--batch-arms",
+        type=int,
+        default=1,
+        metavar="N",
+        help="edits denoised together; above "
+        "1 faster on a GPU, and close to the same images but not the same bits",
+    )
+    options.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure images")
+    options.add_argument(
+        "--no-questions", action="store_true", help="edits alone: the language model is not asked"
+    )
+    options.add_argument("--retry-errors", action="store_true", help="do again what failed in an earlier run")
