@@ -73,11 +73,11 @@ def test_the_library_imports_no_script() -> None:
 
 
 def test_hooks_and_replaced_methods_have_their_places() -> None:
-    """In the library and the scripts; benchmarks time by hooks, and recipes train with code of their own."""
+    """In the library, the scripts and the recipes; benchmarks time by hooks."""
     places = tuple(f"qwen_vision_bridge/{place}" for place in HOOK_PLACES)
     elsewhere = [
         f"{name_of(path)}:{line}"
-        for path in [*SCRIPTS, *PACKAGE.rglob("*.py")]
+        for path in [*SCRIPTS, *PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
         if not name_of(path).startswith(places)
         for line in hooks_and_replacements(ast.parse(path.read_text(encoding="utf-8")))
     ]
