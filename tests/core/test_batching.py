@@ -57,6 +57,7 @@ def test_edits_of_a_batch_are_close_to_those_alone_in_order(editor: Any) -> None
         assert farthest(together[first], together[first + 2]) > 5 * CLOSE  # the bridge is in its own arm
 
 
+@pytest.mark.slow
 def test_the_padding_of_a_batch_is_never_seen(editor: Any) -> None:
     import torch
 
@@ -89,6 +90,7 @@ def test_edits_that_cannot_share_a_batch_are_refused(editor: Any) -> None:
     assert editor.pipe.vae.use_slicing is False
 
 
+@pytest.mark.slow
 def test_the_first_edit_pipeline_denoises_together_too(pipe: Any, photo: Image.Image) -> None:
     import diffusers
     import torch
@@ -141,6 +143,7 @@ def test_a_batched_run_has_equal_records_under_other_keys(
         evaluate(editor, cases, tmp_path, arms, options=EvaluationOptions(batch_arms=0), **SHORT)
 
 
+@pytest.mark.slow
 def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_the_seed_alone_decides_the_bits(editor: Any, photo: Image.Image) -> Non
     assert not same(one, other)
 
 
+@pytest.mark.slow
 def test_several_reference_images_are_one_edit(editor: Any, photo: Image.Image) -> None:
     images = [photo.resize((240, 80)), photo.resize((128, 128)), photo.resize((80, 240))]
     result = editor.compare(images, PROMPT, **SHORT)
@@ -128,6 +129,7 @@ def test_the_first_edit_pipeline_works_and_takes_one_image(pipe: Any, photo: Ima
         editor.generate([photo, photo], PROMPT)
 
 
+@pytest.mark.slow
 def test_a_lora_loads_the_stock_way_and_leaves_the_bridge_alone(
     pipe: Any, photo: Image.Image, tmp_path: Path
 ) -> None:
@@ -163,6 +165,7 @@ def test_compare_saves_a_labelled_sheet(editor: Any, photo: Image.Image, tmp_pat
         assert sheet.width > 1.9 * sheet.height  # input, baseline and bridge of 3:2 above three differences
 
 
+@pytest.mark.slow
 def test_benchmark_writes_images_and_records_and_resumes(
     editor: Any, photo: Image.Image, tmp_path: Path
 ) -> None:
@@ -186,6 +189,7 @@ def test_benchmark_writes_images_and_records_and_resumes(
     assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_pairs_and_a_stock_pipeline(
     editor: Any, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +239,7 @@ def test_a_quantised_text_encoder_works_through_the_bridge(
     assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), baseline)
 
 
+@pytest.mark.slow
 def test_group_offload_works_through_the_bridge(editor_folder: Path, pipe: Any, photo: Image.Image) -> None:
     """Offloading to and from the same CPU proves that the hooks live together, bit for bit."""
     from diffusers import QwenImageEditPlusPipeline

@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from qwen_vision_bridge import specs
+from qwen_vision_bridge.io import parse_object
 from qwen_vision_bridge.loading.families import resolve_family
 from qwen_vision_bridge.specs import EDITORS, FAMILIES, MODELS, ModelSpec
 
@@ -149,3 +152,35 @@ def test_a_checkpoint_of_other_sizes_is_named_with_both() -> None:
     expected = MODELS["Qwen3-VL-8B"]
     with pytest.raises(ValueError, match="out_dim 2048 instead of 4096"):
         expected.check(replace(expected, out_dim=2048))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["source", "editor/text_encoder"])
+def test_a_mutated_config_is_a_spec_or_one_line(role: str) -> None:
+    """5 000 mutations a config: a field dropped, of another type, or another number; or bytes changed."""
+    whole = (Path(specs.__file__).parent / "weights" / "miniature" / role / "config.json").read_bytes()
+    draw, values = np.random.default_rng(0), [None, True, -1, 0, 2, 1.5, "6", [], {}, [1, 3, 50], 10**30]
+    found, lines = [], []
+    for number in range(5000):
+        data = bytearray(whole)
+        if number % 2:
+            config = json.loads(whole)
+            section = (
+                config[str(draw.choice(["vision_config", "text_config"]))] if number % 4 == 1 else config
+            )
+            name = str(draw.choice(sorted(section)))
+            section[name] = values[int(draw.integers(len(values)))]
+            if draw.random() < 0.3:
+                del section[name]
+            data = bytearray(json.dumps(config).encode())
+        else:
+            for place in draw.integers(0, len(data), 2):
+                data[place : place + 1] = draw.bytes(int(draw.integers(0, 3)))
+        try:
+            config = parse_object(bytes(data), "folder/config.json")
+            found.append(ModelSpec.from_config(config, name="a", repo="folder"))
+        except ValueError as error:
+            lines.append(str(error))
+    assert found
+    assert lines
+    assert all("\n" not in line and ("folder" in line or line.startswith("a:")) for line in lines)

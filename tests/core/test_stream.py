@@ -301,6 +301,7 @@ def test_read_ahead_is_limited_to_its_depth() -> None:
     assert most <= 5
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_for_the_gpu_is_halved(
     extractor: VisionCacheExtractor,
     images: Path,

@@ -53,6 +53,7 @@ def run(count: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(work, range(count)))
 
 
+@pytest.mark.slow
 def test_a_shared_pipeline_edits_the_same_in_threads(editor: Any, images: list[Image.Image]) -> None:
     def edit(number: int) -> bytes:
         return editor.generate(images[number % 3], PROMPT, seed=number % 3, **SHORT).tobytes()
@@ -63,6 +64,7 @@ def test_a_shared_pipeline_edits_the_same_in_threads(editor: Any, images: list[I
     assert global_state(editor.pipe) == before
 
 
+@pytest.mark.slow
 def test_pipelines_loaded_in_threads_edit_as_one_alone(images: list[Image.Image]) -> None:
     """Each thread loads a pipeline and a bridge of its own while the others load and edit."""
 
@@ -100,6 +102,7 @@ def test_bridges_made_while_a_model_loads_hold_weights() -> None:
     assert set(run(8, make)) == {"cpu"}
 
 
+@pytest.mark.slow
 def test_batched_edits_in_threads_are_those_of_one(editor: Any, images: list[Image.Image]) -> None:
     def edit(number: int) -> list[bytes]:
         prepared = [

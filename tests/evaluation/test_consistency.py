@@ -92,6 +92,7 @@ def test_one_prompt_on_several_images_is_compared_in_every_arm(tmp_path: Path) -
     assert found["a+b", "bridge"]["pair_place_off"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["same_object", "same_colour", "same_background", "same_text"])
 def test_only_a_right_edit_agrees_with_its_reference(kind: str) -> None:
     asked = {

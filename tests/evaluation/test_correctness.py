@@ -51,6 +51,7 @@ def test_every_kind_is_judged_by_what_it_changes(cases: list[Case]) -> None:
         assert (verdict.text_right is not None) == (by == "words")
 
 
+@pytest.mark.slow
 def test_right_edits_of_held_out_scenes_are_right() -> None:
     for group, kind in ALL:
         for case in made(group, kind, 1, "novel"):

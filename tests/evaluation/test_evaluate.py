@@ -27,6 +27,7 @@ from qwen_vision_bridge.synthetic.questions import Question, questions_of
 SHORT = {"num_inference_steps": 2}
 
 
+@pytest.mark.slow
 def test_a_right_edit_scores_perfectly_in_every_group() -> None:
     for group in GROUPS:
         for case in make_cases(group, 6, seed=3):
@@ -39,6 +40,7 @@ def test_a_right_edit_scores_perfectly_in_every_group() -> None:
             assert scores.get("centroid_error_px", 0) < 2
 
 
+@pytest.mark.slow
 def test_doing_nothing_scores_worse_than_the_right_edit() -> None:
     for case in make_cases("ocr", 4, seed=3, kinds=("change_text", "remove_word")):
         assert measure(case, case.image)["exact_text"] == 0
@@ -101,6 +103,7 @@ def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_p
     assert {(row.difference, row.p_value, row.wins, row.losses) for row in found.rows} == {(0, 1, 0, 0)}
 
 
+@pytest.mark.slow
 def test_a_record_cut_short_by_a_kill_is_run_again(
     editor: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_record_cut_short_by_a_kill_is_run_again(
     assert again.done_before == 7
 
 
+@pytest.mark.slow
 def test_one_bad_case_is_an_error_and_the_others_go_on(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +184,7 @@ def test_partners_are_a_derangement_on_one_grid() -> None:
     assert find_partners(grids, 1) != partners
 
 
+@pytest.mark.slow
 def test_baselines_are_reused_until_the_pipeline_changes(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +284,7 @@ def test_edits_of_another_size_than_the_case_are_refused() -> None:
         measure(case, Image.new("RGB", (64, 64)))
 
 
+@pytest.mark.slow
 def test_a_strip_that_the_editor_cannot_do_is_one_error(editor: Any, tmp_path: Path) -> None:
     """Its time is not estimated, it is no partner, and the others have their records and rows."""
     good = make_cases("detail", 1, seed=0)[0]

@@ -85,6 +85,7 @@ def test_nothing_but_tensors_is_taken_out_of_a_weights_file(tmp_path: Path, phot
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_without_weights_lpips_is_left_out_with_a_word(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_an_image_without_words_reads_empty_though_it_has_shapes() -> None:
 # --- space ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_find_objects_recovers_every_centre_within_two_pixels() -> None:
     for case in (case for group in world.GROUPS for case in world.make_cases(group, 24, seed=1)):
         found = objects.find_objects(case.target)

@@ -274,6 +274,7 @@ def test_the_miniature_on_photographs_says_what_it_knows(tmp_path: Path) -> None
         assert (OUTSIDE in as_table(found)) == (OUTSIDE in page) == says
 
 
+@pytest.mark.slow
 def test_the_overview_shows_every_arm_of_up_to_24_cases(tmp_path: Path) -> None:
     few = evaluation(judged(tmp_path, WON, BOTH))
     path = write_overview(tmp_path, few)

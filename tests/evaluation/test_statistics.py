@@ -67,6 +67,7 @@ def test_planted_gains_and_losses_are_told_apart() -> None:
         assert getattr(row, wins) > 60
 
 
+@pytest.mark.slow
 def test_null_experiments_raise_5_percent_false_alarms() -> None:
     alarms = {"interval": 0, "wilcoxon": 0, "sign": 0}
     for trial in range(200):

@@ -138,6 +138,7 @@ def test_equal_pipelines_have_equal_states(own_editor: EnhancedQwenImageEdit) ->
     assert changed_parts(other.pipe, loaded_state(own_editor.pipe)) == {}
 
 
+@pytest.mark.slow
 def test_benchmark_never_returns_images_of_another_pipeline(
     own_editor: EnhancedQwenImageEdit, photo: Image.Image, tmp_path: Path
 ) -> None:

@@ -89,6 +89,9 @@ class Visit(NamedTuple):
     errors: str
 
 
+pytestmark = pytest.mark.slow  # they share two processes, which take seconds to start
+
+
 @pytest.fixture(scope="module")
 def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visit:
     root = tmp_path_factory.mktemp("hub")

@@ -51,6 +51,7 @@ def expected(shared_pipe: Any, photo: Image.Image) -> np.ndarray:
     return np.asarray(editor.generate(photo, **SHORT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_out_of_memory_is_one_line_and_the_next_edit_works(
     stage: str, pipe: Any, photo: Image.Image, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch

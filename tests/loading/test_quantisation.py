@@ -47,6 +47,7 @@ def test_group_offloading_leaves_4_bit_weights_as_they_are(level: str) -> None:
         assert torch.equal(model(inputs), expected)
 
 
+@pytest.mark.slow
 def test_strength_zero_is_stock_in_4_bits_with_group_offload(editor_folder: Path, photo: Image.Image) -> None:
     """Onto the same CPU: every step of the mode but the bus."""
     from diffusers import QwenImageEditPlusPipeline

@@ -118,6 +118,7 @@ def test_other_locations_pass_and_missing_weights_are_an_error(
         locate("builtin:editor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ocr/change_text", "space/move_corner", "detail/recolour_object"])
 def test_the_shipped_miniature_does_what_it_is_told(kind: str, pipe: Any) -> None:
     from qwen_vision_bridge.evaluation.metrics.correctness import judge

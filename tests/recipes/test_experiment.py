@@ -108,6 +108,7 @@ def test_a_curve_is_drawn(tmp_path: Path) -> None:
     assert np.ptp(np.asarray(Image.open(tmp_path / "curve.png").convert("L"))) > 100
 
 
+@pytest.mark.slow
 def test_finished_designs_are_arms_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from argparse import Namespace
 

@@ -228,6 +228,7 @@ def test_training_a_vision_language_model_runs_resumes_and_saves(
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_training_the_transformer_runs_and_packs_into_a_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_folder: Path, editor_folder: Path
 ) -> None:

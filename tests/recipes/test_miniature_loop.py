@@ -164,6 +164,7 @@ def test_the_feed_raises_what_its_workers_raise() -> None:
         next(iter(loader(Replay(partial(numbers, 0), batch=3, capacity=9), workers=1)))
 
 
+@pytest.mark.slow
 def test_a_single_image_does_not_meet_what_is_set_to_zero() -> None:
     from diffusers import AutoencoderKLQwenImage
 

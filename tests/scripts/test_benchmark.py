@@ -159,6 +159,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+@pytest.mark.slow
 def test_a_failed_part_is_listed_and_repeated_by_the_next_run(
     tmp_path: Path, parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +243,7 @@ def test_random_checkpoints_have_the_released_sizes() -> None:
     assert set(CONFIGS) <= set(MODELS)
 
 
+@pytest.mark.slow
 def test_a_random_checkpoint_is_sharded_and_its_tower_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +268,7 @@ def test_a_random_checkpoint_is_sharded_and_its_tower_loads(
     assert load_tower(resolve_family("qwen", source=tmp_path).source).total_bytes < tower.total_bytes
 
 
+@pytest.mark.slow
 def test_calibration_is_timed_with_its_memory(tmp_path: Path) -> None:
     made = bench(tmp_path)
     bench_calibration.calibration(made)

@@ -214,6 +214,7 @@ def test_the_full_evaluation_has_every_group(run_all: tuple[Path, str]) -> None:
     assert {record["group"] for record in results["records"]} == set(GROUPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", [1, 2, 5, 6])
 def test_options_take_the_users_photograph(
     example: int, folder: Path, photo_file: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
@@ -419,6 +420,7 @@ def test_a_wrong_path_is_answered_before_torch_is_imported(tmp_path: Path) -> No
     assert imports_of(commands, tmp_path) == ["imported", *["code 2", "imported"] * 4]
 
 
+@pytest.mark.slow
 def test_importing_the_pipeline_imports_no_compiler() -> None:
     lines = (
         "import os, sys",

@@ -24,6 +24,7 @@ from qwen_vision_bridge.synthetic.questions import questions_of
 READ = {"latin", "accented", "chinese", "japanese"}
 
 
+@pytest.mark.slow
 def test_only_scripts_that_can_be_read_get_a_verdict() -> None:
     cases, _ = language_cases(9)
     drawn = {case.kind for case in cases}

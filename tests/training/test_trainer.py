@@ -181,6 +181,7 @@ def test_resuming_is_bit_identical_to_not_having_stopped(tmp_path: Path, train_d
     assert bridge_digest(saved[0]) == bridge_digest(saved[1]) == bridge_digest(whole.bridge)
 
 
+@pytest.mark.slow
 def test_accumulation_and_two_processes_equal_one_large_batch(tmp_path: Path, train_data: TrainData) -> None:
     """The second process's share is worked out here too; `test_two_processes…` starts real ones."""
     settings = vars(SETTINGS) | {"max_train_steps": 1}
