@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ os.environ["QWEN_VISION_BRIDGE_HOME"] = tempfile.mkdtemp(prefix="qwen-vision-bri
 
 import pytest
 from PIL import Image
+
+from qwen_vision_bridge.specs import FAMILIES
+
+STOCK = FAMILIES["miniature"]
+SMALL = replace(STOCK, editor=replace(STOCK.editor, vae_area=64 * 64))
+"""The miniature with edits of 64² px: its models are the stock ones, and an edit takes a quarter of the time."""
 
 
 def pytest_unconfigure() -> None:
@@ -81,12 +88,12 @@ def pipe(shared_pipe: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def editor(pipe: Any) -> Any:
-    """An `EnhancedQwenImageEdit` with a random bridge around the shared pipeline, in fp32."""
+    """An `EnhancedQwenImageEdit` with a random bridge around the shared pipeline, in fp32, at 64² px."""
     import torch
 
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
-    return EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, dtype=torch.float32)
+    return EnhancedQwenImageEdit(SMALL, bridge="random", pipe=pipe, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

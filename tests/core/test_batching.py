@@ -15,8 +15,9 @@ from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.evaluate import EvaluationOptions, evaluate
 from qwen_vision_bridge.pairs import Edit
 from qwen_vision_bridge.synthetic.cases import make_cases
+from tests.conftest import SMALL
 
-SHORT = {"num_inference_steps": 3}
+SHORT = {"num_inference_steps": 2}
 CLOSE = 2  # grey levels of 255: how far an image of a batch may be from the one made alone
 
 
@@ -35,7 +36,7 @@ def edits_of(editor: Any, cases: list[Any]) -> list[Edit]:
 
 @pytest.mark.slow
 def test_a_batch_of_one_is_the_stock_call_bit_for_bit(editor: Any) -> None:
-    case = make_cases("consistency", 1)[0]
+    case = make_cases("consistency", 1, size=64)[0]
     for edit in edits_of(editor, [case]):
         alone, attention = editor.edit(edit)
         prepared = editor.prepare(edit)
@@ -45,7 +46,7 @@ def test_a_batch_of_one_is_the_stock_call_bit_for_bit(editor: Any) -> None:
 
 @pytest.mark.slow
 def test_edits_of_a_batch_are_close_to_those_alone_in_order(editor: Any) -> None:
-    cases = make_cases("ocr", 2) + make_cases("space", 1)
+    cases = make_cases("ocr", 2, size=64) + make_cases("space", 1, size=64)
     edits = edits_of(editor, cases)
     prepared = [editor.prepare(edit) for edit in edits]
     lengths = {edit.prompts[0][0].shape[1] for edit in prepared}
@@ -61,7 +62,7 @@ def test_edits_of_a_batch_are_close_to_those_alone_in_order(editor: Any) -> None
 def test_the_padding_of_a_batch_is_never_seen(editor: Any) -> None:
     import torch
 
-    short, long = (editor.prepare(edits_of(editor, [case])[0]) for case in make_cases("ocr", 2))
+    short, long = (editor.prepare(edits_of(editor, [case])[0]) for case in make_cases("ocr", 2, size=64))
     alone = editor.denoise([short])[0]
     embeds, _ = short.prompts[0]
     noise = 50 * torch.randn(1, 9, embeds.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -73,8 +74,8 @@ def test_the_padding_of_a_batch_is_never_seen(editor: Any) -> None:
 
 
 def test_edits_that_cannot_share_a_batch_are_refused(editor: Any) -> None:
-    case = make_cases("detail", 1)[0]
-    inputs = [(case.image, 3), (case.image.resize((128, 96)), 3), (case.image, 4)]
+    case = make_cases("detail", 1, size=64)[0]
+    inputs = [(case.image, 2), (case.image.resize((128, 64)), 2), (case.image, 3)]
     one, other, longer = (
         editor.prepare(editor.check_edit(image, case.prompt, num_inference_steps=steps))
         for image, steps in inputs
@@ -99,7 +100,7 @@ def test_the_first_edit_pipeline_denoises_together_too(pipe: Any, photo: Image.I
 
     first = diffusers.QwenImageEditPipeline(**pipe.components)
     first.set_progress_bar_config(disable=True)
-    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=first, dtype=torch.float32)
+    editor = EnhancedQwenImageEdit(SMALL, bridge="random", pipe=first, dtype=torch.float32)
     edits = [editor.check_edit(photo, prompt, **SHORT) for prompt in ("a", "make the suit blue")]
     together = editor.denoise([editor.prepare(edit) for edit in edits])
     assert max(map(farthest, together, [editor.edit(edit).image for edit in edits])) <= CLOSE
@@ -109,7 +110,7 @@ def test_the_first_edit_pipeline_denoises_together_too(pipe: Any, photo: Image.I
 def test_a_batched_run_has_equal_records_under_other_keys(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = make_cases("space", 2) + make_cases("consistency", 1)
+    cases = make_cases("space", 2, size=64) + make_cases("consistency", 1, size=64)
     arms = [
         Arm("baseline"),
         Arm("off", editor.bridge, "random", 0.0),
@@ -147,7 +148,7 @@ def test_a_batched_run_has_equal_records_under_other_keys(
 def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, bad = make_cases("detail", 2)
+    good, bad = make_cases("detail", 2, size=64)
     prepare = editor.prepare
 
     def fail(edit: Edit) -> Prepared:
@@ -156,7 +157,7 @@ def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
         return prepare(edit)
 
     arms = [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
-    same = {"arms": arms, "perception": False, "num_inference_steps": 5}
+    same = {"arms": arms, "perception": False, "num_inference_steps": 3}
     batched = EvaluationOptions(batch_arms=4)
     with monkeypatch.context() as patch:
         patch.setattr(editor, "prepare", fail)
@@ -173,7 +174,7 @@ def test_a_bad_edit_of_a_batch_is_an_error_and_is_retried(
 
 @pytest.mark.slow
 def test_scoring_in_other_processes_gives_the_same_records(editor: Any, tmp_path: Path) -> None:
-    cases, arms = make_cases("detail", 2), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
+    cases, arms = make_cases("detail", 2, size=64), [Arm("baseline"), Arm("on", editor.bridge, "random", 2.0)]
     found = [
         evaluate(
             editor,

@@ -21,21 +21,24 @@ from qwen_vision_bridge.loading.memory import (
 )
 from qwen_vision_bridge.patches import condition_size, image_sizes, mrope_positions, vae_size
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import EDITORS, FAMILIES
+from qwen_vision_bridge.specs import EDITORS, FAMILIES, Family
+from tests.conftest import SMALL
 
 PROMPT = "make the suit blue"
-SHORT = {"num_inference_steps": 3}
+SHORT = {"num_inference_steps": 2}
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def stock_edit(pipe: Any, image: Any, positions: str = "fixed") -> Image.Image:
+def stock_edit(
+    pipe: Any, image: Any, positions: str = "fixed", family: Family = SMALL
+) -> Image.Image:
     """The untouched pipeline, called by hand."""
     generator = torch.Generator("cpu").manual_seed(0)
     options = {"negative_prompt": " ", "true_cfg_scale": 4.0, "generator": generator, **SHORT}
-    with image_sizes(type(pipe), FAMILIES["miniature"].editor), mrope_positions(pipe, positions):
+    with image_sizes(type(pipe), family.editor), mrope_positions(pipe, positions):
         return pipe(image=image, prompt=PROMPT, **options).images[0]
 
 
@@ -44,7 +47,7 @@ def test_strength_zero_is_bit_identical_to_the_stock_pipeline(editor: Any, photo
 
 
 def test_a_fresh_bridge_gives_the_stock_image_bit_for_bit(pipe: Any, photo: Image.Image) -> None:
-    fresh = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe)
+    fresh = EnhancedQwenImageEdit(SMALL, bridge="fresh", pipe=pipe)
     assert same(fresh.generate(photo, PROMPT, **SHORT), stock_edit(pipe, [photo]))
 
 
@@ -55,7 +58,7 @@ def test_without_qwen3_vision_the_edit_is_the_stock_one(editor: Any, photo: Imag
 
 
 def test_mrope_stock_leaves_the_installed_behaviour(pipe: Any, photo: Image.Image) -> None:
-    stock = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, mrope="stock")
+    stock = EnhancedQwenImageEdit(SMALL, bridge="fresh", pipe=pipe, mrope="stock")
     edited = stock.generate(photo, PROMPT, **SHORT)
     assert same(edited, stock_edit(pipe, [photo], "stock"))
     assert not same(edited, stock_edit(pipe, [photo], "fixed"))
@@ -63,7 +66,7 @@ def test_mrope_stock_leaves_the_installed_behaviour(pipe: Any, photo: Image.Imag
 
 @pytest.mark.parametrize("site", ["tower", "deepstack"])
 def test_a_random_bridge_changes_the_image(site: str, pipe: Any, photo: Image.Image) -> None:
-    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, site=site)
+    editor = EnhancedQwenImageEdit(SMALL, bridge="random", pipe=pipe, site=site)
     baseline, enhanced, attention = editor.compare(photo, PROMPT, **SHORT)
     assert not same(baseline, enhanced)
     assert same(baseline, stock_edit(pipe, [photo]))
@@ -104,7 +107,7 @@ def test_several_reference_images_are_one_edit(editor: Any, photo: Image.Image) 
 def test_the_source_tower_is_freed_before_the_dit_unless_kept(pipe: Any, photo: Image.Image) -> None:
     for keep in (False, True):
         editor = EnhancedQwenImageEdit(
-            "miniature", "random", pipe=pipe, keep_source=keep, feature_cache=False
+            SMALL, "random", pipe=pipe, keep_source=keep, feature_cache=False
         )
         alive: list[bool] = []
         handle = pipe.transformer.register_forward_pre_hook(
@@ -137,7 +140,7 @@ def test_a_lora_loads_the_stock_way_and_leaves_the_bridge_alone(
 
     from qwen_vision_bridge.bridge import bridge_digest
 
-    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe)
+    editor = EnhancedQwenImageEdit(SMALL, bridge="random", pipe=pipe)
     before, digest = editor.compare(photo, PROMPT, **SHORT), bridge_digest(editor.bridge)
     width, name = 192, "transformer.transformer_blocks.0.attn.to_q"
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +236,7 @@ def test_a_quantised_text_encoder_works_through_the_bridge(
     pipe = QwenImageEditPlusPipeline.from_pretrained(editor_folder, text_encoder=encoder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(encoder.device)  # a GPU takes quantised weights at once
-    editor = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe, dtype=torch.float32)
+    editor = EnhancedQwenImageEdit(SMALL, bridge="random", pipe=pipe, dtype=torch.float32)
     baseline, enhanced, _ = editor.compare(photo, PROMPT, **SHORT)
     assert not same(baseline, enhanced)
     assert same(editor.generate(photo, PROMPT, strength=0.0, **SHORT), baseline)
@@ -248,8 +251,8 @@ def test_group_offload_works_through_the_bridge(editor_folder: Path, pipe: Any, 
     offloaded.set_progress_bar_config(disable=True)
     offloaded.enable_group_offload(onload_device=pipe.device, offload_type="leaf_level")
     options = {"bridge": "random", "dtype": torch.float32}
-    plain = EnhancedQwenImageEdit("miniature", pipe=pipe, **options).compare(photo, PROMPT, **SHORT)
-    grouped = EnhancedQwenImageEdit("miniature", pipe=offloaded, **options)
+    plain = EnhancedQwenImageEdit(SMALL, pipe=pipe, **options).compare(photo, PROMPT, **SHORT)
+    grouped = EnhancedQwenImageEdit(SMALL, pipe=offloaded, **options)
     result = grouped.compare(photo, PROMPT, **SHORT)
     assert same(result.baseline, plain.baseline)
     assert same(result.enhanced, plain.enhanced)
@@ -382,8 +385,8 @@ def test_out_of_gpu_memory_names_modes_and_leaves_no_hook(editor: Any, photo: Im
 
 
 def test_what_decides_an_image_is_in_its_key(pipe: Any) -> None:
-    random = EnhancedQwenImageEdit("miniature", bridge="random", pipe=pipe)
-    fresh = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, site="deepstack")
+    random = EnhancedQwenImageEdit(SMALL, bridge="random", pipe=pipe)
+    fresh = EnhancedQwenImageEdit(SMALL, bridge="fresh", pipe=pipe, site="deepstack")
     assert random.fingerprint(False) == fresh.fingerprint(False)
     assert random.fingerprint(True)["bridge"] != fresh.fingerprint(True)["bridge"]
     assert random.fingerprint(False)["editor"]["revision"].startswith("local:")

@@ -18,6 +18,7 @@ from torch import nn
 from qwen_vision_bridge import EnhancedQwenImageEdit, VisionBridge, VisionCacheExtractor
 from qwen_vision_bridge.loading.locks import replaced
 from qwen_vision_bridge.synthetic.cases import sample_image
+from tests.conftest import SMALL
 
 PROMPT = 'Change the text to "FOX".'
 SHORT = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": None, "height": 64, "width": 64}
@@ -69,7 +70,7 @@ def test_pipelines_loaded_in_threads_edit_as_one_alone(images: list[Image.Image]
     """Each thread loads a pipeline and a bridge of its own while the others load and edit."""
 
     def edit(number: int) -> bytes:
-        pipeline = EnhancedQwenImageEdit("miniature", "random", feature_cache=False)
+        pipeline = EnhancedQwenImageEdit(SMALL, "random", feature_cache=False)
         assert {weight.device.type for weight in pipeline.bridge.parameters()} <= {"cpu", "cuda"}
         return pipeline.generate(images[number % 3], PROMPT, seed=0, **SHORT).tobytes()
 
@@ -118,7 +119,7 @@ def test_batched_edits_in_threads_are_those_of_one(editor: Any, images: list[Ima
 
 
 def test_the_source_stays_while_any_thread_keeps_it(pipe: Any, images: list[Image.Image]) -> None:
-    editor = EnhancedQwenImageEdit("miniature", pipe=pipe, keep_source=False, feature_cache=False)
+    editor = EnhancedQwenImageEdit(SMALL, pipe=pipe, keep_source=False, feature_cache=False)
     with editor.keeping_source():
         with editor.keeping_source():
             editor.extract_source([images[0]])
