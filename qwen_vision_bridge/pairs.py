@@ -21,7 +21,7 @@ from .injection import SITES, LevelAttention, Levels, Site
 from .io import check_image_path, digest_of, read_json, write_image, write_json
 from .loading.locks import model_lock
 from .loading.tower_attention import VisionAttention, check_vision_attention
-from .patches import Mrope, takes_several
+from .patches import Mrope, takes_several, warn_of_stretch
 from .specs import STOCK_STEP, EditorSpec, Family, check_prompt, check_seed, whole_number
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def check_edit(
     images = load_images(image, family.target.token_px)
     for one in images:
         check_shape(one, family.editor)
+    if not {"height", "width"} & set(options):
+        warn_of_stretch(family.editor, images[-1])
     if len(images) > 1 and not takes_several(pipeline_name):
         raise ValueError(f"{pipeline_name} takes one image, got {len(images)}: use Qwen-Image-Edit-2509")
     defaults = {

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_STRETCH = 0.05
 Mrope = Literal["fixed", "stock"]
 
 
@@ -212,7 +213,18 @@ def shared_latents(pipe: EditPipeline) -> Iterator[None]:
             yield
 
 
-def _announce_once(key: str, message: str) -> None:
+def warn_of_stretch(editor: EditorSpec, image: Image.Image) -> None:
+    """Warn, once for a size, where rounding the output to 32 px changes an image's shape by over 5 %."""
+    area, ratio = editor.vae_area or STOCK_AREA, image.width / image.height
+    sides = (round(math.sqrt(side) / STOCK_STEP) * STOCK_STEP for side in (area * ratio, area / ratio))
+    width, height = sides
+    if abs(width / height / ratio - 1) > MAX_STRETCH:
+        change = f"{image.width}×{image.height} px becomes {width}×{height} px"
+        advice = "crop or pad it to a shape that the editor can do"
+        _announce_once(change, f"{change}, which stretches the image: {advice}", logging.WARNING)
+
+
+def _announce_once(key: str, message: str, level: int = logging.INFO) -> None:
     if key not in _announced:
         _announced.add(key)
-        logger.info(message)
+        logger.log(level, message)

@@ -253,3 +253,5 @@ class TrainingJob:
         output.claim(SUMMARY)
         write_json(run.output_dir / SUMMARY, summary)
         print(f"{run.output_dir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        if not run.lora_baseline and run.features == "own":
+            print(f"Use it: uv run python example_end_to_end.py --bridge {run.output_dir}")
