@@ -32,9 +32,7 @@ def same(one: Image.Image, other: Image.Image) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def stock_edit(
-    pipe: Any, image: Any, positions: str = "fixed", family: Family = SMALL
-) -> Image.Image:
+def stock_edit(pipe: Any, image: Any, positions: str = "fixed", family: Family = SMALL) -> Image.Image:
     """The untouched pipeline, called by hand."""
     generator = torch.Generator("cpu").manual_seed(0)
     options = {"negative_prompt": " ", "true_cfg_scale": 4.0, "generator": generator, **SHORT}
@@ -105,9 +103,7 @@ def test_several_reference_images_are_one_edit(editor: Any, photo: Image.Image) 
 
 def test_the_source_tower_is_freed_before_the_dit_unless_kept(pipe: Any, photo: Image.Image) -> None:
     for keep in (False, True):
-        editor = EnhancedQwenImageEdit(
-            SMALL, "random", pipe=pipe, keep_source=keep, feature_cache=False
-        )
+        editor = EnhancedQwenImageEdit(SMALL, "random", pipe=pipe, keep_source=keep, feature_cache=False)
         alive: list[bool] = []
         handle = pipe.transformer.register_forward_pre_hook(
             lambda *_, e=editor, a=alive: a.append(e.extractor._qwen3_model is not None)
