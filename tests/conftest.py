@@ -23,7 +23,7 @@ from qwen_vision_bridge.specs import FAMILIES
 
 STOCK = FAMILIES["miniature"]
 SMALL = replace(STOCK, editor=replace(STOCK.editor, vae_area=64 * 64))
-"""The miniature with edits of 64² px: the models are the stock ones, an edit takes a quarter of the time."""
+"""The miniature with edits of 64² px: with the stock models, in a quarter of the time."""
 
 
 def pytest_unconfigure() -> None:

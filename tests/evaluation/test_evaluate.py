@@ -69,7 +69,8 @@ def stripped(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_run_writes_everything_and_a_second_one_does_nothing(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = [case for group in GROUPS for case in make_cases(group, 2, seed=0)]
+    counts = {"consistency": 2}  # which are partners of one another; the other groups share theirs
+    cases = [case for group in GROUPS for case in make_cases(group, counts.get(group, 1), size=64)]
     found = evaluate(editor, cases, tmp_path, **SHORT)
     write_results(tmp_path, found)
     data = json.loads((tmp_path / "results.json").read_text())
@@ -98,7 +99,7 @@ def test_a_run_writes_everything_and_a_second_one_does_nothing(
 
 def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_path: Path) -> None:
     arms = [Arm("baseline"), Arm("off", editor.bridge, "random", 0.0)]
-    found = evaluate(editor, make_cases("space", 2), tmp_path, arms, **SHORT)
+    found = evaluate(editor, make_cases("space", 2, size=64), tmp_path, arms, **SHORT)
     assert found.rows
     assert {(row.difference, row.p_value, row.wins, row.losses) for row in found.rows} == {(0, 1, 0, 0)}
 
@@ -107,7 +108,7 @@ def test_an_arm_at_strength_0_is_the_baseline_in_every_number(editor: Any, tmp_p
 def test_a_record_cut_short_by_a_kill_is_run_again(
     editor: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cases = make_cases("detail", 2, seed=0)
+    cases = make_cases("detail", 2, seed=0, size=64)
     whole = evaluate(editor, cases, tmp_path, perception=False, **SHORT)
     log = tmp_path / "results.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
@@ -122,7 +123,7 @@ def test_a_record_cut_short_by_a_kill_is_run_again(
 def test_one_bad_case_is_an_error_and_the_others_go_on(
     editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, bad = make_cases("detail", 2, seed=0)
+    good, bad = make_cases("detail", 2, seed=0, size=64)
     edit = editor.edit
 
     def fail(request: Edit) -> EditResult:
@@ -131,7 +132,7 @@ def test_one_bad_case_is_an_error_and_the_others_go_on(
         return edit(request)
 
     monkeypatch.setattr(editor, "edit", fail)
-    found = evaluate(editor, [good, bad], tmp_path, perception=False, num_inference_steps=3)
+    found = evaluate(editor, [good, bad], tmp_path, perception=False, **SHORT)
     errors = {record["case_id"]: record["error"] for record in found.records}
     assert errors == {good.case_id: None, bad.case_id: "ValueError: no such edit"}
     assert {row.n for row in found.rows} == {1}
@@ -194,7 +195,7 @@ def test_baselines_are_reused_until_the_pipeline_changes(
     monkeypatch.setattr(
         type(editor), "edit", lambda self, edit: (edits.append(edit.prompt), stock(self, edit))[1]
     )
-    cases = make_cases("detail", 1, seed=6)
+    cases = make_cases("detail", 1, seed=6, size=64)
     weight = next(editor.pipe.transformer.parameters())
     own, other = weight.data, weight.data + 1
     for name, values, expected in (("a", own, 1), ("b", own, 0), ("c", other, 1), ("d", own, 0)):
@@ -205,7 +206,7 @@ def test_baselines_are_reused_until_the_pipeline_changes(
 
 
 def test_an_image_shown_at_another_size_has_another_key(editor: Any, tmp_path: Path) -> None:
-    (case,) = make_cases("detail", 1, seed=6)
+    (case,) = make_cases("detail", 1, seed=6, size=64)
     keys = set()
     family = editor.family
     try:
@@ -219,7 +220,7 @@ def test_an_image_shown_at_another_size_has_another_key(editor: Any, tmp_path: P
 
 
 def test_another_prompt_on_the_same_image_is_no_partner(editor: Any, tmp_path: Path) -> None:
-    case, other = make_cases("detail", 2)
+    case, other = make_cases("detail", 2, size=64)
     twin = replace(case, case_id="twin", prompt="something else")
     arms = [Arm("baseline"), Arm("shuffled", editor.bridge, "random", features="shuffled")]
     alone = Run(editor, tmp_path, arms, 0, {}, {c.case_id: c for c in (case, twin)})

@@ -21,6 +21,7 @@ from qwen_vision_bridge import EnhancedQwenImageEdit
 from qwen_vision_bridge.io import digest_of
 from qwen_vision_bridge.loading.fingerprint import changed_parts, loaded_state, weights_digest
 from qwen_vision_bridge.loading.memory import MEMORY_MODES, MemoryMode
+from tests.conftest import SMALL
 
 LORA = {"r": 2, "lora_alpha": 2, "init_lora_weights": False}
 PROMPT, SHORT = (
@@ -32,7 +33,7 @@ PROMPT, SHORT = (
 @pytest.fixture(scope="module")
 def own_editor() -> EnhancedQwenImageEdit:
     """A pipeline of this module's own, for it is changed for good."""
-    editor = EnhancedQwenImageEdit("miniature", bridge="random")
+    editor = EnhancedQwenImageEdit(SMALL, bridge="random")
     editor.pipe.set_progress_bar_config(disable=True)
     return editor
 
@@ -77,7 +78,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 def test_everything_a_user_can_change_changes_the_key() -> None:
     """One change after the other on one pipeline: every state has a key of its own."""
-    editor = EnhancedQwenImageEdit("miniature", bridge="random")
+    editor = EnhancedQwenImageEdit(SMALL, bridge="random")
     unloaded = digest_of(editor.fingerprint(False))
     _ = editor.pipe
     assert digest_of(editor.fingerprint(False)) == unloaded
@@ -120,7 +121,7 @@ def test_an_edit_leaves_the_key_as_it_was(own_editor: EnhancedQwenImageEdit, pho
 
 def test_a_given_pipeline_is_known_by_its_content(pipe: Any) -> None:
     """Nothing says that it is what the family's editor holds."""
-    editor = EnhancedQwenImageEdit("miniature", pipe=pipe)
+    editor = EnhancedQwenImageEdit(SMALL, pipe=pipe)
     assert set(editor.fingerprint(False)["changes"]) == {"pipeline", *pipe.components}
 
 
@@ -133,7 +134,7 @@ def test_weights_under_sequential_offload_are_still_read() -> None:
 
 
 def test_equal_pipelines_have_equal_states(own_editor: EnhancedQwenImageEdit) -> None:
-    other = EnhancedQwenImageEdit("miniature", bridge="fresh")
+    other = EnhancedQwenImageEdit(SMALL, bridge="fresh")
     assert loaded_state(other.pipe) == loaded_state(own_editor.pipe)
     assert changed_parts(other.pipe, loaded_state(own_editor.pipe)) == {}
 
@@ -197,7 +198,7 @@ def test_a_bridge_with_another_clamp_has_another_digest() -> None:
 def test_a_memory_mode_loads_strictly_and_keeps_its_key(mode: MemoryMode, photo: Image.Image) -> None:
     """Offloading and quantisation change nothing that the key covers; a changed weight does."""
     arguments = {"load_in_8bit": mode.bits == 8, "load_in_4bit": mode.bits == 4, "offload": mode.offload}
-    editor = EnhancedQwenImageEdit("miniature", "random", device="cuda", **arguments)
+    editor = EnhancedQwenImageEdit(SMALL, "random", device="cuda", **arguments)
     _ = editor.pipe
     before = editor.fingerprint(True)
     assert before["changes"] == {}

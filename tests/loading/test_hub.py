@@ -6,7 +6,9 @@ The client runs in one process of its own, since huggingface_hub reads its addre
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from tests.conftest import shard_checkpoint
 from .loopback_hub import LoopbackHub
 
 CLIENT = """
-import hashlib, json, logging, os, resource, sys, time
+import hashlib, json, logging, os, resource, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 from qwen_vision_bridge.loading.checkpoints import HubCheckpoint, open_checkpoint
@@ -29,6 +31,7 @@ from qwen_vision_bridge.loading.families import resolve_family
 from qwen_vision_bridge.specs import MODELS
 from qwen_vision_bridge.loading.towers import load_tower
 
+signal.alarm(280)  # ends the process, whatever it waits for
 home = Path(os.environ["QWEN_VISION_BRIDGE_HOME"])
 
 def load(repo, **changes):
@@ -48,6 +51,7 @@ def caught(call):
 
 reader, writer = os.pipe()
 if os.fork() == 0:  # a second process, which wants the same tower at the same time
+    signal.alarm(120)  # a child has none of its parent's
     os.write(writer, json.dumps(load("Org/Twice")).encode())
     os._exit(0)
 twice = load("Org/Twice")
@@ -116,8 +120,9 @@ def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visi
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=True,
         )
-        watchdog = threading.Timer(300, client.kill)
+        watchdog = threading.Timer(300, os.killpg, (client.pid, signal.SIGKILL))
         watchdog.daemon = True
         watchdog.start()
         first = client.stdout.readline()

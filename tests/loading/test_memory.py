@@ -30,9 +30,10 @@ from qwen_vision_bridge.loading.memory import (
 )
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import FAMILIES
+from tests.conftest import SMALL
 
 QWEN = FAMILIES["qwen"]
-SHORT = {"prompt": "make it blue", "num_inference_steps": 2, "true_cfg_scale": 1.0}
+SHORT = {"prompt": "make it blue", "num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": None}
 STAGES: dict[str, Callable[[Any], tuple[Any, str]]] = {
     "source tower": lambda editor: (editor.extractor, "_run_source"),
     "target tower": lambda editor: (editor.pipe.text_encoder.model.visual, "forward"),
@@ -47,7 +48,7 @@ STAGES: dict[str, Callable[[Any], tuple[Any, str]]] = {
 @pytest.fixture(scope="module")
 def expected(shared_pipe: Any, photo: Image.Image) -> np.ndarray:
     """The edit of an editor that never ran out of memory."""
-    editor = EnhancedQwenImageEdit("miniature", "random", pipe=shared_pipe, feature_cache=False)
+    editor = EnhancedQwenImageEdit(SMALL, "random", pipe=shared_pipe, feature_cache=False)
     return np.asarray(editor.generate(photo, **SHORT))
 
 
@@ -56,7 +57,7 @@ def expected(shared_pipe: Any, photo: Image.Image) -> np.ndarray:
 def test_out_of_memory_is_one_line_and_the_next_edit_works(
     stage: str, pipe: Any, photo: Image.Image, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, feature_cache=False)
+    editor = EnhancedQwenImageEdit(SMALL, "random", pipe=pipe, feature_cache=False)
     held: list[Any] = []
 
     def exhausted(*_: Any, **__: Any) -> None:
@@ -81,7 +82,7 @@ def test_out_of_memory_is_one_line_and_the_next_edit_works(
 def test_out_of_memory_while_loading_leaves_loading_possible(
     pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    editor = EnhancedQwenImageEdit("miniature", "fresh", feature_cache=False)
+    editor = EnhancedQwenImageEdit(SMALL, "fresh", feature_cache=False)
 
     def exhausted(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -97,7 +98,7 @@ def test_offloaded_models_are_taken_off_the_gpu_after_a_failure(
     pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """diffusers does that at the end of a call that ends well."""
-    editor = EnhancedQwenImageEdit("miniature", "fresh", pipe=pipe, feature_cache=False)
+    editor = EnhancedQwenImageEdit(SMALL, "fresh", pipe=pipe, feature_cache=False)
     freed: list[int] = []
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(1))
 
@@ -190,6 +191,7 @@ def test_check_environment_plans_for_a_card_that_is_not_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwen_vision_bridge.environment._ram_gb", lambda: 64.0)
+    monkeypatch.setattr("qwen_vision_bridge.environment._disk", lambda: [])
     assert check_environment.main(["--gpu-memory", "24"]) == 0
     printed = capsys.readouterr().out
     assert "Memory plan for 24 GB: 4-bit + model offload" in printed

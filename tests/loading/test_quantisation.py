@@ -53,6 +53,7 @@ def test_strength_zero_is_stock_in_4_bits_with_group_offload(editor_folder: Path
     from diffusers import QwenImageEditPlusPipeline
 
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+    from tests.conftest import SMALL
 
     pipe: Any = QwenImageEditPlusPipeline.from_pretrained(editor_folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -60,7 +61,7 @@ def test_strength_zero_is_stock_in_4_bits_with_group_offload(editor_folder: Path
     assert quantise_to_4_bit(pipe.text_encoder, "cpu", torch.float32, KEPT_IN_16_BITS) > 0
     assert type(pipe.text_encoder.model.visual.blocks[0].attn.qkv) is nn.Linear
     pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, dtype=torch.float32, feature_cache=False)
+    editor = EnhancedQwenImageEdit(SMALL, "random", pipe=pipe, dtype=torch.float32, feature_cache=False)
     options = {"prompt": "make it blue", "num_inference_steps": 2}
     baseline, enhanced, _ = editor.compare(photo, **options)
     assert np.array_equal(np.asarray(editor.generate(photo, strength=0.0, **options)), np.asarray(baseline))

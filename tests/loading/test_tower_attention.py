@@ -190,13 +190,12 @@ def test_strength_zero_is_the_pipeline_with_the_same_attention(
     """The pipeline called by hand, and both arms of the toolkit, use one and the same attention."""
     from qwen_vision_bridge.patches import batched_vision, image_sizes, mrope_positions
     from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
+    from tests.conftest import SMALL
 
     used = []
     stock = attention.batched_attention
     monkeypatch.setattr(attention, "batched_attention", lambda *a, **k: used.append(1) or stock(*a, **k))
-    editor = EnhancedQwenImageEdit(
-        "miniature", "random", pipe=pipe, vision_attention=mode, feature_cache=False
-    )
+    editor = EnhancedQwenImageEdit(SMALL, "random", pipe=pipe, vision_attention=mode, feature_cache=False)
     options = {"prompt": "make the suit blue", "num_inference_steps": 2}
     found = {}
     for arm, changes in {"zero": {"strength": 0.0}, "baseline": {"use_qwen3_vision": False}}.items():

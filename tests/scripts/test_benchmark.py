@@ -31,7 +31,8 @@ from benchmarks.timing import Measured, Stages, in_turn, peak_memory, summarise
 from qwen_vision_bridge.loading.families import resolve_family
 from qwen_vision_bridge.loading.towers import load_tower
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import MODELS
+from qwen_vision_bridge.specs import FAMILIES, MODELS
+from tests.conftest import SMALL
 
 CPU = torch.device("cpu")
 COLUMNS = {"name", "value", "unit", "bar", "spread", "n", "device", "command", "date"}
@@ -58,7 +59,7 @@ def test_calls_are_measured_in_turn_and_stop_when_time_is_short() -> None:
 
 
 def test_every_stage_of_both_arms_is_measured_without_traces(pipe: Any, photo: Image.Image) -> None:
-    editor = EnhancedQwenImageEdit("miniature", "random", pipe=pipe, feature_cache=False)
+    editor = EnhancedQwenImageEdit(SMALL, "random", pipe=pipe, feature_cache=False)
     counts = {}
     for arm, options in bench_edits.ARMS.items():
         with Stages(pipe, editor.bridge, editor.extractor) as stages:
@@ -109,6 +110,7 @@ def test_edits_are_measured_and_strength_zero_has_stock_bits(
 ) -> None:
     monkeypatch.setattr("qwen_vision_bridge.pipeline.load_pipeline", lambda *_: pipe)
     monkeypatch.setattr(bench_edits, "SHORT", 2)
+    monkeypatch.setitem(FAMILIES, "miniature", SMALL)
     made = bench(tmp_path, side=64, steps=2, repeats=2)
     bench_edits.edits(made)
     bench_edits.memory_mode(made, 24)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from qwen_vision_bridge.loading.towers import load_processor
-from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.data import WorldSamples
 from qwen_vision_bridge.training.features import FeatureEncoder
@@ -17,8 +16,9 @@ from qwen_vision_bridge.training.frozen_lm import FrozenLanguageModel
 from qwen_vision_bridge.training.losses import Batch, TrainData
 from qwen_vision_bridge.training.packs import build_pack
 from qwen_vision_bridge.training.trainable import TrainableBridge
+from tests.conftest import SMALL
 
-FAMILY = FAMILIES["miniature"]
+FAMILY = SMALL
 SAMPLES = WorldSamples("edit", "validation", 4)
 
 
@@ -77,7 +77,7 @@ def test_latents_are_those_of_the_stock_pipeline(train_data: TrainData, pipe: An
 
     handle = pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        editor = EnhancedQwenImageEdit("miniature", bridge="fresh", pipe=pipe, dtype=torch.float32)
+        editor = EnhancedQwenImageEdit(SMALL, bridge="fresh", pipe=pipe, dtype=torch.float32)
         sample = SAMPLES[0]
         editor.generate(sample.image, sample.prompt, False, num_inference_steps=2, true_cfg_scale=1.0)
     finally:

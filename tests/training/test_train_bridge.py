@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 import train_bridge
 from qwen_vision_bridge.bridge import VisionBridge
 from qwen_vision_bridge.cli import run
+from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.training.cli import parse, run_config_of, settings_of
+from tests import conftest
 
 SMALL = [
     "--max_train_samples",
@@ -43,7 +46,8 @@ def refused(arguments: list[str], capsys: Any) -> str:
 
 
 @pytest.mark.slow
-def test_the_script_trains_calibrates_and_continues(tmp_path: Path) -> None:
+def test_the_script_trains_calibrates_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "miniature", replace(conftest.SMALL, steps=2))  # the edits that it saves
     places = ["--cache_dir", str(tmp_path / "packs"), "--output_dir"]
     train_bridge.main(
         [*SMALL, *places, str(tmp_path / "one"), "--method", "perceive", "--train-batch-size=3"]

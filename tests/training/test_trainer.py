@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
 from qwen_vision_bridge.loading.towers import load_processor
-from qwen_vision_bridge.specs import FAMILIES, MAX_SEED, step_seed
+from qwen_vision_bridge.specs import MAX_SEED, step_seed
 from qwen_vision_bridge.training import checkpointing as checkpointing
 from qwen_vision_bridge.training.config import TrainingSettings
 from qwen_vision_bridge.training.data import WorldSamples
@@ -37,8 +37,9 @@ from qwen_vision_bridge.training.validation import (
     choose_gate,
     summarize,
 )
+from tests.conftest import SMALL
 
-FAMILY = FAMILIES["miniature"]
+FAMILY = SMALL
 SETTINGS = TrainingSettings(
     max_train_steps=4,
     train_batch_size=4,
