@@ -296,4 +296,4 @@ def test_a_strip_that_the_editor_cannot_do_is_one_error(editor: Any, tmp_path: P
     errors = {(record["case_id"], bool(record["error"])) for record in found.records}
     assert errors == {(good.case_id, False), ("a-strip", True)}
     assert len(said) == 1
-    assert any("800×8 px, longer than the 64:1" in line for line in found.left_out)
+    assert any("800×8 px, longer than the 16:1" in line for line in found.left_out)

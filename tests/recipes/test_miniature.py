@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 from qwen_vision_bridge.case import Scene
+from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import questions
 from recipes.miniature import build as miniature
 from recipes.miniature import tokenizer as tokens
+from tests.conftest import STOCK
 
 
 @pytest.mark.parametrize("shown", [1, 2])
@@ -63,10 +65,11 @@ def test_the_transformer_trains_on_what_the_pipeline_gives_it(
         if len(calls) == 1 + is_dropped:
             raise _FirstStep
 
+    full_size = EnhancedQwenImageEdit(STOCK, bridge="fresh", pipe=editor.pipe, dtype=torch.float32)
     handle = editor.pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with pytest.raises(_FirstStep):
-            editor.generate(case.images, case.prompt, use_qwen3_vision=False, seed=5, true_cfg_scale=4.0)
+            full_size.generate(case.images, case.prompt, use_qwen3_vision=False, seed=5, true_cfg_scale=4.0)
     finally:
         handle.remove()
     stock, sent = calls[-1], {}

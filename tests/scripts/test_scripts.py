@@ -224,7 +224,7 @@ def test_options_take_the_users_photograph(
     example: int, folder: Path, photo_file: Path, session_of_examples: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["--image", str(photo_file), "--prompt", "HELLO"]
-    session_of_examples([*QUICK, "--example", str(example), *asked])
+    session_of_examples([*QUICK, "--example", str(example), *asked], STOCK)
     written = {
         1: "comparison_basic.png",
         2: "ocr_tests/report.html",
