@@ -192,7 +192,7 @@ def _decode_data(data: bytes, name: str, smallest_side: int) -> _Decoded:
         return _decode(io.BytesIO(data), name, smallest_side)
     except _RefusedError:
         raise
-    except Exception:
+    except Exception:  # decoders raise nearly anything; without a barer file it is raised again
         if (bare := _without_metadata(data)) is None:
             raise
     decoded = _decode(io.BytesIO(bare), name, smallest_side)
