@@ -19,9 +19,10 @@ from qwen_vision_bridge.loading.memory import (
     free_cuda,
     plan_for,
 )
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.patches import batched_vision, image_sizes, mrope_positions
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import FAMILIES, Family
+from qwen_vision_bridge.specs import Family
 
 from .runner import Bench
 from .timing import Stages, in_turn, peak_memory, summarise, timed

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .bridge import BridgeConfig, VisionBridge
     from .cache import VisionCache
     from .extractor import ExtractionOptions, VisionCacheExtractor
+    from .loading.registry import FAMILIES
     from .pipeline import EnhancedQwenImageEdit
-    from .specs import FAMILIES
 
 # PyTorch's threads spin while they wait, which makes an edit on a busy machine ten times slower; torch reads
 # this when it is imported.
@@ -32,7 +32,7 @@ _MODULES = {
     "BridgeConfig": "bridge",
     "EnhancedQwenImageEdit": "pipeline",
     "ExtractionOptions": "extractor",
-    "FAMILIES": "specs",
+    "FAMILIES": "loading.registry",
     "VisionBridge": "bridge",
     "VisionCache": "cache",
     "VisionCacheExtractor": "extractor",

@@ -31,7 +31,8 @@ from .io import read_json
 from .loading.checks import broken_weight
 from .loading.hub import folder_or_hub_file, is_hub_id
 from .loading.locks import exclusive
-from .specs import BUILTIN, FAMILIES, LEVEL_NAMES, MODELS, Family, check_seed
+from .loading.registry import FAMILIES, MODELS
+from .specs import BUILTIN, LEVEL_NAMES, Family, check_seed
 
 logger = logging.getLogger(__name__)
 

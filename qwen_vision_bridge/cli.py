@@ -17,7 +17,8 @@ from PIL import Image
 from .images import load_images
 from .loading.families import resolve_family
 from .loading.memory import is_out_of_memory
-from .specs import FAMILIES, Family, check_prompt, check_seed
+from .loading.registry import FAMILIES
+from .specs import Family, check_prompt, check_seed
 
 OUTPUT = Path("examples_output")
 PHOTO_NOTE = "Note: the miniature was trained on synthetic scenes only; expect little of a photograph."

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from .io import version_of
 from .loading.memory import device_name, plan_for
-from .specs import FAMILIES, Family, cache_home
+from .loading.registry import FAMILIES
+from .specs import Family, cache_home
 
 logger = logging.getLogger(__name__)
 

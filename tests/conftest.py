@@ -19,7 +19,7 @@ os.environ["QWEN_VISION_BRIDGE_HOME"] = tempfile.mkdtemp(prefix="qwen-vision-bri
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.loading.registry import FAMILIES
 
 STOCK = FAMILIES["miniature"]
 SMALL = replace(STOCK, editor=replace(STOCK.editor, vae_area=64 * 64))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..io import read_json
-from ..specs import EDITORS, FAMILIES, MODELS, EditorSpec, Family, ModelSpec
+from ..specs import EditorSpec, Family, ModelSpec
 from .hub import hub_file, is_hub_id
+from .registry import EDITORS, FAMILIES, MODELS
 
 Spec = TypeVar("Spec", ModelSpec, EditorSpec)
 

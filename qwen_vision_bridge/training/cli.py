@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import get_args
 
 from ..loading.families import resolve_family
-from ..specs import FAMILIES, LEVEL_NAMES
+from ..loading.registry import FAMILIES
+from ..specs import LEVEL_NAMES
 from .config import Control, Method, RunConfig, Schedule, TrainingSettings, check_data_folder
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from qwen_vision_bridge.case import Edit
-from qwen_vision_bridge.specs import FAMILIES, TARGET_PX
+from qwen_vision_bridge.loading.registry import FAMILIES
+from qwen_vision_bridge.specs import TARGET_PX
 from qwen_vision_bridge.synthetic import cases as world
 from qwen_vision_bridge.synthetic import questions
 from qwen_vision_bridge.synthetic.scene import render

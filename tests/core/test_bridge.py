@@ -21,7 +21,7 @@ from qwen_vision_bridge.bridge import (
     count_parameters,
     resolve_bridge,
 )
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.loading.registry import FAMILIES
 
 SMALL = BridgeConfig(source_dim=256, target_dim=224, rank=48, query_dim=48)
 RANDOM = BridgeConfig(source_dim=256, target_dim=224, rank=48, query_dim=48, init="random")

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from qwen_vision_bridge.bridge import VisionBridge, BridgeConfig
 from qwen_vision_bridge.pairs import Edit
 from qwen_vision_bridge.evaluation.evaluate import evaluate
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.evaluation.report.tables import write_results
 from qwen_vision_bridge.synthetic.cases import make_cases
 

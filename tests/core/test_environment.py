@@ -11,8 +11,8 @@ from qwen_vision_bridge import environment
 from qwen_vision_bridge.environment import choose_family, inspect_machine
 from qwen_vision_bridge.extractor import VisionCacheExtractor
 from qwen_vision_bridge.loading.memory import plan_for, resolve_device, resolve_dtype
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import FAMILIES
 
 QWEN = FAMILIES["qwen"]
 

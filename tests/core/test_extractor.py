@@ -12,7 +12,8 @@ from PIL import Image
 from qwen_vision_bridge import extractor as extractor_module
 from qwen_vision_bridge.extractor import ExtractionOptions, VisionCacheExtractor
 from qwen_vision_bridge.loading.checkpoints import locate
-from qwen_vision_bridge.specs import FAMILIES, TARGET_PX
+from qwen_vision_bridge.loading.registry import FAMILIES
+from qwen_vision_bridge.specs import TARGET_PX
 
 FAMILY = FAMILIES["miniature"]
 PX, AREA = FAMILY.target.token_px, TARGET_PX**2  # px²: no image is seen larger

@@ -13,8 +13,8 @@ from PIL import Image
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
 from qwen_vision_bridge.injection import SITES, FeaturesNotReadError, capture_vision, inject, replace_vision
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.patches import condition_grids, image_sizes, mrope_positions
-from qwen_vision_bridge.specs import FAMILIES
 
 FAMILY = FAMILIES["miniature"]
 

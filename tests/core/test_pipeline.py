@@ -19,9 +19,10 @@ from qwen_vision_bridge.loading.memory import (
     check_device,
     find_mode,
 )
+from qwen_vision_bridge.loading.registry import EDITORS, FAMILIES
 from qwen_vision_bridge.patches import condition_size, image_sizes, mrope_positions, vae_size
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import EDITORS, FAMILIES, Family
+from qwen_vision_bridge.specs import Family
 from tests.conftest import SMALL
 
 PROMPT = "make the suit blue"

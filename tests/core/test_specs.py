@@ -12,7 +12,8 @@ import pytest
 from qwen_vision_bridge import specs
 from qwen_vision_bridge.io import parse_object
 from qwen_vision_bridge.loading.families import resolve_family
-from qwen_vision_bridge.specs import EDITORS, FAMILIES, MODELS, ModelSpec
+from qwen_vision_bridge.loading.registry import EDITORS, FAMILIES, MODELS
+from qwen_vision_bridge.specs import ModelSpec
 
 
 def test_the_registry_holds_every_released_size() -> None:

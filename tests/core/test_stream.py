@@ -388,8 +388,8 @@ def test_the_command_refuses_a_folder_without_images(tmp_path: Path) -> None:
 
 
 def test_compiled_blocks_compute_the_same() -> None:
+    from qwen_vision_bridge.loading.registry import MODELS
     from qwen_vision_bridge.loading.tower_attention import tower_attention
-    from qwen_vision_bridge.specs import MODELS
 
     tower = load_tower(MODELS["miniature-source"]).model
     pixels, grid = (

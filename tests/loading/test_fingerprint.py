@@ -92,8 +92,8 @@ def test_everything_a_user_can_change_changes_the_key() -> None:
 
 
 def test_sizes_set_in_diffusers_itself_are_in_the_key(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_vision_bridge.loading.registry import EDITORS
     from qwen_vision_bridge.patches import effective_sizes
-    from qwen_vision_bridge.specs import EDITORS
 
     released = EDITORS["Qwen-Image-Edit-2509"]
     before = effective_sizes(type(pipe), released)

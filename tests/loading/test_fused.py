@@ -136,8 +136,8 @@ def test_offloaded_layers_keep_their_hooks(offload: str, seen: list[str]) -> Non
 
 def test_the_sources_attention_is_fused_and_gives_the_same(seen: list[str]) -> None:
     """Its norms are PyTorch's and its widths even: they are left."""
+    from qwen_vision_bridge.loading.registry import MODELS
     from qwen_vision_bridge.loading.towers import load_tower
-    from qwen_vision_bridge.specs import MODELS
 
     tower = load_tower(MODELS["miniature-source"]).model
     check_fused(tower, [[1, 4, 4], [1, 6, 10]])

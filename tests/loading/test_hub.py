@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from qwen_vision_bridge.loading.checkpoints import HubCheckpoint, open_checkpoint
 from qwen_vision_bridge.loading.families import resolve_family
-from qwen_vision_bridge.specs import MODELS
+from qwen_vision_bridge.loading.registry import MODELS
 from qwen_vision_bridge.loading.towers import load_tower
 
 signal.alarm(280)  # ends the process, whatever it waits for
@@ -147,8 +147,8 @@ def test_only_the_towers_bytes_and_the_headers_cross_the_wire(visit: Visit) -> N
 def test_the_fetched_tower_is_the_local_one_bit_for_bit(visit: Visit, source_folder: Path) -> None:
     import hashlib
 
+    from qwen_vision_bridge.loading.registry import MODELS
     from qwen_vision_bridge.loading.towers import load_tower
-    from qwen_vision_bridge.specs import MODELS
 
     digest = hashlib.sha256()
     for name, tensor in sorted(load_tower(MODELS["miniature-source"]).model.state_dict().items()):

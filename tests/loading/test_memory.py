@@ -28,8 +28,8 @@ from qwen_vision_bridge.loading.memory import (
     smaller_mode_suggested,
     total_gpu_gb,
 )
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import FAMILIES
 from tests.conftest import SMALL
 
 QWEN = FAMILIES["qwen"]

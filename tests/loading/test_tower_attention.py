@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.nn.attention import varlen
 
 from qwen_vision_bridge.loading import tower_attention as attention
+from qwen_vision_bridge.loading.registry import MODELS
 from qwen_vision_bridge.loading.tower_attention import NAME, batched_attention, tower_attention
 from qwen_vision_bridge.loading.towers import load_tower
-from qwen_vision_bridge.specs import MODELS
 
 WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, WITHOUT_CUDA])]

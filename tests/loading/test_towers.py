@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vision_bridge.loading.checkpoints import LocalCheckpoint
 from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.loading.registry import MODELS
 from qwen_vision_bridge.loading.towers import (
     TOWER_PREFIX,
     load_processor,
@@ -23,7 +24,6 @@ from qwen_vision_bridge.loading.towers import (
     quantise_blocks,
     require_cuda_for_8bit,
 )
-from qwen_vision_bridge.specs import MODELS
 from tests.conftest import shard_checkpoint
 
 SOURCE, TARGET = MODELS["miniature-source"], MODELS["miniature-target"]

@@ -29,9 +29,9 @@ from benchmarks.random_checkpoints import (
 from benchmarks.runner import Bench, Settings, meets, table
 from benchmarks.timing import Measured, Stages, in_turn, peak_memory, summarise
 from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.loading.registry import FAMILIES, MODELS
 from qwen_vision_bridge.loading.towers import load_tower
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
-from qwen_vision_bridge.specs import FAMILIES, MODELS
 from tests.conftest import SMALL
 
 CPU = torch.device("cpu")

@@ -27,7 +27,8 @@ import example_end_to_end
 import example_extraction
 from qwen_vision_bridge.cli import run
 from qwen_vision_bridge.evaluation.report.tables import OUTSIDE
-from qwen_vision_bridge.specs import FAMILIES, TARGET_PX, Family
+from qwen_vision_bridge.loading.registry import FAMILIES
+from qwen_vision_bridge.specs import TARGET_PX, Family
 from qwen_vision_bridge.synthetic.cases import GROUPS
 from tests.conftest import SMALL, STOCK
 

@@ -16,7 +16,7 @@ from qwen_vision_bridge.evaluation.metrics.registry import is_readable
 from qwen_vision_bridge.evaluation.report.html import write_page
 from qwen_vision_bridge.evaluation.report.tables import kind_rows, write_results
 from qwen_vision_bridge.evaluation.scoring import measure, unmeasured
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.synthetic import multilingual as languages
 from qwen_vision_bridge.synthetic.multilingual import SCRIPTS, cases_for, find_font, language_cases
 from qwen_vision_bridge.synthetic.questions import questions_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.training import data as module
 from qwen_vision_bridge.training.config import RunConfig
 from qwen_vision_bridge.training.data import (

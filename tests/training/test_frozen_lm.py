@@ -11,9 +11,9 @@ import torch
 from qwen_vision_bridge.evaluation.arms import Arm
 from qwen_vision_bridge.evaluation.vqa import Question, ask
 from qwen_vision_bridge.extractor import VisionCacheExtractor
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.patches import mrope_positions
-from qwen_vision_bridge.specs import FAMILIES
 from qwen_vision_bridge.synthetic.cases import make_cases
 from qwen_vision_bridge.training.data import Sample
 from qwen_vision_bridge.training.features import FeatureEncoder, pooled

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train_bridge
 from qwen_vision_bridge.bridge import VisionBridge
 from qwen_vision_bridge.cli import run
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.training.cli import parse, run_config_of, settings_of
 from tests import conftest
 

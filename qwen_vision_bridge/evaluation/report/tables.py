@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...io import write_json, write_text
-from ...specs import FAMILIES
+from ...loading.registry import FAMILIES
 from ...synthetic.cases import KINDS
 from ..evaluate import Evaluation
 from ..metrics.registry import HEADLINES, METRICS, STATED
