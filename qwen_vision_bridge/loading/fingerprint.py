@@ -8,7 +8,7 @@ process.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -53,9 +53,14 @@ def weights_digest(module: nn.Module) -> str:
     even steps. Weights that offloading keeps out of reach match nothing, so what was made with them is never
     taken for something else.
     """
+    return tensors_digest(_tensors(module))
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Digest of named tensors, as `weights_digest`."""
     sums: list[torch.Tensor] = []
     facts: list[Any] = []
-    for name, tensor in _tensors(module):
+    for name, tensor in tensors:
         if tensor.is_meta:
             return uuid4().hex
         bits = tensor.data.contiguous().view(-1)

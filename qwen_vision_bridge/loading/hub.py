@@ -97,6 +97,24 @@ def folder_or_hub_file(location: str, name: str, options: Mapping[str, str | boo
     raise FileNotFoundError(f"{folder} has no {name}: give a folder that `save_pretrained` wrote")
 
 
+def hub_files(repo: str, suffix: str) -> list[str]:
+    """The files of a repository whose names end so; of its copy in the cache where the hub cannot be reached.
+
+    Raises:
+        OSError: no such repository, or no connection and no copy.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with hub_errors(repo):
+        try:
+            names = HfApi().list_repo_files(repo)
+        except OfflineModeIsEnabled:
+            folder = Path(snapshot_download(repo, local_files_only=True))
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in names if name.endswith(suffix))
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a hub repository, `owner/name`."""
     return HUB_ID.fullmatch(name) is not None

@@ -77,12 +77,22 @@ class Editor(nn.Module):
         return states * real[..., None], real
 
     def velocity(
-        self, noisy: Tensor, references: Tensor, states: Tensor, real: Tensor, time: Tensor
+        self,
+        noisy: Tensor,
+        references: Tensor,
+        states: Tensor,
+        real: Tensor,
+        time: Tensor,
+        transformer: nn.Module | None = None,
     ) -> Tensor:
-        """Predicted velocity (B, 256, 32) at time 1 (noise) to 0, for references (B, shown·256, 32)."""
+        """Predicted velocity (B, 256, 32) at time 1 (noise) to 0, for references (B, shown·256, 32).
+
+        Args:
+            transformer: another than the editor's own.
+        """
         batch, length, _ = noisy.shape
         shapes = [[(1, SIDE, SIDE)] * (1 + references.shape[1] // length)] * batch
-        out = self.transformer(
+        out = (transformer or self.transformer)(
             hidden_states=torch.cat([noisy, references.to(noisy.dtype)], dim=1),
             encoder_hidden_states=states.to(noisy.dtype),
             encoder_hidden_states_mask=real,
