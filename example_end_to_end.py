@@ -84,6 +84,21 @@ def add_edit_options(options: argparse.ArgumentParser) -> None:
         "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
     )
     options.add_argument("--steps", type=int, help="denoising steps; default: the family's")
+    options.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA for baseline and enhanced edits: a safetensors file of any trainer, a folder, a hub "
+        "id, or owner/name/file.safetensors; may be repeated",
+    )
+    options.add_argument(
+        "--fast",
+        type=int,
+        choices=(4, 8),
+        help="edit in so many steps without guidance, by the editor's few-step LoRA",
+    )
+    options.add_argument("--fast-lora", metavar="FILE", help="another few-step LoRA, for --fast")
     options.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
     options.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
     options.add_argument(
@@ -130,6 +145,7 @@ class Session:
         from qwen_vision_bridge.distributed import Processes
         from qwen_vision_bridge.evaluation.arms import BASELINE, Arm, parse_arm
         from qwen_vision_bridge.evaluation.public_datasets import load_cases
+        from qwen_vision_bridge.loading.lora_files import parse_lora
         from qwen_vision_bridge.pairs import check_steps
         from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
@@ -145,7 +161,11 @@ class Session:
             load_in_4bit=arguments.load_in_4bit,
             offload=arguments.offload,
             device=Processes().device,
+            fast=arguments.fast,
+            fast_lora=arguments.fast_lora,
         )
+        for text in arguments.lora:
+            self.pipeline.load_lora(*parse_lora(text))
         self.prompt = arguments.prompt or PROMPT
         self.own_cases: list[Case] = []
         if arguments.case_folder is not None:
@@ -195,7 +215,8 @@ class Session:
         if case is not None and case.target is not None and result.baseline.size == case.target.size:
             rights = [judge(case, edited).right for edited in (result.baseline, result.enhanced)]
             known = (case.target, rights[0], rights[1])
-            if self.arguments.bridge is None and self.arguments.strength == 1:
+            given = self.arguments
+            if given.bridge is None and given.strength == 1 and not (given.fast or given.lora):
                 note = STRIPED
         about = " · ".join(filter(None, [repr(self.pipeline), note]))
         strength, seed = self.arguments.strength, self.arguments.seed

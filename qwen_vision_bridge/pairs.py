@@ -55,6 +55,10 @@ class PipelineOptions:
     """`torch.compile` the source tower's blocks and the bridge: slow to begin with, equal up to rounding."""
     feature_cache: bool | str | Path = True
     """Keep source features on disk, see `VisionCacheExtractor`."""
+    fast: int | None = None
+    """Edit in so many steps without guidance, by the editor's few-step LoRA: 4, or 8 for released editors."""
+    fast_lora: str | Path | None = None
+    """Another few-step LoRA: a file, a folder or a hub id."""
 
     def __post_init__(self) -> None:
         check_vision_attention(self.vision_attention)

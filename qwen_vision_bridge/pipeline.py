@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,9 +22,10 @@ from .images import ImageLike, Images
 from .injection import Grids, LevelAttention, inject
 from .io import provenance, version_of
 from .loading.editors import editor_revision, load_pipeline
-from .loading.families import resolve_family
+from .loading.families import resolve_family, with_few_steps
 from .loading.fingerprint import changed_parts, loaded_state
 from .loading.locks import exclusive, model_lock
+from .loading.lora_mixin import LoraMixin
 from .loading.memory import (
     MemoryPlan,
     check_device,
@@ -59,7 +61,7 @@ Result = TypeVar("Result")
 KEY_VERSION = 2  # raise it when `fingerprint` covers other things, so that kept results are made anew
 
 
-class EnhancedQwenImageEdit:
+class EnhancedQwenImageEdit(LoraMixin):
     """Edit images with Qwen-Image-Edit, with or without Qwen3-VL's features through a bridge.
 
     The stock pipeline is in `.pipe`, loaded on first use and untouched outside a call: LoRAs and schedulers
@@ -100,8 +102,9 @@ class EnhancedQwenImageEdit:
         options: PipelineOptions | None = None,
         **rare: Any,
     ) -> None:
-        self.family = resolve_family(named_family(family), source=source, editor=editor)
         self.options = options = replace(options or PipelineOptions(), **rare)
+        found = resolve_family(named_family(family), source=source, editor=editor)
+        self.family = with_few_steps(found, options.fast, options.fast_lora)
         self.mode = find_mode(load_in_8bit, load_in_4bit, offload)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
@@ -115,6 +118,8 @@ class EnhancedQwenImageEdit:
         shared = {name: getattr(options, name) for name in ("vision_attention", "compiled", "feature_cache")}
         self.extractor = VisionCacheExtractor(self.family, False, None, self.device, self.dtype, **shared)
         self._pipe = pipe
+        if pipe is not None:
+            self.use_few_steps(self.family.editor.few_step_lora)
         self._stock_state: dict[str, str] | None = None  # as loaded; None for a pipeline passed in
         self._source_users = 0  # how many `keeping_source` are open
         self._early_processor: Any = None  # the editor's, needed before the pipeline is loaded
@@ -128,8 +133,9 @@ class EnhancedQwenImageEdit:
             log_plan(self.plan, self.device)
             with smaller_mode_suggested(self.mode, self.family.editor):
                 self._pipe = load_pipeline(self.family.editor, self.mode, self.device, self.dtype)
-            self._stock_state = loaded_state(self._pipe)
             check_encoder(self._pipe, self.family)
+            self.use_few_steps(self.family.editor.few_step_lora)
+            self._stock_state = loaded_state(self._pipe)
         return self._pipe
 
     def generate(
@@ -305,7 +311,7 @@ class EnhancedQwenImageEdit:
             "editor": {"repo": family.editor.repo, "revision": self._editor_revision},
             "sizes": effective_sizes(self._pipeline_class(), family.editor),
             "changes": {} if pipe is None else changed_parts(pipe, self._stock_state),
-            "adapters": {} if pipe is None else pipe.get_list_adapters(),
+            **self.describe_loras(family.editor.few_step_lora, pipe is not None),
             "mrope": options.mrope,
             "vision_attention": options.vision_attention,
             "memory_mode": self.mode.name,
@@ -322,8 +328,8 @@ class EnhancedQwenImageEdit:
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """How a results file was made: command, seeds, models, versions, device, date."""
-        parts = self.fingerprint(True)
-        del parts["device"], parts["versions"]  # stated in more detail
+        detailed = ("device", "versions")
+        parts = {name: part for name, part in self.fingerprint(True).items() if name not in detailed}
         return provenance(seeds, device_name(self.device), **parts)
 
     def __repr__(self) -> str:
@@ -345,6 +351,4 @@ class EnhancedQwenImageEdit:
     def _pipeline_class(self) -> type[EditPipeline]:
         if self._pipe is not None:
             return type(self._pipe)
-        import diffusers
-
-        return getattr(diffusers, self.family.editor.pipeline_class)
+        return getattr(import_module("diffusers"), self.family.editor.pipeline_class)

@@ -171,6 +171,10 @@ class EditorSpec:
     """10⁹ parameters of the text encoder."""
     revision: str | None = None
     """Branch, tag or commit; None is the default branch."""
+    few_steps: tuple[tuple[int, str], ...] = ()
+    """LoRAs that edit in few steps without guidance: how many, and where each lies."""
+    few_step_lora: str | None = None
+    """The one that is loaded with the editor, with its scheduler."""
 
     @property
     def max_aspect_ratio(self) -> float:
@@ -195,7 +199,7 @@ class Family:
     """Default denoising steps."""
     true_cfg_scale: float = 4.0
     """Default guidance scale; guidance needs a negative prompt too."""
-    negative_prompt: str = " "
+    negative_prompt: str | None = " "
     image_size: int = 448
     """px of the synthetic test image's side."""
     synthetic_only: bool = False

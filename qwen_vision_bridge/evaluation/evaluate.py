@@ -17,7 +17,7 @@ from ..case import GROUPS, OTHER, Case
 from ..distributed import Processes
 from ..pipeline import EnhancedQwenImageEdit
 from ..specs import check_seed
-from .arms import Arm, check_arms, default_arms
+from .arms import Arm, check_arms, default_arms, loading_loras
 from .executor import Executor
 from .metrics.consistency import pair_records
 from .metrics.registry import METRICS
@@ -124,7 +124,8 @@ def evaluate(
     if options.announce is not None and processes.is_main:
         options.announce(_estimate(run, pending, processes.count))
     mine = processes.share(sorted({task.case.case_id for task in pending}))
-    _work(run, mine, pending, record_log, options.workers)
+    with loading_loras(pipeline, arms if pending else ()):
+        _work(run, mine, pending, record_log, options.workers)
     processes.wait()
     if not processes.is_main:
         return None

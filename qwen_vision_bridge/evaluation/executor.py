@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor as Pool
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -27,6 +27,7 @@ from ..pairs import Edit
 from ..patches import shared_latents
 from ..specs import cache_home
 from ..synthetic.questions import Question
+from .arms import lora_name
 from .record_log import RecordLog
 from .scoring import score, score_reply
 from .tasks import Run, Task, content_key
@@ -134,7 +135,7 @@ class Executor:
                     image, attention = self._run(task, self.run.pipeline.edit)
                 else:
                     prepared = self._run(task, self.run.pipeline.prepare)
-                    batches.setdefault(prepared.shape, []).append((task, prepared))
+                    batches.setdefault((*prepared.shape, task.arm.loras), []).append((task, prepared))
                     continue
                 self._save(task, image, attention, time.perf_counter() - started)
         for edits in batches.values():
@@ -145,7 +146,9 @@ class Executor:
         started = time.perf_counter()
         images: list[Image.Image] = []
         with self._recording_errors([task for task, _ in edits]):
-            images = self.run.pipeline.denoise([prepared for _, prepared in edits])
+            weights = {lora_name(file): weight for file, weight in edits[0][0].arm.loras}
+            with self.run.pipeline.weighted_loras(weights):
+                images = self.run.pipeline.denoise([prepared for _, prepared in edits])
         seconds = (time.perf_counter() - started) / len(edits)
         for (task, prepared), image in zip(edits, images, strict=False):  # none where it failed
             with self._recording_errors([task]):
@@ -158,7 +161,7 @@ class Executor:
             case.shown, case.prompt, run.seed_of(case), arm.strength, **run.options
         )
         edit = replace(edit, bridge=arm.bridge, source=self._source(task), site=arm.site)
-        with nullcontext() if arm.patch is None else arm.patch(run.pipeline, case):
+        with arm.applied(run.pipeline, case):
             return function(edit)
 
     def _baseline_path(self, task: Task) -> Path | None:
@@ -199,7 +202,7 @@ class Executor:
             source = self._source(task)
             if isinstance(source, VisionCache):
                 source = source.split()[-1]
-            with nullcontext() if task.arm.patch is None else task.arm.patch(self.run.pipeline, task.case):
+            with task.arm.applied(self.run.pipeline, task.case):
                 reply = ask(self.run.pipeline, task.case.image, question, task.arm, source)
             fields = {"reply": reply, "answer": question.answer, "metrics": score_reply(question, reply)}
             self._record(task, fields, time.perf_counter() - started)

@@ -26,8 +26,8 @@ def add_evaluation_options(options: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=BRIDGE[,…]",
-        help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target; "
-        "may be repeated; default: the bridge and its two controls",
+        help="an arm beside the baseline, with strength=, site=, features=own|shuffled|target, "
+        "lora=FILE:WEIGHT; `none` is no bridge; may be repeated; default: the bridge and its two controls",
     )
     options.add_argument(
         "--batch-arms",

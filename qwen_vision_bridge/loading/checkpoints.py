@@ -40,17 +40,17 @@ SHIPPED = Path(__file__).parents[1] / "weights" / "miniature"
 
 
 def locate(repo: str) -> str:
-    """Turn a `builtin:` location into the package's folder of shipped weights; others pass unchanged.
+    """Turn a `builtin:` location into the package's shipped weights; others pass unchanged.
 
     Raises:
         FileNotFoundError: the package was installed without its weights.
     """
     if not repo.startswith(BUILTIN):
         return repo
-    folder = SHIPPED / ("source" if repo == f"{BUILTIN}source" else "editor")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no weights of the miniature in {folder}: install the whole package")
-    return str(folder)
+    path = SHIPPED / repo.removeprefix(BUILTIN)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights of the miniature in {path}: install the whole package")
+    return str(path)
 
 
 class Checkpoint(ABC):

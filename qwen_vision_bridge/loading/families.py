@@ -40,6 +40,29 @@ def resolve_family(
     return family
 
 
+def with_few_steps(family: Family, steps: int | None, lora: str | Path | None = None) -> Family:
+    """The family with its editor in few steps and without guidance, by a few-step LoRA.
+
+    Args:
+        steps: None leaves the family as it is, unless there is a LoRA: then 4.
+        lora: file, folder or hub id; None takes the editor's own for these steps.
+
+    Raises:
+        ValueError: the editor has no LoRA for these steps.
+    """
+    if steps is None and lora is None:
+        return family
+    steps, editor = 4 if steps is None else steps, family.editor
+    known = dict(editor.few_steps)
+    if lora is None and steps not in known:
+        numbers = ", ".join(map(str, known)) or "none"
+        raise ValueError(
+            f"{editor.name} has no LoRA for {steps} steps (there is: {numbers}): give a file as fast_lora"
+        )
+    editor = replace(editor, few_step_lora=str(lora or known[steps]))
+    return replace(family, editor=editor, steps=steps, true_cfg_scale=1.0, negative_prompt=None)
+
+
 def _resolve_model(role: str, model: str | Path) -> ModelSpec:
     registered = {spec.name: spec for spec in MODELS.values() if spec.role == role}
     if spec := _registered(registered, model):
@@ -64,8 +87,18 @@ def _resolve_editor(editor: str | Path, base: EditorSpec) -> EditorSpec:
         raise ValueError(
             f"{editor} is a pipeline of class {pipeline_class}, needed is {' or '.join(classes)}"
         )
-    # Image sizes are no part of a checkpoint: it keeps those of the family it is used in.
-    return replace(base, pipeline_class=pipeline_class, revision=None, name=where["name"], repo=where["repo"])
+    # Image sizes are no part of a checkpoint: it keeps those of the family it is used in. A few-step LoRA is
+    # made for certain weights: a copy keeps its model's by the name of its folder.
+    named = EDITORS.get(Path(where["repo"]).name)
+    few_steps = () if named is None else named.few_steps
+    return replace(
+        base,
+        pipeline_class=pipeline_class,
+        revision=None,
+        name=where["name"],
+        repo=where["repo"],
+        few_steps=few_steps,
+    )
 
 
 def _registered(specs: Mapping[str, Spec], name: str | Path) -> Spec | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..io import read_json
+from ..io import folder_digest, read_json
+from .checkpoints import locate
 from .checks import PICKLE_SUFFIXES
 from .hub import hub_file, hub_files, is_hub_id
 
@@ -46,7 +47,8 @@ def find_lora(location: str | Path, weight_name: str | None = None) -> Path:
         FileNotFoundError: no such file. ValueError: a pickled file, or several to choose from.
         OSError: no connection to the hub and no copy.
     """
-    path, text = Path(location).expanduser(), str(location)
+    location = locate(str(location))
+    path, text = Path(location).expanduser(), location
     if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{path} is a pickled file, which is never loaded: convert it to safetensors")
     if path.is_file():
@@ -71,6 +73,14 @@ def _choose(location: str, names: list[str], weight_name: str | None) -> str:
         what = f"{len(names)} LoRAs ({', '.join(names[:4])}): name one" if names else "no safetensors file"
         raise FileNotFoundError(f"{location} has {what}")
     return weight_name or names[0]
+
+
+def lora_revision(location: str | None) -> str | None:
+    """Identify a LoRA's file by its content, or by its size and modification time above 64 MB."""
+    if location is None:
+        return None
+    path = find_lora(location)
+    return folder_digest(path.parent, [path])
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -21,6 +21,7 @@ from .fingerprint import tensors_digest
 from .locks import exclusive
 from .lora_files import check_weight, find_lora, read_lora
 from .lora_layouts import LoraTensors, canonical, largest, module_name, split
+from .lora_probe import probe_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +73,17 @@ class LoraSet:
             raise ValueError(f"a LoRA named {name!r} is loaded already: unload it, or give another name")
         try:
             parts = self._read(path, vision_tower)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from error
-        try:
             for component, lora in parts.items():
                 self._attach(component, lora, name)
             self.set_weights({**weights, name: weight or 1.0})
             for component, lora in parts.items():
-                self._verify(component, lora, name, path.name)
+                self._verify(component, lora, name)
             self.set_weights({**weights, name: weight})
-        except BaseException:
+        except BaseException as error:
             self._remove(name)
             self.set_weights(weights)
+            if isinstance(error, ValueError):
+                raise ValueError(f"{path.name}: {error}") from error
             raise
         return name
 
@@ -202,7 +202,7 @@ class LoraSet:
                 return
             _inject(model, tensors, name, config)
 
-    def _verify(self, component: str, lora: LoraTensors, name: str, file: str) -> None:
+    def _verify(self, component: str, lora: LoraTensors, name: str) -> None:
         """Check that every matrix lies where it belongs, and that the component's output differs."""
         model = getattr(self.pipe, component)
         layers = {path.removeprefix(f"{component}."): layer for path, layer in self._layers()}
@@ -217,7 +217,7 @@ class LoraSet:
             if not all(map(_equal, kept, pair)):
                 lost.append(module)
         if lost:
-            raise ValueError(f"{file}: {len(lost)} layers did not take it (first: {lost[0]})")
+            raise ValueError(f"{len(lost)} layers did not take it (first: {lost[0]})")
         if all(IN_THE_TOWER.search(each) for each in lora.names):
             model = model.model.visual
         weights = self.weights()
@@ -226,13 +226,13 @@ class LoraSet:
         without = self._probe(model)
         self.set_weights(weights)
         if torch.equal(with_it, without):
-            raise ValueError(f"{file}: the {component}'s output is the same with it and without")
+            raise ValueError(f"the {component}'s output is the same with it and without")
 
     @torch.no_grad()
     def _probe(self, model: nn.Module) -> Tensor:
         """The output of a component for a few seeded tokens."""
         device, dtype = self.pipe._execution_device, model.dtype
-        inputs = _probe_inputs(model)
+        inputs = probe_inputs(model)
         for key, value in inputs.items():
             if torch.is_tensor(value):
                 inputs[key] = value.to(device, dtype if value.is_floating_point() else None)
@@ -316,35 +316,3 @@ def _quiet_loader() -> Iterator[None]:
     finally:
         for each, level in zip(loaders, levels, strict=True):
             each.setLevel(level)
-
-
-def _probe_inputs(model: Any) -> dict[str, Any]:
-    """A few seeded tokens for a Qwen-Image or Wan transformer, or for a language model."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    if hasattr(model, "patch_embed") and hasattr(model, "merger"):  # a vision tower
-        size = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        return {"hidden_states": noise(16, size), "grid_thw": torch.tensor([[1, 4, 4]])}
-    if hasattr(model, "language_model") or hasattr(getattr(model, "model", None), "language_model"):
-        return {"input_ids": torch.arange(8)[None]}
-    time = torch.full((1,), 0.5)
-    if "joint_attention_dim" in config:  # Qwen-Image: packed latents
-        return {
-            "hidden_states": noise(1, 4, config["in_channels"]),
-            "encoder_hidden_states": noise(1, 8, config["joint_attention_dim"]),
-            "encoder_hidden_states_mask": torch.ones(1, 8, dtype=torch.bool),
-            "timestep": time,
-            "img_shapes": [[(1, 2, 2)]],
-        }
-    _, height, width = config["patch_size"]
-    inputs = {
-        "hidden_states": noise(1, config["in_channels"], 1, 2 * height, 2 * width),
-        "encoder_hidden_states": noise(1, 8, config["text_dim"]),
-        "timestep": 500 * torch.ones(1),
-    }
-    if config.get("image_dim"):
-        inputs["encoder_hidden_states_image"] = noise(1, 257, config["image_dim"])
-    return inputs

@@ -17,6 +17,14 @@ def _qwen25(size: str, out: int, layers: int) -> ModelSpec:
     return ModelSpec(name, f"Qwen/{name}-Instruct", "qwen2_5_vl", 32, 1280, 14, out, layers)
 
 
+def _editor(release: str, pipeline_class: str, lightning: str) -> EditorSpec:
+    """A released editor with its LoRAs of lightx2v (Qwen-Image-Lightning) for 4 and 8 steps."""
+    name = f"Qwen-Image-Edit{release}"
+    files = ((steps, f"{name}-Lightning-{steps}steps-V1.0-bf16.safetensors") for steps in (4, 8))
+    few_steps = tuple((steps, f"lightx2v/{lightning}{file}") for steps, file in files)
+    return EditorSpec(name, f"Qwen/{name}", pipeline_class, few_steps=few_steps)
+
+
 _DEEP, _SHALLOW = (8, 16, 24), (5, 11, 17)
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
@@ -49,9 +57,9 @@ MODELS: dict[str, ModelSpec] = {
 EDITORS: dict[str, EditorSpec] = {
     spec.name: spec
     for spec in (
-        EditorSpec("Qwen-Image-Edit", "Qwen/Qwen-Image-Edit", "QwenImageEditPipeline"),
-        EditorSpec("Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline"),
-        EditorSpec("Qwen-Image-Edit-2511", "Qwen/Qwen-Image-Edit-2511", "QwenImageEditPlusPipeline"),
+        _editor("", "QwenImageEditPipeline", "Qwen-Image-Lightning/"),
+        _editor("-2509", "QwenImageEditPlusPipeline", "Qwen-Image-Lightning/Qwen-Image-Edit-2509/"),
+        _editor("-2511", "QwenImageEditPlusPipeline", "Qwen-Image-Edit-2511-Lightning/"),
         EditorSpec(
             "miniature-editor",
             f"{BUILTIN}editor",
@@ -61,6 +69,7 @@ EDITORS: dict[str, EditorSpec] = {
             4,
             0.0,
             0.0,
+            few_steps=((4, f"{BUILTIN}few-steps-4.safetensors"),),
         ),
     )
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qwen_vision_bridge.loading.lora_files import find_lora, parse_lora
 from qwen_vision_bridge.loading.loras import LoraSet
+from qwen_vision_bridge.loading.memory import MEMORY_MODES, MemoryMode
 
 RANKS = {"attn.q": 4, "attn.out": 3, "mlp.in": 5}
 ALPHA = 2.0
@@ -513,3 +514,61 @@ def test_a_lora_on_the_vision_tower_needs_consent(pipe: Any, tmp_path: Path) -> 
     loras.load(_file(tmp_path, tensors), vision_tower=True)
     assert loras.weights() == {"lora": 1.0}
     loras.unload(["lora"])
+
+
+def test_group_offload_keeps_a_lora_and_refuses_norms(pipe: Any, tmp_path: Path) -> None:
+    """Hooks that move layers in and out stay on; what they would lose is refused."""
+    from diffusers.hooks import apply_group_offloading
+
+    model, name = copy.deepcopy(pipe.transformer), LAYERS["qwen"]["attn.q"][0]
+    loras = LoraSet(Pipe(transformer=model, text_encoder=None))
+    before = loras._probe(model)
+    apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    size = model.get_submodule(name).in_features
+    tensors = {f"{name}.lora_A.weight": torch.randn(2, size), f"{name}.lora_B.weight": torch.randn(size, 2)}
+    expected = copy.deepcopy(pipe.transformer)
+    expected.get_parameter(f"{name}.weight").data += (
+        tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+    )
+    loras.load(_file(tmp_path, tensors))
+    assert _close(loras._probe(model), _output(expected))
+    loras.unload(["lora"])
+    assert torch.equal(loras._probe(model), before)
+    with pytest.raises(ValueError, match=r"bias\.safetensors: .*offload"):
+        loras.load(_file(tmp_path, {f"{name}.diff_b": torch.ones(size)}, "bias"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", MEMORY_MODES, ids=lambda mode: mode.name)
+def test_a_lora_and_a_bridge_act_in_every_memory_mode(mode: MemoryMode, photo: Any, tmp_path: Path) -> None:
+    """8-bit, 4-bit, model, group and sequential offload: both act, together and apart; unloading is stock."""
+    import numpy as np
+
+    from qwen_vision_bridge import EnhancedQwenImageEdit
+
+    quantised = {"load_in_8bit": mode.bits == 8, "load_in_4bit": mode.bits == 4}
+    own = EnhancedQwenImageEdit("miniature", bridge="random", offload=mode.offload, **quantised)
+    own.pipe.set_progress_bar_config(disable=True)
+    name = LAYERS["qwen"]["attn.q"][0]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 192, generator=generator),
+        f"{name}.lora_up.weight": torch.randn(192, 4, generator=generator),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+
+    def edit(enhanced: bool) -> Any:
+        return np.asarray(own.generate(photo, "make it blue", enhanced, num_inference_steps=2))
+
+    stock, bridged = edit(False), edit(True)
+    assert np.array_equal(edit(False), stock)
+    own.load_lora(_file(tmp_path, tensors), 0.5)
+    alone, both = edit(False), edit(True)
+    seen = {image.tobytes() for image in (stock, bridged, alone, both)}
+    assert len(seen) == 4
+    own.set_lora("lora", 0)
+    assert np.array_equal(edit(False), stock)
+    own.unload_lora()
+    assert np.array_equal(edit(False), stock)
+    assert np.array_equal(edit(True), bridged)
