@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from qwen_vision_bridge.loading.families import with_few_steps
 from qwen_vision_bridge.loading.memory import (
     CARDS_GB,
     MEMORY_MODES,
@@ -29,6 +32,7 @@ from .timing import Stages, in_turn, peak_memory, summarise, timed
 
 PROMPT = "Change the background to blue"
 SHORT = 4  # steps where only stages, memory or bits are measured
+FEW, LORA_RANK = 4, 64  # steps of Lightning's LoRA, and its rank
 ARMS: dict[str, dict[str, Any]] = {"baseline": {"use_qwen3_vision": False}, "enhanced": {}}
 
 
@@ -63,6 +67,53 @@ def _whole_edits(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image
     if bench.left() > times["baseline"][0]:
         _, seconds = timed(lambda: stock_edit(editor, image, steps, "stock"), bench.device)
         bench.add(f"{name}, stock pipeline as installed", seconds, "s")
+
+
+def few_steps(bench: Bench) -> None:
+    """Measure an edit in four steps without guidance beside the whole one, by a LoRA of Lightning's size."""
+    _import_pipeline(bench)
+    editor = _load(bench, MEMORY_MODES[0], keep_source=True)
+    image, whole = _image(bench), bench.settings.steps or editor.family.steps
+    for options in ARMS.values():
+        editor.generate(image, PROMPT, num_inference_steps=2, **options)
+    before = _times(bench, editor, image, {"num_inference_steps": whole}, 1)
+    file = write_random_lora(editor.pipe.transformer, bench.output / "random-lora.safetensors")
+    with peak_memory(bench.device) as peak:
+        _, seconds = timed(lambda: editor.use_few_steps(str(file)), bench.device)
+    bench.add(f"LoRA of rank {LORA_RANK} on every layer: loading and proof", seconds, "s")
+    bench.add("the same, peak GPU memory", peak[0], "GB", scale=1e-9)
+    editor.family = with_few_steps(editor.family, FEW, file)
+    editor.generate(image, PROMPT)
+    after = _times(bench, editor, image, {}, 5)
+    for arm in ARMS:
+        bench.add(f"whole edit at {bench.settings.side}², {whole} steps, {arm} (few-steps)", before[arm], "s")
+        bench.add(f"edit at {bench.settings.side}², {FEW} steps, {arm}", after[arm], "s")
+    ratios = [seconds / before["enhanced"][0] for seconds in after["enhanced"]]
+    bar = "<= 0.06" if bench.released else ""
+    bench.add(f"enhanced edit in {FEW} steps ÷ in {whole} with guidance", ratios, "times", bar)
+    file.unlink()
+    _unload(editor)
+
+
+def _times(
+    bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image, options: dict[str, Any], repeats: int
+) -> dict[str, list[float]]:
+    calls = {name: partial(editor.generate, image, PROMPT, **arm, **options) for name, arm in ARMS.items()}
+    return in_turn(calls, bench.device, repeats, 0)
+
+
+def write_random_lora(transformer: torch.nn.Module, path: Path) -> Path:
+    """Write a seeded LoRA for every linear layer of the blocks, bare and with alpha, as Lightning has it."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, layer in transformer.named_modules():
+        if name.startswith("transformer_blocks.") and hasattr(layer, "in_features"):
+            a = torch.randn(LORA_RANK, layer.in_features, generator=generator) / layer.in_features**0.5
+            b = 0.01 * torch.randn(layer.out_features, LORA_RANK, generator=generator)
+            tensors |= {f"{name}.lora_down.weight": a.bfloat16(), f"{name}.lora_up.weight": b.bfloat16()}
+            tensors[f"{name}.alpha"] = torch.tensor(8.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return path
 
 
 def _freed(bench: Bench, editor: EnhancedQwenImageEdit, image: Image.Image) -> None:

@@ -43,6 +43,7 @@ PARTS: dict[str, Part] = {
     "compiled-tower": Part(bench_towers.compiled_tower, 60),
     "eight-bit": Part(bench_towers.eight_bit, 60),
     "edits": Part(bench_edits.edits, 300),
+    "few-steps": Part(bench_edits.few_steps, 150),
     **{
         f"mode-{card}": Part(partial(bench_edits.memory_mode, card_gb=card), 75, alone=True)
         for card in sorted(bench_edits.cards(), key=lambda card: (card not in (24, 16), card))
