@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,14 +103,19 @@ class LoraTensors:
         return [*self.pairs, *self.additions]
 
     def peft_config(self) -> dict[str, Any]:
-        """The arguments of peft's `LoraConfig`, every layer with its own rank and alpha."""
+        """The arguments of peft's `LoraConfig`, every layer with its own rank and alpha.
+
+        Only what differs from the usual value is a pattern: peft tries every pattern on every layer.
+        """
         ranks = {f"^{re.escape(module)}": a.shape[0] for module, (a, _) in self.pairs.items()}
         alphas = {f"^{re.escape(module)}": alpha for module, alpha in self.alphas.items()}
+        (rank, _), *_ = Counter(ranks.values()).most_common(1)
+        (alpha, _), *_ = Counter(alphas.values()).most_common(1)
         return {
-            "r": next(iter(ranks.values())),
-            "lora_alpha": next(iter(alphas.values())),
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
             "target_modules": list(self.pairs),
             "use_dora": bool(self.magnitudes),
         }

@@ -89,9 +89,13 @@ class LoraMixin:
             self.lora_set.set_weights(before)
 
     def use_few_steps(self, location: str | None) -> None:
-        """Load a few-step LoRA with the scheduler that it was distilled for; None changes nothing."""
+        """Load a few-step LoRA with the scheduler that it was distilled for; None changes nothing.
+
+        It is merged into the weights where they are plain; quantised or offloaded ones keep it beside them.
+        """
         if location is not None:
             self.lora_set.load(location, 1.0, FEW_STEPS)
+            self.lora_set.merge(FEW_STEPS)
             self.pipe.scheduler = few_step_scheduler()
 
     def describe_loras(self, few_steps: str | None, is_loaded: bool) -> dict[str, Any]:

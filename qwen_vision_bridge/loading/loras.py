@@ -127,6 +127,28 @@ class LoraSet:
             del weights[name]
         self.set_weights(weights)
 
+    @exclusive
+    @torch.no_grad()
+    def merge(self, name: str) -> bool:
+        """Add a LoRA to the weights for good, which spares its own matrix products in every pass.
+
+        Returns:
+            False, with nothing done, where weights are quantised or offloading keeps them out of reach.
+        """
+        layers = [layer for _, layer in self._layers() if name in layer.scaling]
+        bases = [layer.get_base_layer() for layer in layers]
+        plain = all(type(base) is nn.Linear and not base.weight.is_meta for base in bases)
+        if not plain or _is_group_offloaded(self.pipe.transformer) or name in self._additions:
+            return False
+        if any(name in layer.lora_magnitude_vector for layer in layers):
+            return False
+        device = self.pipe._execution_device
+        for layer, base in zip(layers, bases, strict=True):
+            a, b = (part[name].weight.to(device, torch.float32) for part in (layer.lora_A, layer.lora_B))
+            base.weight.copy_(base.weight.to(device, torch.float32) + layer.scaling[name] * b @ a)
+        self.unload([name])
+        return True
+
     def describe(self) -> dict[str, dict[str, Any]]:
         """Weight and digest of the tensors of every LoRA, for keys and results files."""
         parts: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in self.weights()}

@@ -25,6 +25,7 @@ from qwen_vision_bridge.evaluation.metrics.correctness import judge
 from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.statistics import BASELINE, compare_arms
 from qwen_vision_bridge.io import digest_of, provenance, write_image, write_json
+from qwen_vision_bridge.loading.editors import few_step_scheduler
 from qwen_vision_bridge.loading.memory import device_name
 from qwen_vision_bridge.synthetic import cases as world
 
@@ -39,8 +40,8 @@ class Setting:
     name: str
     fast: int | None = None
     """Steps of the few-step LoRA; None is 20 steps with guidance."""
-    lora: float = 1.0
-    """Weight of that LoRA."""
+    lora: bool = True
+    """Whether that LoRA is loaded, or its schedule alone taken."""
     strength: float | None = None
     """Of the bridge; None is the baseline."""
     features: Features = "own"
@@ -50,7 +51,7 @@ SETTINGS = (
     Setting("20-steps"),
     Setting("20-steps-bridge", strength=1.0),
     Setting("4-steps", 4),
-    Setting("4-steps-without-lora", 4, lora=0.0),
+    Setting("4-steps-without-lora", 4, lora=False),
     Setting("4-steps-bridge", 4, strength=1.0),
     Setting("4-steps-bridge-0.5", 4, strength=0.5),
     Setting("4-steps-bridge-1.5", 4, strength=1.5),
@@ -67,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     cases = [case for group in KINDS for case in cases_of(group, arguments)]
     settings = [each for each in SETTINGS if each.name in arguments.settings]
-    for fast in dict.fromkeys(setting.fast for setting in settings):
-        draw([each for each in settings if each.fast == fast], cases, arguments)
+    for alike in dict.fromkeys((each.fast, each.lora) for each in settings):
+        draw([each for each in settings if (each.fast, each.lora) == alike], cases, arguments)
     if arguments.draw_only:
         return
     records = judged(settings, cases, arguments)
@@ -116,15 +117,17 @@ def _easy(group: str) -> list[str]:
 
 
 def draw(settings: Sequence[Setting], cases: Sequence[Case], arguments: argparse.Namespace) -> None:
-    """Draw the images that the folder lacks, with one pipeline: all settings have its scheduler."""
+    """Draw the images that the folder lacks, with one pipeline for settings of the same LoRA."""
     from tqdm import tqdm
 
-    pipeline = EnhancedQwenImageEdit("miniature", fast=settings[0].fast, dtype="fp32")
+    first = settings[0]
+    pipeline = EnhancedQwenImageEdit("miniature", fast=first.fast if first.lora else None, dtype="fp32")
+    if first.fast and not first.lora:
+        pipeline.pipe.scheduler = few_step_scheduler()
+        pipeline.family = replace(pipeline.family, steps=first.fast, true_cfg_scale=1.0, negative_prompt=None)
     pipeline.pipe.set_progress_bar_config(disable=True)
     partners = {one.case_id: other for one, other in pairwise([*cases, cases[0]])}
     for setting in settings:
-        if setting.fast is not None:
-            pipeline.set_lora("few-steps", setting.lora)
         wanted = [case for case in cases if not _path(arguments.folder, setting, case).is_file()]
         with pipeline.keeping_source(), tqdm(total=len(wanted), desc=setting.name) as bar:
             for first in range(0, len(wanted), arguments.batch):

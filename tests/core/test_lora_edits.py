@@ -136,7 +136,7 @@ def test_few_steps_load_their_lora_and_scheduler(pipe: Any, photo: Image.Image) 
     hook.remove()
     assert len(calls) == 8
     assert not np.array_equal(np.asarray(baseline), np.asarray(enhanced))
-    assert own.loras == {"few-steps": 1.0}
+    assert own.loras == {}  # merged into the weights
     sigmas = own.pipe.scheduler.sigmas.tolist()
     assert sigmas == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     assert own.pipe.scheduler.config.max_shift == pytest.approx(math.log(3))
@@ -144,10 +144,38 @@ def test_few_steps_load_their_lora_and_scheduler(pipe: Any, photo: Image.Image) 
     loaded = own.fingerprint(False)
     assert loaded == EnhancedQwenImageEdit(SMALL, bridge="random", fast=4).fingerprint(False)
     assert loaded["few_steps"] is not None
+
+
+def test_merging_few_steps_moves_no_image(editor: Any, edited: Callable[..., np.ndarray]) -> None:
+    """A LoRA beside the weights and the same one in them give the same pixels, but for rounding."""
+    own = EnhancedQwenImageEdit(SMALL, bridge="random")
+    own.pipe.set_progress_bar_config(disable=True)
+    photo = Image.fromarray(edited())
+    file = dict(EDITORS["miniature-editor"].few_steps)[4]
+    stock = np.asarray(own.generate(photo, PROMPT, False, **SHORT)).astype(int)
+    own.load_lora(file, name="few-steps")
     with pytest.raises(ValueError, match="fast="):
         own.unload_lora("few-steps")
-    own.set_lora("few-steps", 0.5)
+    beside = np.asarray(own.generate(photo, PROMPT, False, **SHORT)).astype(int)
+    assert own.lora_set.merge("few-steps")
+    assert own.loras == {}
+    merged = np.asarray(own.generate(photo, PROMPT, False, **SHORT)).astype(int)
+    assert np.abs(merged - beside).max() <= 1
+    assert np.abs(merged - stock).max() > 8
     assert own.fingerprint(False)["changes"].keys() == {"transformer"}
+
+
+def test_quantised_weights_keep_a_lora_beside_them(lora_file: Callable[..., Path]) -> None:
+    own = EnhancedQwenImageEdit(SMALL, bridge="random")
+    name = own.load_lora(lora_file())
+
+    class Quantised(torch.nn.Linear):
+        """Stands for a layer of bitsandbytes."""
+
+    layer = own.pipe.transformer.transformer_blocks[0].attn.to_q
+    layer.base_layer.__class__ = Quantised
+    assert not own.lora_set.merge(name)
+    assert own.loras == {name: 1.0}
 
 
 def test_few_steps_need_a_lora_for_that_many() -> None:
