@@ -77,8 +77,13 @@ class Arm:
     def applied(self, pipeline: EnhancedQwenImageEdit, case: Case) -> Iterator[None]:
         """The pipeline with this arm's patch and LoRAs; the LoRAs are loaded, see `loading_loras`."""
         patch = nullcontext() if self.patch is None else self.patch(pipeline, case)
-        with patch, pipeline.weighted_loras({lora_name(file): weight for file, weight in self.loras}):
+        with patch, self.with_loras(pipeline):
             yield
+
+    def with_loras(self, pipeline: EnhancedQwenImageEdit) -> AbstractContextManager[None]:
+        """The pipeline with this arm's LoRAs alone."""
+        weights = {lora_name(file): weight for file, weight in self.loras}
+        return pipeline.weighted_loras(weights) if weights else nullcontext()
 
     def describe(self) -> dict[str, Any]:
         """The arm as plain data for a results file."""

@@ -27,7 +27,6 @@ from ..pairs import Edit
 from ..patches import shared_latents
 from ..specs import cache_home
 from ..synthetic.questions import Question
-from .arms import lora_name
 from .record_log import RecordLog
 from .scoring import score, score_reply
 from .tasks import Run, Task, content_key
@@ -146,8 +145,7 @@ class Executor:
         started = time.perf_counter()
         images: list[Image.Image] = []
         with self._recording_errors([task for task, _ in edits]):
-            weights = {lora_name(file): weight for file, weight in edits[0][0].arm.loras}
-            with self.run.pipeline.weighted_loras(weights):
+            with edits[0][0].arm.with_loras(self.run.pipeline):
                 images = self.run.pipeline.denoise([prepared for _, prepared in edits])
         seconds = (time.perf_counter() - started) / len(edits)
         for (task, prepared), image in zip(edits, images, strict=False):  # none where it failed

@@ -47,7 +47,8 @@ def locate(repo: str) -> str:
     """
     if not repo.startswith(BUILTIN):
         return repo
-    path = SHIPPED / repo.removeprefix(BUILTIN)
+    name = repo.removeprefix(BUILTIN)
+    path = SHIPPED / ("editor" if name == "target" else name)  # the editor's text encoder is the target
     if not path.exists():
         raise FileNotFoundError(f"no weights of the miniature in {path}: install the whole package")
     return str(path)

@@ -78,9 +78,6 @@ class LoraMixin:
     @contextmanager
     def weighted_loras(self, weights: Mapping[str, float]) -> Iterator[None]:
         """The pipeline with other weights of some LoRAs inside the `with`."""
-        if not weights:
-            yield
-            return
         before = self.loras
         self.lora_set.set_weights({**before, **weights})
         try:
