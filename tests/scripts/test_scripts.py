@@ -250,6 +250,7 @@ def test_the_users_own_cases_run_in_four_arms_and_as_a_pair(
     folder: Path, photo: Image.Image, session_of_examples: Any
 ) -> None:
     (folder / "own").mkdir()
+    photo = photo.resize((96, 64))
     photo.save(folder / "own" / "a.png")
     photo.rotate(90).save(folder / "own" / "b.png")
     rows = [{"id": name, "image": f"{name}.png", "prompt": "make it blue"} for name in ("a", "b")]
@@ -459,6 +460,7 @@ def test_ctrl_c_exits_130_and_the_next_run_goes_on(
         "2",
         "--bridge",
         "random",
+        "--no-questions",
     ]
     log = folder / "examples_output" / "detail_tests" / "results.jsonl"
     process = subprocess.Popen(
