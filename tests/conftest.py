@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -30,17 +31,18 @@ SMALL = replace(STOCK, editor=replace(STOCK.editor, vae_area=64 * 64))
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection() -> Iterator[object]:
-    """No garbage collection while everything is imported, nor later of what the imports left, which stays."""
+    """Collect no garbage during the imports, and never look through what they leave, which stays."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)  # else libraries report what is alive at the end as leaked
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first: a worker takes file after file, and so all end together."""
+    """Put the files with the most slow tests first, so that the workers finish at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
