@@ -115,6 +115,7 @@ def test_the_source_tower_is_freed_before_the_dit_unless_kept(pipe: Any, photo: 
         assert set(alive) == {keep}
 
 
+@pytest.mark.slow
 def test_the_first_edit_pipeline_works_and_takes_one_image(pipe: Any, photo: Image.Image) -> None:
     import diffusers
 

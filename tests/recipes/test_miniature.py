@@ -133,6 +133,7 @@ def test_an_image_that_is_not_reduced_is_the_processors_own() -> None:
     assert (reduced["small"] != rows["small"]).any()
 
 
+@pytest.mark.slow
 def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
     from recipes.miniature import data
 

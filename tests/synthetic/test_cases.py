@@ -177,6 +177,7 @@ def test_every_seed_draws_a_test_image(seed: int, size: int) -> None:
     assert world.sample_image(size, seed).size == (size, size)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(seed=SEEDS, size=SIDES, made=st.sampled_from(ALL), split=st.sampled_from(world.SPLITS))
 @example(seed=MAX_SEED, size=448, made=ALL[0], split="novel")
