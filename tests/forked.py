@@ -1,19 +1,22 @@
-"""Two processes for the start-up of one: forked when everything is imported, with torchrun's environment."""
+"""Run several processes for the start-up of one: forked after the imports, with torchrun's environment."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 FORK = """
-import os, signal, sys
+import os, signal, socket, sys
 
 def processes(count, *arguments):
     if count > 1:
-        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     children = []
     for rank in range(count):
         if (child := os.fork()) == 0:
@@ -33,16 +36,14 @@ def processes(count, *arguments):
 def run_forked(imports: str, run: str, calls: str, folder: Path) -> str:
     """Import, define `run`, and call `processes(count, *arguments)`; returns what they printed.
 
-    What differs from a launcher is that the processes do not import for themselves.
+    They differ from a launcher's in one thing: they do not import for themselves. `test_distributed` has the
+    launcher.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     script = folder / "forked.py"
     script.write_text(imports + FORK + run + calls, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_PORT": str(port)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=240,
