@@ -458,7 +458,7 @@ def test_extraction_never_imports_diffusers(extraction_imports: list[str]) -> No
 SMALLER = """
 import runpy, sys
 from dataclasses import replace
-from qwen_vision_bridge.specs import FAMILIES
+from qwen_vision_bridge.loading.registry import FAMILIES
 
 family = FAMILIES["miniature"]
 FAMILIES["miniature"] = replace(family, image_size=64, editor=replace(family.editor, vae_area=64 * 64))
