@@ -329,6 +329,7 @@ def test_filters_and_sliders_work(run_folder: Path) -> None:
     assert "<title>true true true true inset(0px 0px 0px 10%)</title>" in dom, dom[:3000]
 
 
+@pytest.mark.slow
 @BROWSER
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_phone_and_desktop(width: int, run_folder: Path) -> None:

@@ -48,7 +48,7 @@ class _FirstStep(Exception):  # noqa: N818 - it ends an edit and is no error
     pass
 
 
-@pytest.mark.parametrize("group", ["ocr", "consistency"])
+@pytest.mark.parametrize("group", ["ocr", pytest.param("consistency", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_dropped", [False, True])
 def test_the_transformer_trains_on_what_the_pipeline_gives_it(
     group: str, is_dropped: bool, editor: Any, editor_folder: Path
