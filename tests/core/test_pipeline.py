@@ -63,7 +63,7 @@ def test_mrope_stock_leaves_the_installed_behaviour(pipe: Any, photo: Image.Imag
     assert not same(edited, stock_edit(pipe, [photo], "fixed"))
 
 
-@pytest.mark.parametrize("site", ["tower", "deepstack"])
+@pytest.mark.parametrize("site", ["tower", pytest.param("deepstack", marks=pytest.mark.slow)])
 def test_a_random_bridge_changes_the_image(site: str, pipe: Any, photo: Image.Image) -> None:
     editor = EnhancedQwenImageEdit(SMALL, bridge="random", pipe=pipe, site=site)
     baseline, enhanced, attention = editor.compare(photo, PROMPT, **SHORT)
@@ -115,6 +115,7 @@ def test_the_source_tower_is_freed_before_the_dit_unless_kept(pipe: Any, photo: 
         assert set(alive) == {keep}
 
 
+@pytest.mark.slow
 def test_the_first_edit_pipeline_works_and_takes_one_image(pipe: Any, photo: Image.Image) -> None:
     import diffusers
 
@@ -210,6 +211,7 @@ def test_ctrl_c_keeps_finished_pairs_and_a_stock_pipeline(
     assert same(stock_edit(editor.pipe, [photo]), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_text_encoder_works_through_the_bridge(
     bits: int, editor_folder: Path, photo: Image.Image

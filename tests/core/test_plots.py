@@ -37,6 +37,7 @@ def test_the_differences_are_below_what_they_are_of() -> None:
     assert abs(found[2] - 100) <= 1
 
 
+@pytest.mark.slow
 def test_a_known_target_and_references_widen_the_sheet() -> None:
     white, wide = Image.new("RGB", (96, 64), "white"), sheet(Image.new("RGB", (96, 64))).shape[1]
     known = sheet(white, white, known=(white, False, True)).shape[1]

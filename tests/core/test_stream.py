@@ -387,6 +387,7 @@ def test_the_command_refuses_a_folder_without_images(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same() -> None:
     from qwen_vision_bridge.loading.registry import MODELS
     from qwen_vision_bridge.loading.tower_attention import tower_attention

@@ -124,6 +124,7 @@ def test_agreement_is_measured_on_the_images() -> None:
     assert agreement(case, Image.fromarray(painted))["agrees_colour_off"] == pytest.approx(expected, abs=0.5)
 
 
+@pytest.mark.slow
 def test_every_right_edit_of_shapes_covers_its_objects_wholly() -> None:
     for group in ("space", "detail", "consistency"):
         for case in make_cases(group, 4, seed=6):

@@ -59,6 +59,7 @@ def test_right_edits_of_held_out_scenes_are_right() -> None:
             assert verdict.right, (case.case_id, verdict.reason)
 
 
+@pytest.mark.slow
 def test_an_edit_that_did_nothing_is_wrong(cases: list[Case]) -> None:
     for case in cases:
         verdict = judge(case, case.image)
@@ -66,6 +67,7 @@ def test_an_edit_that_did_nothing_is_wrong(cases: list[Case]) -> None:
         assert verdict.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrade", [jpeg, blurred])
 def test_right_edits_stay_right_through_codecs_and_blur(
     degrade: Callable[[Image.Image], Image.Image], cases: list[Case]

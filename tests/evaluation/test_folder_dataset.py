@@ -55,6 +55,7 @@ def test_a_photograph_gets_the_metrics_that_need_no_truth(folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_text_that_is_not_there_is_not_kept(folder: Path) -> None:
     """An image without text has no share of it that an edit could keep; one with text has."""
     write(folder, GOOD)

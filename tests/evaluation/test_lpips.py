@@ -17,16 +17,27 @@ from qwen_vision_bridge.evaluation.scoring import measure
 from qwen_vision_bridge.synthetic.cases import make_cases
 
 
-@pytest.fixture
-def random_alexnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A network of the right shape in the folder where torch.hub keeps the real one."""
+@pytest.fixture(scope="module")
+def saved_alexnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A random network of the right shape, and its file."""
     from torchvision.models import alexnet
 
     torch.manual_seed(0)
     model = alexnet(weights=None)
+    path = tmp_path_factory.mktemp("alexnet") / perceptual.WEIGHTS["alex"]
+    torch.save(model.state_dict(), path)
+    return path, model
+
+
+@pytest.fixture
+def random_alexnet(
+    saved_alexnet: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Any]:
+    """The network in the folder where torch.hub keeps the real one."""
+    path, model = saved_alexnet
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save(model.state_dict(), folder / perceptual.WEIGHTS["alex"])
+    (folder / path.name).symlink_to(path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     perceptual._network.cache_clear()
     yield model
@@ -78,8 +89,9 @@ class Planted:
 
 @pytest.mark.usefixtures("random_alexnet")
 def test_nothing_but_tensors_is_taken_out_of_a_weights_file(tmp_path: Path, photo: Image.Image) -> None:
-    ran = tmp_path / "ran"
-    torch.save({"weight": Planted(ran)}, tmp_path / "hub" / "checkpoints" / perceptual.WEIGHTS["alex"])
+    ran, weights = tmp_path / "ran", tmp_path / "hub" / "checkpoints" / perceptual.WEIGHTS["alex"]
+    weights.unlink()  # a link, whose target stays as it is
+    torch.save({"weight": Planted(ran)}, weights)
     with pytest.raises(Exception, match=r"(?i)weights.only"):
         perceptual.lpips(photo, photo)
     assert not ran.exists()

@@ -84,6 +84,7 @@ def test_boxes_are_read_line_by_line_from_left_to_right() -> None:
     assert ocr.read_text(image) == "RIVER STONE MUSIC LEMON"
 
 
+@pytest.mark.slow
 def test_an_image_without_words_reads_empty_though_it_has_shapes() -> None:
     images = [case.image for case in world.make_cases("space", 6, seed=2)]
     assert [ocr.read_text(image) for image in images] == [""] * 6

@@ -42,7 +42,8 @@ def record(folder: Path, case: int, arm: str, group: str, **metrics: float) -> d
     for name in (f"{group}/{name}" for name in names):
         (folder / group).mkdir(exist_ok=True)
         size = 8 if name.endswith("levels") else 96
-        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        image = Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8))
+        image.save(folder / f"{name}.png", compress_level=0)
     shares = {"early": 0.5, "mid": 0.3, "late": 0.2}
     levels = {"attention": f"{group}/c{case}_{arm}_levels.png", "level_weights": shares}
     return {
@@ -329,6 +330,7 @@ def test_filters_and_sliders_work(run_folder: Path) -> None:
     assert "<title>true true true true inset(0px 0px 0px 10%)</title>" in dom, dom[:3000]
 
 
+@pytest.mark.slow
 @BROWSER
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_phone_and_desktop(width: int, run_folder: Path) -> None:

@@ -49,6 +49,7 @@ def caught(call):
     except (OSError, ValueError) as error:
         return {"kind": type(error).__name__, "says": str(error), "seconds": time.perf_counter() - started}
 
+load_tower(MODELS["miniature-source"])  # whatever is imported on the way, for both processes
 reader, writer = os.pipe()
 if os.fork() == 0:  # a second process, which wants the same tower at the same time
     signal.alarm(120)  # a child has none of its parent's

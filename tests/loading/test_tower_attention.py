@@ -183,7 +183,7 @@ def test_an_unknown_mode_is_refused(towers: dict[str, Any]) -> None:
             build()
 
 
-@pytest.mark.parametrize("mode", ["batched", "stock"])
+@pytest.mark.parametrize("mode", ["batched", pytest.param("stock", marks=pytest.mark.slow)])
 def test_strength_zero_is_the_pipeline_with_the_same_attention(
     mode: str, pipe: Any, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:

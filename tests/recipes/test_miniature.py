@@ -48,7 +48,7 @@ class _FirstStep(Exception):  # noqa: N818 - it ends an edit and is no error
     pass
 
 
-@pytest.mark.parametrize("group", ["ocr", "consistency"])
+@pytest.mark.parametrize("group", ["ocr", pytest.param("consistency", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_dropped", [False, True])
 def test_the_transformer_trains_on_what_the_pipeline_gives_it(
     group: str, is_dropped: bool, editor: Any, editor_folder: Path
@@ -133,6 +133,7 @@ def test_an_image_that_is_not_reduced_is_the_processors_own() -> None:
     assert (reduced["small"] != rows["small"]).any()
 
 
+@pytest.mark.slow
 def test_every_prompt_and_answer_of_the_world_fits_the_rows() -> None:
     from recipes.miniature import data
 

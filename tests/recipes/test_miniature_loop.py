@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tests.forked import run_forked
 
 
 def make_loop(folder: Path, steps: int = 6, muon: float = 0.0) -> Any:
@@ -180,52 +180,44 @@ def test_a_single_image_does_not_meet_what_is_set_to_zero() -> None:
     assert sum(int((p == 0).sum()) for p in vae.parameters()) > 1e6
 
 
-PROCESS = """
-import sys
+IMPORTS = """
 from pathlib import Path
-
-import torch
+import torch, torch._dynamo
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers.training_utils import EMAModel
 from recipes.miniature.loop import Loop, Settings, start
+"""
+RUN = """
+def run(folder):
+    accelerator = start("cpu")
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
+    unused = model.register_parameter("unused", torch.nn.Parameter(torch.zeros(8, 8)))
+    seen = []
 
-accelerator = start("cpu")
-torch.manual_seed(5)
-model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
-unused = model.register_parameter("unused", torch.nn.Parameter(torch.zeros(8, 8)))
-seen = []
+    def loss(batch):
+        return {"loss": (model(batch["x"]) - batch["x"].sum(-1, keepdim=True)).square().mean()}
 
-def loss(batch):
-    return {"loss": (model(batch["x"]) - batch["x"].sum(-1, keepdim=True)).square().mean()}
+    def batch(step):
+        seen.append(torch.randn(3, 4))
+        return {"x": seen[-1]}
 
-def batch(step):
-    seen.append(torch.randn(3, 4))
-    return {"x": seen[-1]}
+    settings = Settings(steps=9, learning_rate=0.01, muon=1.0, log_every=5, seed=3)
+    loop = Loop(Path(folder), model, loss, settings, accelerator)
+    loop.run(batch)
+    weights = accelerator.gather(torch.cat([p.detach().flatten() for p in model.parameters()])[None])
+    firsts = accelerator.gather(seen[0].sum()[None])
+    if accelerator.is_main_process:
+        apart = float((weights[0] - weights[1]).abs().max())
+        print(f"processes {loop.step} apart {apart:.6f} data {float((firsts[0] - firsts[1]).abs()):.6f}")
 
-settings = Settings(steps=9, learning_rate=0.01, muon=1.0, log_every=5, seed=3)
-loop = Loop(Path(sys.argv[1]), model, loss, settings, accelerator)
-loop.run(batch)
-weights = accelerator.gather(torch.cat([p.detach().flatten() for p in model.parameters()])[None])
-firsts = accelerator.gather(seen[0].sum()[None])
-if accelerator.is_main_process:
-    apart = float((weights[0] - weights[1]).abs().max())
-    print(f"processes {loop.step} apart {apart:.6f} data {float((firsts[0] - firsts[1]).abs()):.6f}")
 """
 
 
 @pytest.mark.slow
 def test_processes_see_data_of_their_own_and_share_one_model(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("processes "))
+    printed = run_forked(IMPORTS, RUN, f"processes(2, {str(tmp_path / 'run')!r})", tmp_path)
+    line = next(line for line in printed.splitlines() if line.startswith("processes "))
     _, step, _, apart, _, data = line.split()
     assert int(step) == 9
     assert float(apart) == 0

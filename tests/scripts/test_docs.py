@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from qwen_vision_bridge.loading.registry import FAMILIES
+from tests.conftest import STOCK
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")]
@@ -18,6 +22,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTI
 @pytest.mark.slow
 def test_the_readme_edits_with_the_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FAMILIES, "miniature", replace(STOCK, steps=4))
     (block,) = (block for block in BLOCKS if 'family="miniature"' in block)
     names: dict[str, Image.Image] = {}
     exec(compile(block, "README.md", "exec"), names)

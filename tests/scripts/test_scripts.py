@@ -250,12 +250,13 @@ def test_the_users_own_cases_run_in_four_arms_and_as_a_pair(
     folder: Path, photo: Image.Image, session_of_examples: Any
 ) -> None:
     (folder / "own").mkdir()
+    photo = photo.resize((96, 64))
     photo.save(folder / "own" / "a.png")
     photo.rotate(90).save(folder / "own" / "b.png")
     rows = [{"id": name, "image": f"{name}.png", "prompt": "make it blue"} for name in ("a", "b")]
     (folder / "own" / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
     session_of_examples(
-        [*QUICK, "--example", "5", "--case-folder", "own", "--batch-arms", "8", "--no-questions"]
+        [*QUICK, "--example", "5", "--case-folder", "own", "--batch-arms", "4", "--no-questions"]
     )
     records = json.loads((folder / "examples_output/full_evaluation/results.json").read_text())["records"]
     assert {record["case_id"] for record in records} == {"a", "b", "a+b"}
@@ -381,7 +382,7 @@ def test_debug_shows_the_traceback(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 LOOK = """
-import runpy, sys
+import os, runpy, sys
 
 import qwen_vision_bridge
 
@@ -392,27 +393,38 @@ assert "numpy" not in sys.modules
 look()
 for command in sys.argv[1:]:
     sys.argv = command.split("|")
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stopped:
-        print("code", stopped.code)
-    look()
+    if sys.argv[0].endswith(".py"):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stopped:
+            print("code", stopped.code)
+        look()
+        continue
+    __import__(sys.argv[0])
+    print("waits", os.environ.get("OMP_WAIT_POLICY"))
+    needless = {"torch._dynamo", "torch._inductor", "diffusers", "matplotlib"}
+    print("needless", *sorted(needless & set(sys.modules)))
 """
 
 
 def imports_of(commands: list[str], folder: Path) -> list[str]:
-    """What the package alone, and each command after it, import and exit with, in one process."""
-    paths = [f"{ROOT}/{command}" for command in commands]
+    """What the package alone, and each script or module after it, import and exit with, in one process."""
+    paths = [f"{ROOT}/{command}" if ".py" in command else command for command in commands]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
         [sys.executable, "-c", LOOK, *paths],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
         timeout=240,
     )
-    return [line for line in done.stdout.splitlines() if line.startswith(("imported", "code"))]
+    return [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("imported", "code", "waits", "needless"))
+    ]
 
 
 def test_a_wrong_path_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
@@ -425,22 +437,35 @@ def test_a_wrong_path_is_answered_before_torch_is_imported(tmp_path: Path) -> No
     assert imports_of(commands, tmp_path) == ["imported", *["code 2", "imported"] * 4]
 
 
-@pytest.mark.slow
-def test_importing_the_pipeline_imports_no_compiler() -> None:
-    lines = (
-        "import os, sys",
-        "import qwen_vision_bridge.pipeline",
-        "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'",
-        "assert not {'torch._dynamo', 'torch._inductor', 'diffusers', 'matplotlib'} & set(sys.modules)",
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=120, env=environment)
+@pytest.fixture(scope="module")
+def extraction_imports(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What importing the pipeline, and then an extraction, import in a process of their own."""
+    commands = ["qwen_vision_bridge.pipeline", "example_extraction.py|--models|miniature"]
+    return imports_of(commands, tmp_path_factory.mktemp("imports"))
 
 
 @pytest.mark.slow
-def test_extraction_never_imports_diffusers(tmp_path: Path) -> None:
-    after = ["code 0", "imported torch transformers"]
-    assert imports_of(["example_extraction.py|--models|miniature"], tmp_path) == ["imported", *after]
+def test_importing_the_pipeline_imports_no_compiler(extraction_imports: list[str]) -> None:
+    assert extraction_imports[1:3] == ["waits PASSIVE", "needless"]
+
+
+@pytest.mark.slow
+def test_extraction_never_imports_diffusers(extraction_imports: list[str]) -> None:
+    assert extraction_imports[0] == "imported"
+    assert extraction_imports[3:] == ["code 0", "imported torch transformers"]
+
+
+SMALLER = """
+import runpy, sys
+from dataclasses import replace
+from qwen_vision_bridge.loading.registry import FAMILIES
+
+family = FAMILIES["miniature"]
+FAMILIES["miniature"] = replace(family, image_size=64, editor=replace(family.editor, vae_area=64 * 64))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script with edits of 64² px, as `session_of_examples` does."""
 
 
 @pytest.mark.slow
@@ -459,10 +484,12 @@ def test_ctrl_c_exits_130_and_the_next_run_goes_on(
         "2",
         "--bridge",
         "random",
+        "--no-questions",
     ]
     log = folder / "examples_output" / "detail_tests" / "results.jsonl"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "example_end_to_end.py"), *arguments],
+        [sys.executable, "-c", SMALLER, str(ROOT / "example_end_to_end.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -482,7 +509,7 @@ def test_ctrl_c_exits_130_and_the_next_run_goes_on(
     assert kept
     assert all(json.loads(line)["metrics"] for line in kept)
     assert not [path for path in folder.rglob(".*") if path.is_file()]
-    session_of_examples(arguments, STOCK)
+    session_of_examples(arguments)
     assert f"{len(kept)} of" in capsys.readouterr().out
     whole = log.read_text().splitlines()
     assert len(whole) > len(kept)

@@ -169,6 +169,7 @@ def test_a_seed_whose_first_draw_has_room_keeps_its_scene() -> None:
         assert world.sample_image(128, seed).tobytes() == scenes.render(first_draw(seed)).tobytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(seed=SEEDS, size=SIDES)
 @example(seed=6, size=448)
@@ -177,6 +178,7 @@ def test_every_seed_draws_a_test_image(seed: int, size: int) -> None:
     assert world.sample_image(size, seed).size == (size, size)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(seed=SEEDS, size=SIDES, made=st.sampled_from(ALL), split=st.sampled_from(world.SPLITS))
 @example(seed=MAX_SEED, size=448, made=ALL[0], split="novel")
@@ -188,6 +190,7 @@ def test_every_seed_draws_a_case_of_every_kind(
     assert case.image.size == case.target.size == (size, size)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=SEEDS, size=st.sampled_from((128, 448)))
 def test_every_seed_draws_cases_in_every_script(seed: int, size: int) -> None:
@@ -238,6 +241,7 @@ def test_no_word_is_clipped_by_the_border(cases: list[Case]) -> None:
             assert scenes.text_width([block.text or "I"], block.font, block.font_px) <= right - left
 
 
+@pytest.mark.slow
 def test_texts_after_follow_from_the_texts_before(cases: list[Case]) -> None:
     rules = {
         "reverse_text": lambda word: word[::-1],

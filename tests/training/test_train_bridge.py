@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from qwen_vision_bridge.cli import run
 from qwen_vision_bridge.loading.registry import FAMILIES
 from qwen_vision_bridge.training.cli import parse, run_config_of, settings_of
 from tests import conftest
+from tests.forked import run_forked
 
 SMALL = [
     "--max_train_samples",
@@ -150,11 +149,10 @@ def test_a_gpu_trains_in_bf16_and_through_8_bit_models(tmp_path: Path) -> None:
         assert (tmp_path / name / "training.json").is_file()
 
 
-RUN = """
-import sys
+IMPORTS = """
 from contextlib import nullcontext
 from types import SimpleNamespace
-import torch
+import torch, torch._dynamo
 from accelerate import Accelerator
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge
 from qwen_vision_bridge.training.trainable import TrainableBridge
@@ -167,8 +165,8 @@ from qwen_vision_bridge.training import trainer as module
 from qwen_vision_bridge.training.trainer import Trainer
 
 module._lr_schedule = lambda *_: lambda step: 1.0  # transformers' costs an import of half a minute
-
-
+"""
+RUN = """
 class StandIn:
     device = torch.device("cpu")
 
@@ -192,38 +190,28 @@ def encode(samples):
     return encoded
 
 
-folder, batch = sys.argv[1:]
-accelerator = Accelerator(cpu=True)
-with accelerator.main_process_first():
-    pack = build_pack(folder + "-pack", WorldSamples("perceive", "train", 20), lambda: encode, "k")
-config = BridgeConfig(source_dim=16, target_dim=12, rank=8, query_dim=8, init="random")
-settings = TrainingSettings(max_train_steps=5, train_batch_size=int(batch), log_every=2)
-trainable = TrainableBridge(VisionBridge(config))
-trainer = Trainer(folder, trainable, TrainData(StandIn(), pack), settings, accelerator)
-trainer.run()
-open(f"{folder}-id-{accelerator.process_index}", "w").write(trainer.output.run_id)
+def run(folder, batch):
+    accelerator = Accelerator(cpu=True)
+    with accelerator.main_process_first():
+        pack = build_pack(folder + "-pack", WorldSamples("perceive", "train", 20), lambda: encode, "k")
+    config = BridgeConfig(source_dim=16, target_dim=12, rank=8, query_dim=8, init="random")
+    settings = TrainingSettings(max_train_steps=5, train_batch_size=batch, log_every=2)
+    trainable = TrainableBridge(VisionBridge(config))
+    trainer = Trainer(folder, trainable, TrainData(StandIn(), pack), settings, accelerator)
+    trainer.run()
+    open(f"{folder}-id-{accelerator.process_index}", "w").write(trainer.output.run_id)
+
 """
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_within_rounding(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(RUN, encoding="utf-8")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    for command, name, batch in (([sys.executable], "one", "4"), (launch, "two", "2")):
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-        subprocess.run(
-            [*command, str(script), str(tmp_path / name), batch], env=environment, check=True, timeout=240
-        )
+def test_two_processes_equal_one_within_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    calls = "\n".join(
+        f"processes({count}, {str(tmp_path / name)!r}, {4 // count})"
+        for count, name in ((1, "one"), (2, "two"))
+    )
+    run_forked(IMPORTS, RUN, calls, tmp_path)
     ids = {path.read_text() for path in tmp_path.glob("two-id-*")}
     assert ids == {json.loads((tmp_path / "two" / "run.json").read_text())["run"]}
     assert len(list(tmp_path.glob("two-id-*"))) == 2

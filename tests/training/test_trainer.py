@@ -334,6 +334,7 @@ def test_controls_see_what_they_should(train_data: TrainData) -> None:
     assert target[0].shape == own[0].shape
 
 
+@pytest.mark.slow
 def test_a_lora_learns_in_the_language_model_and_is_as_large(
     tmp_path: Path, questions: TrainData, target_copy: Callable[[], Any]
 ) -> None:
