@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .loading.locks import model_lock, replaced
+from .loading.token_grid import PixelLimits, token_grid
 from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
 from .specs import STOCK_AREA, STOCK_STEP, EditorSpec
 
@@ -95,14 +96,12 @@ def condition_grids(
     Args:
         image_processor: that of the pipeline's processor, which resizes once more to whole tokens.
     """
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
     px, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
+    limits = PixelLimits(size["shortest_edge"], size["longest_edge"])
     grids = []
     for image in images:
         width, height = condition_size(pipeline_class, editor, image)
-        height, width = smart_resize(height, width, px, size["shortest_edge"], size["longest_edge"])
-        grids.append((height // px, width // px))
+        grids.append(token_grid(width, height, px, limits))
     return tuple(grids)
 
 

@@ -123,7 +123,7 @@ def extract_folder(
     store.claim(plan)
     pending = store.pending(plan)
     extractor.warm(role)
-    extractor.target_grid(Image.new("RGB", (64, 64)))  # its processor too, before many threads ask for it
+    extractor.target_grid(Image.new("RGB", (64, 64)))  # reads its limits, before many threads ask for them
     processes.wait()  # all have looked before anyone writes, and all towers are there
     if processes.is_main and pending:
         store.begin(plan)
