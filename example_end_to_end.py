@@ -184,6 +184,7 @@ class Session:
         from qwen_vision_bridge.evaluation.metrics.correctness import judge
         from qwen_vision_bridge.images import load_images
         from qwen_vision_bridge.io import write_image
+        from qwen_vision_bridge.patches import photo_note
         from qwen_vision_bridge.plots import comparison_sheet
 
         print("\n=== Basic comparison ===")
@@ -197,7 +198,8 @@ class Session:
             known = (case.target, rights[0], rights[1])
             if self.arguments.bridge is None and self.arguments.strength == 1:
                 note = STRIPED
-        about = " · ".join(filter(None, [repr(self.pipeline), note]))
+        photo = photo_note(self.pipeline.family, images)
+        about = " · ".join(filter(None, [repr(self.pipeline), note, photo]))
         strength, seed = self.arguments.strength, self.arguments.seed
         sheet = comparison_sheet(
             images, result.baseline, result.enhanced, prompt, seed, strength, about, known

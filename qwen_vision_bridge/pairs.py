@@ -21,7 +21,7 @@ from .injection import SITES, LevelAttention, Levels, Site
 from .io import check_image_path, digest_of, read_json, write_image, write_json
 from .loading.locks import model_lock
 from .loading.tower_attention import VisionAttention, check_vision_attention
-from .patches import Mrope, takes_several, warn_of_stretch
+from .patches import Mrope, photo_note, takes_several, warn_of_photograph, warn_of_stretch
 from .specs import STOCK_STEP, EditorSpec, Family, check_prompt, check_seed, whole_number
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def check_edit(
     images = load_images(image, family.target.token_px)
     for one in images:
         check_shape(one, family.editor)
+    warn_of_photograph(family, images)
     if not {"height", "width"} & set(options):
         warn_of_stretch(family.editor, images[-1])
     if len(images) > 1 and not takes_several(pipeline_name):
@@ -268,12 +269,13 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def write_sheet(
-    path: str | Path, edit: Edit, baseline: Image.Image, enhanced: Image.Image, title: str
+    path: str | Path, edit: Edit, baseline: Image.Image, enhanced: Image.Image, title: str, family: Family
 ) -> None:
     """Write a sheet of input, baseline, enhanced and their difference."""
     from .plots import comparison_sheet  # imports matplotlib, which nothing else here needs
 
-    sheet = comparison_sheet(edit.images, baseline, enhanced, edit.prompt, edit.seed, edit.strength, title)
+    about = " · ".join(filter(None, [title, photo_note(family, edit.images)]))
+    sheet = comparison_sheet(edit.images, baseline, enhanced, edit.prompt, edit.seed, edit.strength, about)
     write_image(path, sheet)
 
 

@@ -182,7 +182,7 @@ class EnhancedQwenImageEdit:
         enhanced, attention = self.edit(replace(edit, bridge=self.bridge, source=source))
         assert attention is not None  # every edit with a bridge has it
         if save_comparison is not None:
-            write_sheet(save_comparison, edit, baseline, enhanced, repr(self))
+            write_sheet(save_comparison, edit, baseline, enhanced, repr(self), self.family)
         return Comparison(baseline, enhanced, attention)
 
     def attend(self, image: Images, prompt: str, strength: float = 1.0) -> LevelAttention:
