@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,9 +29,24 @@ from .images import suffixes
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes")
+MODEL_PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers")
+PACKAGES = (*MODEL_PACKAGES, "accelerate", "bitsandbytes")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 FULL_HASH_LIMIT = 64 * 2**20  # bytes; smaller folders are identified by their whole content
+
+
+def made_by() -> dict[str, object]:
+    """How a file came to be, in short: command, versions, date."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": _model_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def _model_versions() -> dict[str, str]:
+    return {name: version_of(name) for name in MODEL_PACKAGES}
 
 
 def provenance(seeds: Sequence[int], device: str, **models: object) -> dict[str, object]:
@@ -200,15 +216,14 @@ def write_image(path: str | Path, image: Image.Image, about: Mapping[str, object
     """Write an image in the format of the path's suffix.
 
     Args:
-        about: how it was made; a PNG keeps it as JSON in the text `qwen_vision_bridge`, with absolute paths
-            cut to their last part, since images are passed on.
+        about: how it was made, beside command, versions and date; a PNG keeps it as JSON in the text
+            `qwen_vision_bridge`, with absolute paths cut to their last part, since images are passed on.
     """
     options: dict[str, Any] = {}
-    if about is not None and Path(path).suffix.lower() == ".png":
+    if Path(path).suffix.lower() == ".png":
         options["pnginfo"] = text = PngInfo()
-        text.add_itxt(
-            "qwen_vision_bridge", _without_folders(json.dumps(about, ensure_ascii=False, default=str))
-        )
+        data = json.dumps({**made_by(), **(about or {})}, ensure_ascii=False, default=str)
+        text.add_itxt("qwen_vision_bridge", _without_folders(data))
     return write_whole(path, lambda file: image.save(file, **options))
 
 

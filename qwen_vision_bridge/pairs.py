@@ -276,7 +276,7 @@ def write_sheet(
 
     about = " · ".join(filter(None, [title, photo_note(family, edit.images)]))
     sheet = comparison_sheet(edit.images, baseline, enhanced, edit.prompt, edit.seed, edit.strength, about)
-    write_image(path, sheet)
+    write_image(path, sheet, {"seed": edit.seed, "strength": edit.strength, "models": title})
 
 
 def compare_pairs(
@@ -311,7 +311,7 @@ def compare_pairs(
         name = digest_of([key, digests, edit.prompt])
         record = known.get(name)
         if record is None or not all((folder / file).is_file() for file in record["files"].values()):
-            measured = _measure(compare, edit, folder, f"{number:03d}-{name[:6]}")
+            measured = _measure(compare, edit, folder, f"{number:03d}-{name[:6]}", provenance)
             record = {"prompt": edit.prompt, "images": digests, **measured}
             with model_lock:  # another thread may have written since
                 known = _read(path) | {name: record}
@@ -329,14 +329,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _measure(
-    compare: Callable[[Edit, Path], Comparison], edit: Edit, folder: Path, stem: str
+    compare: Callable[[Edit, Path], Comparison], edit: Edit, folder: Path, stem: str, about: dict[str, Any]
 ) -> dict[str, Any]:
     files = {name: f"{stem}_{name}.png" for name in ("baseline", "enhanced", "comparison")}
     started = time.perf_counter()
     baseline, enhanced, attention = compare(edit, folder / files["comparison"])
     seconds = time.perf_counter() - started
-    write_image(folder / files["baseline"], baseline)
-    write_image(folder / files["enhanced"], enhanced)
+    write_image(folder / files["baseline"], baseline, about | {"arm": "baseline"})
+    write_image(folder / files["enhanced"], enhanced, about | {"arm": "enhanced"})
     difference = np.abs(np.asarray(baseline, float) - np.asarray(enhanced, float))
     weights = attention.weights.mean(0).tolist()
     return {

@@ -26,6 +26,12 @@ SMALL = replace(STOCK, editor=replace(STOCK.editor, vae_area=64 * 64))
 """The miniature with edits of 64² px: with the stock models, in a quarter of the time."""
 
 
+def made_how(path: Path) -> dict[str, Any]:
+    """What a PNG of the toolkit says of how it was made."""
+    with Image.open(path) as image:
+        return json.loads(image.text["qwen_vision_bridge"])  # type: ignore[attr-defined]
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["QWEN_VISION_BRIDGE_HOME"], ignore_errors=True)
 

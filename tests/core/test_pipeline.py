@@ -31,7 +31,7 @@ from qwen_vision_bridge.patches import (
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import EDITORS, FAMILIES, Family
 from qwen_vision_bridge.synthetic.cases import make_cases
-from tests.conftest import SMALL
+from tests.conftest import SMALL, made_how
 
 PROMPT = "make the suit blue"
 SHORT = {"num_inference_steps": 2}
@@ -186,6 +186,10 @@ def test_benchmark_writes_images_and_records_and_resumes(
     for row in first:
         assert all((tmp_path / name).is_file() for name in row["files"].values())
         assert row["mean_abs_difference"] > 0
+        about = {name: made_how(tmp_path / file) for name, file in row["files"].items()}
+        assert about["baseline"]["arm"] == "baseline"
+        assert about["enhanced"]["bridge"]["name"] == editor.bridge_name
+        assert (about["comparison"]["seed"], about["comparison"]["models"]) == (0, repr(editor))
     baseline = tmp_path / first[0]["files"]["baseline"]
     stamp = baseline.stat().st_mtime_ns
     again = editor.benchmark([photo], ["a", "b"], tmp_path, **SHORT)

@@ -42,7 +42,8 @@ def write_overview(folder: str | Path, evaluation: Evaluation) -> Path | None:
     if not cases:
         return None
     chosen = evenly([cases[name] for name in sorted(cases, key=lambda name: (_group(cases[name]), name))])
-    return write_image(folder / "overview.png", overview_sheet(folder, chosen, arms, _title(cases, arms)))
+    sheet = overview_sheet(folder, chosen, arms, _title(cases, arms))
+    return write_image(folder / "overview.png", sheet, evaluation.provenance)
 
 
 def evenly(cases: Sequence[Any], most: int = MOST) -> list[Any]:
