@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,8 +125,9 @@ def evaluate(
     if options.announce is not None and processes.is_main:
         options.announce(_estimate(run, pending, processes.count))
     mine = processes.share(sorted({task.case.case_id for task in pending}))
-    _work(run, mine, pending, record_log, options.workers)
-    processes.wait()
+    with processes.working_in(run.folder) if pending else nullcontext():
+        _work(run, mine, pending, record_log, options.workers)
+        processes.wait()
     if not processes.is_main:
         return None
     record_log.merge()
