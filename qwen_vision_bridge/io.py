@@ -70,6 +70,14 @@ def version_of(package: str) -> str:
         return "unknown"
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: `40 s`, `12 min`, `1.5 h`."""
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
 def digest_of(data: object) -> str:
     """Compute a short digest of plain data, for keys, and for seeds that must never change.
 
@@ -223,11 +231,11 @@ def write_image(path: str | Path, image: Image.Image, about: Mapping[str, object
     if Path(path).suffix.lower() == ".png":
         options["pnginfo"] = text = PngInfo()
         data = json.dumps({**made_by(), **(about or {})}, ensure_ascii=False, default=str)
-        text.add_itxt("qwen_vision_bridge", _without_folders(data))
+        text.add_itxt("qwen_vision_bridge", without_folders(data))
     return write_whole(path, lambda file: image.save(file, **options))
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """The text with every absolute path cut to its last part."""
     return re.sub(r"(?<![\w.:/~-])[~]?/(?:[^\s/\"']+/)+([^\s/\"']+)", r"…/\1", text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,20 @@ def test_each_loss_reaches_every_part_of_a_bridge(train_data: TrainData, kind: s
     for name, parameter in trainable.parameters().items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_each_validation_shows_the_baseline_and_the_time_left(
+    tmp_path: Path, questions: TrainData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = TrainingSettings(**{**vars(SETTINGS), "validation_steps": 2})
+    figures = {"letters": 0.75, "gate": 1.0, "baseline/letters": 0.5}
+    Trainer(tmp_path, bridge(), questions, settings, alone(), lambda step: figures).run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "validation/" in line]
+    shown = "validation/letters 0.75 (baseline 0.5)  validation/gate 1"
+    assert re.fullmatch(rf"step 2/4  {re.escape(shown)}  about \d+ (s|min) left", lines[0])
+    assert lines[1] == f"step 4/4  {shown}"  # nothing is left
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["validation/baseline/letters"] for row in rows if "validation/letters" in row] == [0.5] * 2
 
 
 def test_a_fresh_bridge_costs_what_the_baseline_costs(train_data: TrainData) -> None:
@@ -353,6 +368,8 @@ def test_a_lora_learns_in_the_language_model_and_is_as_large(
     Trainer(tmp_path, lora, train_data, SETTINGS, alone()).run()
     after = answer_loss(lora, train_data, train_data.perceive)
     assert after["loss"] < before["loss"]
+    with lora.switched_off():
+        assert answer_loss(None, train_data, train_data.perceive) == pytest.approx(before, abs=1e-5)
     loaded = PeftModel.from_pretrained(target_copy(), tmp_path / "checkpoint-4")
     again = TrainData(FrozenLanguageModel(loaded.base_model.model, processor, FAMILY), questions.perceive)
     assert answer_loss(None, again, questions.perceive) == pytest.approx(after, abs=1e-5)
