@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from .io import read_json
+from .io import read_json, usual_mode
 from .loading.checks import broken_weight
 from .loading.hub import folder_or_hub_file, is_hub_id
 from .loading.locks import exclusive
@@ -36,7 +36,6 @@ from .specs import BUILTIN, FAMILIES, LEVEL_NAMES, MODELS, Family, check_seed
 logger = logging.getLogger(__name__)
 
 MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
-
 Blend = Literal["add", "replace"]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -218,9 +217,10 @@ class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which myp
 
     def save_pretrained(self, save_directory: str | Path, **options: object) -> str | None:
         """Write `config.json` and `model.safetensors`; options such as `push_to_hub=True` as in the mixin."""
-        if options.get("config") is None:
-            options["config"] = asdict(self.config)
-        return super().save_pretrained(save_directory, **options)
+        options["config"] = options.get("config") or asdict(self.config)
+        url = super().save_pretrained(save_directory, **options)
+        usual_mode(Path(save_directory) / WEIGHTS_FILE)
+        return url
 
     def generate_model_card(self, *args: object, **details: object) -> ModelCard:
         """The card of a saved bridge, from its config; `details` may add `training` and `results` as text."""

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -102,9 +104,9 @@ def folder_digest(folder: Path, files: Iterable[Path]) -> str:
     present = sorted(path for path in files if path.is_file())
     small = sum(path.stat().st_size for path in present) <= FULL_HASH_LIMIT
     for path in present:
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}:{stat.st_size}".encode())
-        digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
+        state = path.stat()
+        digest.update(f"{path.relative_to(folder)}:{state.st_size}".encode())
+        digest.update(path.read_bytes() if small else str(state.st_mtime_ns).encode())
     return f"local:{digest.hexdigest()[:16]}"
 
 
@@ -190,11 +192,21 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     os.close(handle)
     try:
         write(Path(name))
-        os.chmod(name, 0o644)  # mkstemp's own mode hides the file from everyone else
+        usual_mode(Path(name))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
     return path
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file the mode of a plain new one beside it: temporary and safetensors files hide from others."""
+    plain = path.with_name(f".{uuid4().hex}")
+    plain.touch(exist_ok=False)
+    try:
+        path.chmod(stat.S_IMODE(plain.stat().st_mode))
+    finally:
+        plain.unlink()
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -25,7 +25,7 @@ def card_texts(summary: Mapping[str, Any]) -> dict[str, str]:
     Args:
         summary: what `training.json` holds.
     """
-    return {"training": _training(summary), "results": _results(summary)}
+    return {"training": without_folders(_training(summary)), "results": _results(summary)}
 
 
 def _training(summary: Mapping[str, Any]) -> str:
@@ -43,7 +43,7 @@ def _training(summary: Mapping[str, Any]) -> str:
         lines.append(f"A control: it sees `{summary['features']}` features in place of the source's own.")
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     lines.append(f"Made on {summary['device']}, {summary['date'][:10]}, by")
-    lines.append(f"    {without_folders(summary['command'])}")
+    lines.append(f"    {summary['command']}")
     lines.append(f"with {versions}.")
     return "\n\n".join(lines)
 

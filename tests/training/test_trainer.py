@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
+from qwen_vision_bridge.features import FeatureCache
+from qwen_vision_bridge.io import atomic_save, write_image
 from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.specs import MAX_SEED, step_seed
 from qwen_vision_bridge.training import checkpointing as checkpointing
@@ -27,7 +31,7 @@ from qwen_vision_bridge.training.flow_matching import FlowMatching
 from qwen_vision_bridge.training.frozen_lm import FrozenLanguageModel
 from qwen_vision_bridge.training.losses import Batch, TrainData
 from qwen_vision_bridge.training.packs import Pack, build_pack
-from qwen_vision_bridge.training.run_folder import checkpoints, find_checkpoint
+from qwen_vision_bridge.training.run_folder import TrainingRun, checkpoints, find_checkpoint
 from qwen_vision_bridge.training.trainable import LoraBaseline, TrainableBridge
 from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
 from qwen_vision_bridge.training.validation import (
@@ -293,6 +297,28 @@ def test_a_result_replaces_another_whole_or_not_at_all(tmp_path: Path) -> None:
     checkpointing.save_result(tmp_path, second.save)
     assert bridge_digest(VisionBridge.from_pretrained(tmp_path)) == bridge_digest(second.bridge)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_written_files_have_the_mode_that_the_umask_says(umask: int, tmp_path: Path) -> None:
+    """A group that shares a folder reads the checkpoints in it; safetensors alone would write 0600."""
+    run, learner = TrainingRun(tmp_path, "0123456789ab", {}), bridge()
+    before = os.umask(umask)
+    try:
+        run.write()
+        checkpointing.save_checkpoint(run, 1, learner.save, {"one": torch.ones(2)}, {})
+        checkpointing.save_result(tmp_path, learner.save, run)
+        learner.bridge.save_pretrained(tmp_path / "plain")
+        atomic_save({"one": torch.ones(2)}, tmp_path / "one.safetensors")
+        write_image(tmp_path / "one.png", Image.new("RGB", (8, 8)))
+        FeatureCache(tmp_path / "cache").put({"key": "1"}, {"one": torch.ones(1, 2)})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 14
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~umask) for path in files
+    }
 
 
 def test_old_checkpoints_are_removed_and_others_refused(tmp_path: Path, questions: TrainData) -> None:
