@@ -89,7 +89,8 @@ def test_features_from_the_cache_import_no_transformers(tmp_path: Path) -> None:
         "cache.extract_qwen3_vision(Image.new('RGB', (64, 64))); "
         "print('transformers' in sys.modules, 'torchvision' in sys.modules)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2)]
+    command, options = [sys.executable, "-c", code], {"capture_output": True, "text": True}
+    runs = [subprocess.run(command, **options, timeout=120) for _ in range(2)]
     assert [run.stdout.split() for run in runs] == [["True", "True"], ["False", "False"]]
 
 
