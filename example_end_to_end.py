@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vision_bridge.cli import check_inputs, choose_models, parser, run
-from qwen_vision_bridge.evaluation.options import add_evaluation_options
+from qwen_vision_bridge.evaluation.options import add_edit_options, add_evaluation_options
 
 if TYPE_CHECKING:
     from qwen_vision_bridge.case import Case
@@ -71,39 +71,6 @@ def check_combination(arguments: argparse.Namespace) -> None:
         raise ValueError("--arm is for examples 2 to 5, and 7; examples 1 and 6 take --bridge")
     if arguments.image and len(arguments.image) > 1 and arguments.example == 6:
         raise ValueError("example 6 takes one --image")
-
-
-def add_edit_options(options: argparse.ArgumentParser) -> None:
-    """Add what decides an edit."""
-    options.add_argument("--editor", help="another Qwen-Image-Edit: registered name, hub id or local folder")
-    options.add_argument("--example", type=int, choices=range(1, 8), help="which example; without it, a menu")
-    options.add_argument(
-        "--bridge", help="folder or hub id of a bridge, `fresh` or `random`; default: the family's own"
-    )
-    options.add_argument(
-        "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
-    )
-    options.add_argument("--steps", type=int, help="denoising steps; default: the family's")
-    options.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:WEIGHT]",
-        help="a LoRA for baseline and enhanced edits: a safetensors file of any trainer, a folder, a hub "
-        "id, or owner/name/file.safetensors; may be repeated",
-    )
-    options.add_argument(
-        "--fast",
-        type=int,
-        choices=(4, 8),
-        help="edit in so many steps without guidance, by the editor's few-step LoRA",
-    )
-    options.add_argument("--fast-lora", metavar="FILE", help="another few-step LoRA, for --fast")
-    options.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
-    options.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
-    options.add_argument(
-        "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
-    )
 
 
 def ask() -> int | None:
@@ -204,6 +171,7 @@ class Session:
         from qwen_vision_bridge.evaluation.metrics.correctness import judge
         from qwen_vision_bridge.images import load_images
         from qwen_vision_bridge.io import write_image
+        from qwen_vision_bridge.patches import photo_note
         from qwen_vision_bridge.plots import comparison_sheet
 
         print("\n=== Basic comparison ===")
@@ -218,7 +186,8 @@ class Session:
             given = self.arguments
             if given.bridge is None and given.strength == 1 and not (given.fast or given.lora):
                 note = STRIPED
-        about = " · ".join(filter(None, [repr(self.pipeline), note]))
+        photo = photo_note(self.pipeline.family, images)
+        about = " · ".join(filter(None, [repr(self.pipeline), note, photo]))
         strength, seed = self.arguments.strength, self.arguments.seed
         sheet = comparison_sheet(
             images, result.baseline, result.enhanced, prompt, seed, strength, about, known

@@ -4,8 +4,8 @@ For token n and level l:  z_l = Down_l(Norm_l(x_l)),  a_l = softmax over l of <Q
 u = Σ_l Up_l(a_l · z_l),  out = b + strength · gate · rms(b) · clamp(u).
 
 With `blend="replace"`, u = Σ_l Up_l(a_l · z_l) − b / rms(b), and strength · gate is the share of b that the
-levels replace. The attention runs over the levels of one token, so its cost is linear in N; each head weighs
-its own slice of z. `Up` starts at zero, which makes an untrained bridge exactly the identity.
+levels replace. The attention runs over the levels of one token; each head weighs its own slice of z. `Up`
+starts at zero, which makes an untrained bridge exactly the identity.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from .io import read_json
+from .io import read_json, usual_mode
 from .loading.checks import broken_weight
 from .loading.hub import folder_or_hub_file, is_hub_id
 from .loading.locks import exclusive
@@ -37,7 +37,6 @@ from .specs import BUILTIN, LEVEL_NAMES, Family, check_seed
 logger = logging.getLogger(__name__)
 
 MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
-
 Blend = Literal["add", "replace"]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -150,9 +149,8 @@ class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which myp
         levels, linear = range(len(config.levels)), partial(nn.Linear, bias=False)
         self.source_norms = nn.ModuleList(nn.RMSNorm(config.source_dim, eps=1e-6) for _ in levels)
         self.target_norm = nn.RMSNorm(config.target_dim, eps=1e-6)
-        self.downs = nn.ModuleList(
-            nn.Identity() if config.rank is None else linear(config.source_dim, width) for _ in levels
-        )
+        down = nn.Identity if config.rank is None else partial(linear, config.source_dim, width)
+        self.downs = nn.ModuleList(down() for _ in levels)
         self.query = linear(config.target_dim, config.query_dim)
         self.keys = nn.ModuleList(linear(width, config.query_dim) for _ in levels)
         self.ups = nn.ModuleList(linear(width, config.target_dim) for _ in levels)
@@ -219,9 +217,10 @@ class VisionBridge(  # type: ignore[call-arg]  # the mixin takes them, which myp
 
     def save_pretrained(self, save_directory: str | Path, **options: object) -> str | None:
         """Write `config.json` and `model.safetensors`; options such as `push_to_hub=True` as in the mixin."""
-        if options.get("config") is None:
-            options["config"] = asdict(self.config)
-        return super().save_pretrained(save_directory, **options)
+        options["config"] = options.get("config") or asdict(self.config)
+        url = super().save_pretrained(save_directory, **options)
+        usual_mode(Path(save_directory) / WEIGHTS_FILE)
+        return url
 
     def generate_model_card(self, *args: object, **details: object) -> ModelCard:
         """The card of a saved bridge, from its config; `details` may add `training` and `results` as text."""

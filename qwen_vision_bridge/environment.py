@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,7 @@ def inspect_machine(gpu_gb: float | None = None) -> Report:
     checks = [_python(), *_packages()]
     if not all(check.ok for check in checks):
         return Report(checks, [])
+    checks += _bytecode()
     ram_gb = _ram_gb()
     gpus = gpu_memory_gb() if gpu_gb is None else [("planned GPU", gpu_gb, gpu_gb)]
     remedy = f"close other programs: the miniature needs {MINIATURE_RAM_GB:.0f} GB"
@@ -133,6 +135,15 @@ def gpu_memory_gb() -> list[tuple[str, float, float]]:
 def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
     return Check("Python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+
+
+def _bytecode() -> list[Check]:
+    """A note where every start compiles torch and its like anew: nothing has kept their bytecode, or will."""
+    spec = find_spec("torch")
+    if not sys.dont_write_bytecode or spec is None or spec.cached is None or Path(spec.cached).is_file():
+        return []
+    found = "packages are compiled at every start (PYTHONDONTWRITEBYTECODE is set), about 8 s for an edit"
+    return [Check("bytecode", False, found, "run `uv sync --compile-bytecode` once", required=False)]
 
 
 def _packages() -> list[Check]:

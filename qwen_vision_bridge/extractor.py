@@ -21,6 +21,7 @@ from .loading.checks import not_finite
 from .loading.families import resolve_family
 from .loading.locks import exclusive, model_lock
 from .loading.memory import resolve_device, resolve_dtype
+from .loading.token_grid import PixelLimits, pixel_limits, token_grid
 from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
 from .loading.towers import compile_blocks, load_processor, load_tower, load_whole, require_cuda_for_8bit
 from .specs import LEVEL_NAMES, Family, ModelSpec
@@ -114,6 +115,7 @@ class VisionCacheExtractor:
         self._models: dict[Role, PreTrainedModel] = {}
         self._processors: dict[str, Any] = {}
         self._revisions: dict[Role, str] = {}
+        self._limits: PixelLimits | None = None  # of the target's processor
 
     def extract_qwen3_vision(
         self, image: ImageLike | Sequence[ImageLike], prompt: str = "", grids: Sequence[Grid] | None = None
@@ -174,13 +176,9 @@ class VisionCacheExtractor:
 
     def target_grid(self, image: Image.Image) -> Grid:
         """(gh, gw) that the target's own processor gives an image; needs no weights."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-        px, size = self.family.target.token_px, self._image_processor("qwen25").size
-        height, width = smart_resize(
-            image.height, image.width, px, size["shortest_edge"], size["longest_edge"]
-        )
-        return height // px, width // px
+        if self._limits is None:
+            self._limits = pixel_limits(self.family.target)
+        return token_grid(image.width, image.height, self.family.target.token_px, self._limits)
 
     def provenance(self, role: Role) -> dict[str, str]:
         """Everything about the models that decides the features of an image."""

@@ -11,14 +11,17 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -28,9 +31,24 @@ from .images import suffixes
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes")
+MODEL_PACKAGES = ("qwen-vision-bridge", "torch", "transformers", "diffusers")
+PACKAGES = (*MODEL_PACKAGES, "accelerate", "bitsandbytes")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 FULL_HASH_LIMIT = 64 * 2**20  # bytes; smaller folders are identified by their whole content
+
+
+def made_by() -> dict[str, object]:
+    """How a file came to be, in short: command, versions, date."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": _model_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def _model_versions() -> dict[str, str]:
+    return {name: version_of(name) for name in MODEL_PACKAGES}
 
 
 def provenance(seeds: Sequence[int], device: str, **models: object) -> dict[str, object]:
@@ -52,6 +70,14 @@ def version_of(package: str) -> str:
         return metadata.version(package) or "unknown"
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `40 s`, `12 min`, `1.5 h`."""
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def digest_of(data: object) -> str:
@@ -78,9 +104,9 @@ def folder_digest(folder: Path, files: Iterable[Path]) -> str:
     present = sorted(path for path in files if path.is_file())
     small = sum(path.stat().st_size for path in present) <= FULL_HASH_LIMIT
     for path in present:
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}:{stat.st_size}".encode())
-        digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
+        state = path.stat()
+        digest.update(f"{path.relative_to(folder)}:{state.st_size}".encode())
+        digest.update(path.read_bytes() if small else str(state.st_mtime_ns).encode())
     return f"local:{digest.hexdigest()[:16]}"
 
 
@@ -166,11 +192,21 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     os.close(handle)
     try:
         write(Path(name))
-        os.chmod(name, 0o644)  # mkstemp's own mode hides the file from everyone else
+        usual_mode(Path(name))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
     return path
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file the mode of a plain new one beside it: temporary and safetensors files hide from others."""
+    plain = path.with_name(f".{uuid4().hex}")
+    plain.touch(exist_ok=False)
+    try:
+        path.chmod(stat.S_IMODE(plain.stat().st_mode))
+    finally:
+        plain.unlink()
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -200,19 +236,18 @@ def write_image(path: str | Path, image: Image.Image, about: Mapping[str, object
     """Write an image in the format of the path's suffix.
 
     Args:
-        about: how it was made; a PNG keeps it as JSON in the text `qwen_vision_bridge`, with absolute paths
-            cut to their last part, since images are passed on.
+        about: how it was made, beside command, versions and date; a PNG keeps it as JSON in the text
+            `qwen_vision_bridge`, with absolute paths cut to their last part, since images are passed on.
     """
     options: dict[str, Any] = {}
-    if about is not None and Path(path).suffix.lower() == ".png":
+    if Path(path).suffix.lower() == ".png":
         options["pnginfo"] = text = PngInfo()
-        text.add_itxt(
-            "qwen_vision_bridge", _without_folders(json.dumps(about, ensure_ascii=False, default=str))
-        )
+        data = json.dumps({**made_by(), **(about or {})}, ensure_ascii=False, default=str)
+        text.add_itxt("qwen_vision_bridge", without_folders(data))
     return write_whole(path, lambda file: image.save(file, **options))
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """The text with every absolute path cut to its last part."""
     return re.sub(r"(?<![\w.:/~-])[~]?/(?:[^\s/\"']+/)+([^\s/\"']+)", r"…/\1", text)
 

@@ -21,7 +21,7 @@ from .injection import SITES, LevelAttention, Levels, Site
 from .io import check_image_path, digest_of, read_json, write_image, write_json
 from .loading.locks import model_lock
 from .loading.tower_attention import VisionAttention, check_vision_attention
-from .patches import Mrope, takes_several, warn_of_stretch
+from .patches import Mrope, photo_note, takes_several, warn_of_photograph, warn_of_stretch
 from .specs import STOCK_STEP, EditorSpec, Family, check_prompt, check_seed, whole_number
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def check_edit(
     images = load_images(image, family.target.token_px)
     for one in images:
         check_shape(one, family.editor)
+    warn_of_photograph(family, images)
     if not {"height", "width"} & set(options):
         warn_of_stretch(family.editor, images[-1])
     if len(images) > 1 and not takes_several(pipeline_name):
@@ -272,13 +273,14 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def write_sheet(
-    path: str | Path, edit: Edit, baseline: Image.Image, enhanced: Image.Image, title: str
+    path: str | Path, edit: Edit, baseline: Image.Image, enhanced: Image.Image, title: str, family: Family
 ) -> None:
     """Write a sheet of input, baseline, enhanced and their difference."""
     from .plots import comparison_sheet  # imports matplotlib, which nothing else here needs
 
-    sheet = comparison_sheet(edit.images, baseline, enhanced, edit.prompt, edit.seed, edit.strength, title)
-    write_image(path, sheet)
+    about = " · ".join(filter(None, [title, photo_note(family, edit.images)]))
+    sheet = comparison_sheet(edit.images, baseline, enhanced, edit.prompt, edit.seed, edit.strength, about)
+    write_image(path, sheet, {"seed": edit.seed, "strength": edit.strength, "models": title})
 
 
 def compare_pairs(
@@ -306,14 +308,13 @@ def compare_pairs(
     """
     from tqdm import tqdm
 
-    path, records = folder / "results.json", []
-    known = _read(path)
+    path, records, known = folder / "results.json", [], _read(folder / "results.json")
     for number, edit in enumerate(tqdm(edits, desc="pairs", unit="pair")):
         digests = [image_digest(image) for image in edit.images]
         name = digest_of([key, digests, edit.prompt])
         record = known.get(name)
         if record is None or not all((folder / file).is_file() for file in record["files"].values()):
-            measured = _measure(compare, edit, folder, f"{number:03d}-{name[:6]}")
+            measured = _measure(compare, edit, folder, f"{number:03d}-{name[:6]}", provenance)
             record = {"prompt": edit.prompt, "images": digests, **measured}
             with model_lock:  # another thread may have written since
                 known = _read(path) | {name: record}
@@ -331,14 +332,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _measure(
-    compare: Callable[[Edit, Path], Comparison], edit: Edit, folder: Path, stem: str
+    compare: Callable[[Edit, Path], Comparison], edit: Edit, folder: Path, stem: str, about: dict[str, Any]
 ) -> dict[str, Any]:
     files = {name: f"{stem}_{name}.png" for name in ("baseline", "enhanced", "comparison")}
     started = time.perf_counter()
     baseline, enhanced, attention = compare(edit, folder / files["comparison"])
     seconds = time.perf_counter() - started
-    write_image(folder / files["baseline"], baseline)
-    write_image(folder / files["enhanced"], enhanced)
+    write_image(folder / files["baseline"], baseline, about | {"arm": "baseline"})
+    write_image(folder / files["enhanced"], enhanced, about | {"arm": "enhanced"})
     difference = np.abs(np.asarray(baseline, float) - np.asarray(enhanced, float))
     weights = attention.weights.mean(0).tolist()
     return {

@@ -18,13 +18,15 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from .loading.locks import model_lock, replaced
+from .loading.token_grid import PixelLimits, token_grid
 from .loading.tower_attention import VisionAttention, check_vision_attention, tower_attention
-from .specs import STOCK_AREA, STOCK_STEP, EditorSpec
+from .specs import STOCK_AREA, STOCK_STEP, EditorSpec, Family
 
 if TYPE_CHECKING:
     from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_STRETCH = 0.05
+PHOTO_SIDE, PHOTO_COLOURS = 128, 400  # px, and colours of 5 bits a channel
 Mrope = Literal["fixed", "stock"]
 
 
@@ -95,14 +98,12 @@ def condition_grids(
     Args:
         image_processor: that of the pipeline's processor, which resizes once more to whole tokens.
     """
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
     px, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
+    limits = PixelLimits(size["shortest_edge"], size["longest_edge"])
     grids = []
     for image in images:
         width, height = condition_size(pipeline_class, editor, image)
-        height, width = smart_resize(height, width, px, size["shortest_edge"], size["longest_edge"])
-        grids.append((height // px, width // px))
+        grids.append(token_grid(width, height, px, limits))
     return tuple(grids)
 
 
@@ -222,6 +223,31 @@ def warn_of_stretch(editor: EditorSpec, image: Image.Image) -> None:
         change = f"{image.width}×{image.height} px becomes {width}×{height} px"
         advice = "crop or pad it to a shape that the editor can do"
         _announce_once(change, f"{change}, which stretches the image: {advice}", logging.WARNING)
+
+
+def looks_like_photograph(image: Image.Image) -> bool:
+    """Whether an image has more colours than synthetic ones, by 5 bits a channel at 128 px: a heuristic.
+
+    Images of the synthetic world have 322 at most, photographs in colour 470 or more; greys are not told.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
+    shades = (np.asarray(small) >> 3).reshape(-1, 3)
+    return len(np.unique(shades, axis=0)) > PHOTO_COLOURS
+
+
+def photo_note(family: Family, images: Sequence[Image.Image]) -> str:
+    """A clause where models that know their synthetic world alone are given a photograph; else ""."""
+    if family.synthetic_only and any(map(looks_like_photograph, images)):
+        return f"looks like a photograph, and {family.name} was trained on synthetic scenes only"
+    return ""
+
+
+def warn_of_photograph(family: Family, images: Sequence[Image.Image]) -> None:
+    """Warn, once a process, where an edit shows a photograph to models that know their own world alone."""
+    key = f"photograph:{family.name}"
+    if key not in _announced and (note := photo_note(family, images)):
+        _announce_once(key, f"an image {note}: expect little of its edits", logging.WARNING)
 
 
 def _announce_once(key: str, message: str, level: int = logging.INFO) -> None:

@@ -103,8 +103,8 @@ class EnhancedQwenImageEdit(LoraMixin):
         **rare: Any,
     ) -> None:
         self.options = options = replace(options or PipelineOptions(), **rare)
-        found = resolve_family(named_family(family), source=source, editor=editor)
-        self.family = with_few_steps(found, options.fast, options.fast_lora)
+        family = resolve_family(named_family(family), source=source, editor=editor)
+        self.family = with_few_steps(family, options.fast, options.fast_lora)
         self.mode = find_mode(load_in_8bit, load_in_4bit, offload)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
@@ -118,8 +118,7 @@ class EnhancedQwenImageEdit(LoraMixin):
         shared = {name: getattr(options, name) for name in ("vision_attention", "compiled", "feature_cache")}
         self.extractor = VisionCacheExtractor(self.family, False, None, self.device, self.dtype, **shared)
         self._pipe = pipe
-        if pipe is not None:
-            self.use_few_steps(self.family.editor.few_step_lora)
+        self.use_few_steps(None if pipe is None else self.family.editor.few_step_lora)
         self._stock_state: dict[str, str] | None = None  # as loaded; None for a pipeline passed in
         self._source_users = 0  # how many `keeping_source` are open
         self._early_processor: Any = None  # the editor's, needed before the pipeline is loaded
@@ -178,8 +177,7 @@ class EnhancedQwenImageEdit(LoraMixin):
         """Run the same edit without and with the bridge: same seed, steps, guidance and prompt.
 
         Args:
-            save_comparison: where to write a sheet of input, baseline, enhanced and their difference.
-            image, prompt, strength, seed, options: as `generate`.
+            save_comparison: where to write a sheet of the images and their difference; the rest as `generate`.
         """
         edit = self.check_edit(image, prompt, seed, strength, **options)
         check_writable(edit.options, save_comparison)
@@ -188,7 +186,7 @@ class EnhancedQwenImageEdit(LoraMixin):
         enhanced, attention = self.edit(replace(edit, bridge=self.bridge, source=source))
         assert attention is not None  # every edit with a bridge has it
         if save_comparison is not None:
-            write_sheet(save_comparison, edit, baseline, enhanced, repr(self))
+            write_sheet(save_comparison, edit, baseline, enhanced, repr(self), self.family)
         return Comparison(baseline, enhanced, attention)
 
     def attend(self, image: Images, prompt: str, strength: float = 1.0) -> LevelAttention:
@@ -301,10 +299,9 @@ class EnhancedQwenImageEdit(LoraMixin):
 
     def fingerprint(self, enhanced: bool) -> dict[str, Any]:
         """Everything about the models that decides an image of the bridge's arm, or of the baseline."""
-        family, options = self.family, self.options
+        family, options, pipe = self.family, self.options, self._pipe
         if self._editor_revision is None:
             self._editor_revision = editor_revision(family.editor)
-        pipe = self._pipe
         parts: dict[str, Any] = {
             "key_version": KEY_VERSION,
             "family": family.name,
@@ -321,15 +318,15 @@ class EnhancedQwenImageEdit(LoraMixin):
         }
         if enhanced:
             parts["source"] = self.extractor.provenance("qwen3")
-            digest = bridge_digest(self.bridge)
-            parts["bridge"] = {"name": self.bridge_name, "site": options.site, "digest": digest}
+            name, digest = self.bridge_name, bridge_digest(self.bridge)
+            parts["bridge"] = {"name": name, "site": options.site, "digest": digest}
             parts["compiled"] = options.compiled
         return parts
 
     def provenance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """How a results file was made: command, seeds, models, versions, device, date."""
-        detailed = ("device", "versions")
-        parts = {name: part for name, part in self.fingerprint(True).items() if name not in detailed}
+        parts = self.fingerprint(True)
+        del parts["device"], parts["versions"]  # stated in more detail
         return provenance(seeds, device_name(self.device), **parts)
 
     def __repr__(self) -> str:
@@ -349,6 +346,5 @@ class EnhancedQwenImageEdit(LoraMixin):
         return type(self._pipe).__name__ if self._pipe is not None else self.family.editor.pipeline_class
 
     def _pipeline_class(self) -> type[EditPipeline]:
-        if self._pipe is not None:
-            return type(self._pipe)
-        return getattr(import_module("diffusers"), self.family.editor.pipeline_class)
+        name = self.family.editor.pipeline_class
+        return getattr(import_module("diffusers"), name) if self._pipe is None else type(self._pipe)

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import io
 import textwrap
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ft2font import FT2Font
 
 AMPLIFICATION = 5
 PANEL_INCHES = 2.8
 DPI = 110
 LIMITS = 0.4, 3.0  # of a panel's width by its height: an extreme image must not dwarf the others
 EQUAL = 0.05  # weights that differ less from their mean show no preference
+
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari")
+"""For prompts, where they are installed: matplotlib's own, and Debian's for other writing."""
+CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC", "FULLWIDTH")
 
 Known = tuple[Image.Image, bool, bool]
 """The right edit, and whether baseline and enhanced are right."""
@@ -66,7 +75,8 @@ def comparison_sheet(
     figure = Figure(
         figsize=(PANEL_INCHES * sum(widths) + 0.2, 2 * PANEL_INCHES + 1.3), dpi=DPI, layout="constrained"
     )
-    figure.suptitle("\n".join(textwrap.wrap(f"“{prompt}”", int(30 * sum(widths)))[:3]), fontsize=11)
+    title = textwrap.wrap(drawable(f"“{prompt}”"), int(30 * sum(widths)))[:3]
+    figure.suptitle("\n".join(title), fontsize=11, family=fonts(), parse_math=False)
     rows = figure.subplots(2, len(top), width_ratios=widths, squeeze=False)
     for place in np.ndindex(rows.shape):
         rows[place].set_axis_off()
@@ -119,9 +129,8 @@ def attention_figure(
     columns = len(levels) + 1
     height = PANEL_INCHES * min(image.height / image.width, 2.0) + 1.5
     figure = Figure(figsize=(PANEL_INCHES * columns + 0.8, height), dpi=DPI, layout="constrained")
-    figure.suptitle(
-        "\n".join(textwrap.wrap(f"“{prompt}”" if prompt else what, 30 * columns)[:2]), fontsize=11
-    )
+    title = textwrap.wrap(drawable(f"“{prompt}”") if prompt else what, 30 * columns)[:2]
+    figure.suptitle("\n".join(title), fontsize=11, family=fonts(), parse_math=False)
     axes = np.atleast_1d(figure.subplots(1, columns))
     _show(axes[0], image, "input")
     extent = (0, image.width, image.height, 0)
@@ -151,6 +160,35 @@ def preference(weights: np.ndarray, levels: Sequence[str]) -> str:
     if np.abs(means - means.mean()).max() < EQUAL:
         return "the attention weights are nearly equal: the bridge prefers no level"
     return f"the bridge attends most to {levels[int(means.argmax())]}"
+
+
+@cache
+def fonts() -> list[str]:
+    """Names of the fonts for prompts that are installed here."""
+    installed = set(font_manager.get_font_names())
+    return [name for name in FONTS if name in installed]
+
+
+def drawable(text: str) -> str:
+    """The text with letters that no font here has, which would be boxes, replaced by what would draw them."""
+    parts = []
+    for known, letters in groupby(text, _has_glyph):
+        part = "".join(letters)
+        if not known:
+            named = unicodedata.name(part[0], "")
+            package = "fonts-noto-cjk" if named.startswith(CJK) else "fonts-noto-core"
+            part = f"[{len(part)} letters, drawn with {package}]"
+        parts.append(part)
+    return "".join(parts)
+
+
+def _has_glyph(letter: str) -> bool:
+    return letter.isspace() or any(font.get_char_index(ord(letter)) for font in _loaded_fonts())
+
+
+@cache
+def _loaded_fonts() -> list[FT2Font]:
+    return [font_manager.get_font(font_manager.findfont(name)) for name in fonts()]
 
 
 def to_image(figure: Figure) -> Image.Image:

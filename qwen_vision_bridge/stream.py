@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -123,7 +124,7 @@ def extract_folder(
     store.claim(plan)
     pending = store.pending(plan)
     extractor.warm(role)
-    extractor.target_grid(Image.new("RGB", (64, 64)))  # its processor too, before many threads ask for it
+    extractor.target_grid(Image.new("RGB", (64, 64)))  # reads its limits, before many threads ask for them
     processes.wait()  # all have looked before anyone writes, and all towers are there
     if processes.is_main and pending:
         store.begin(plan)
@@ -131,8 +132,9 @@ def extract_folder(
     started = time.perf_counter()
     mine = {shard: plan[shard] for shard in processes.share(list(plan)) if shard in pending}
     work = _Extraction(extractor, role, images, store, batch_tokens)
-    work.run(mine, workers or min(16, os.cpu_count() or 1), processes.is_main)
-    processes.wait()
+    with processes.working_in(store.folder) if pending else nullcontext():
+        work.run(mine, workers or min(16, os.cpu_count() or 1), processes.is_main)
+        processes.wait()
     if not processes.is_main:
         return None
     headers = store.headers(plan)

@@ -47,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
+def made_how(path: Path) -> dict[str, Any]:
+    """What a PNG of the toolkit says of how it was made."""
+    with Image.open(path) as image:
+        return json.loads(image.text["qwen_vision_bridge"])  # type: ignore[attr-defined]
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["QWEN_VISION_BRIDGE_HOME"], ignore_errors=True)
 

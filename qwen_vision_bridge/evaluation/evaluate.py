@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..case import GROUPS, OTHER, Case
 from ..distributed import Processes
+from ..io import duration
 from ..pipeline import EnhancedQwenImageEdit
 from ..specs import check_seed
 from .arms import Arm, check_arms, default_arms, loading_loras
@@ -124,9 +126,12 @@ def evaluate(
     if options.announce is not None and processes.is_main:
         options.announce(_estimate(run, pending, processes.count))
     mine = processes.share(sorted({task.case.case_id for task in pending}))
-    with loading_loras(pipeline, arms if pending else ()):
+    with (
+        processes.working_in(run.folder) if pending else nullcontext(),
+        loading_loras(pipeline, arms if pending else ()),
+    ):
         _work(run, mine, pending, record_log, options.workers)
-    processes.wait()
+        processes.wait()
     if not processes.is_main:
         return None
     record_log.merge()
@@ -209,9 +214,7 @@ def _estimate(run: Run, pending: Sequence[Task], processes: int) -> str:
         return f"{edits} edits to do; how long they take is not known, since {case.case_id} fails."
     step = max(times[2] - times[1], 0.0) / 2
     each = times[1] + step * (steps - 2)
-    minutes = each * edits / processes / 60
-    amount = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
-    amount = amount if minutes >= 2 else f"{60 * minutes:.0f} s"
+    amount = duration(each * edits / processes)
     return (
         f"{edits} edits and {len(pending) - edits} questions to do: about {amount} for the edits, at "
         f"{each:.1f} s each as short ones took here. Ctrl-C keeps what is done."

@@ -29,6 +29,7 @@ from ..specs import cache_home
 from ..synthetic.questions import Question
 from .record_log import RecordLog
 from .scoring import score, score_reply
+from .statistics import BASELINE
 from .tasks import Run, Task, content_key
 from .vqa import ask
 
@@ -144,9 +145,9 @@ class Executor:
     def _denoise(self, edits: Sequence[tuple[Task, Prepared]]) -> None:
         started = time.perf_counter()
         images: list[Image.Image] = []
-        with self._recording_errors([task for task, _ in edits]):
-            with edits[0][0].arm.with_loras(self.run.pipeline):
-                images = self.run.pipeline.denoise([prepared for _, prepared in edits])
+        loras = edits[0][0].arm.with_loras(self.run.pipeline)  # one batch has one arm's
+        with self._recording_errors([task for task, _ in edits]), loras:
+            images = self.run.pipeline.denoise([prepared for _, prepared in edits])
         seconds = (time.perf_counter() - started) / len(edits)
         for (task, prepared), image in zip(edits, images, strict=False):  # none where it failed
             with self._recording_errors([task]):
@@ -173,18 +174,19 @@ class Executor:
         """Write an image with its level weights, and have it measured; keep a baseline for other runs."""
         case, baseline = task.case, self._baseline_path(task)
         if baseline is not None and not baseline.is_file():
-            write_image(baseline, image)
+            write_image(baseline, image, self._about(case, task.arm.name))
         if image.size != case.image.size:  # the editor works at its own size
             image = image.resize(case.image.size)
         # Another bridge's image of the same case keeps its own name.
         stem = f"{case.group}/{case.case_id}_{task.arm.name}-{task.key[:6]}"
-        write_image(self.run.folder / f"{stem}.png", image)
+        about = self._about(case, task.arm.name)
+        write_image(self.run.folder / f"{stem}.png", image, about)
         fields: dict[str, Any] = {"image": f"{stem}.png"}
         if attention is not None:
             weights = attention.maps()[-1]  # of the image that is edited, (gh, gw, L)
             shares = np.clip(np.rint(weights[..., :3] * 255), 0, 255).astype(np.uint8)
             if shares.shape[-1] == 3:
-                write_image(self.run.folder / f"{stem}_levels.png", Image.fromarray(shares))
+                write_image(self.run.folder / f"{stem}_levels.png", Image.fromarray(shares), about)
                 fields["attention"] = f"{stem}_levels.png"
             means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
             fields["level_weights"] = dict(zip(attention.levels, means, strict=True))
@@ -226,4 +228,11 @@ class Executor:
         if case.target is not None:
             images["target"] = case.target
         for name, image in images.items():
-            write_image(self.run.folder / case.group / f"{case.case_id}_{name}.png", image)
+            path = self.run.folder / case.group / f"{case.case_id}_{name}.png"
+            write_image(path, image, self._about(case, name))
+
+    def _about(self, case: Case, arm: str) -> dict[str, Any]:
+        """What an image's file says of it, beside the command; short, since a run has thousands."""
+        family = self.run.pipeline.family
+        models = [family.editor.name, *([] if arm == BASELINE else [family.source.name])]
+        return {"case": case.case_id, "arm": arm, "seed": self.run.seed_of(case), "models": models}

@@ -1,4 +1,4 @@
-"""Arguments of a command line that runs an evaluation."""
+"""Arguments of a command line that runs edits and an evaluation of them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,36 @@ def add_evaluation_options(options: argparse.ArgumentParser) -> None:
         "--no-questions", action="store_true", help="edits alone: the language model is not asked"
     )
     options.add_argument("--retry-errors", action="store_true", help="do again what failed in an earlier run")
+
+
+def add_edit_options(options: argparse.ArgumentParser) -> None:
+    """Add what decides an edit."""
+    options.add_argument("--editor", help="another Qwen-Image-Edit: registered name, hub id or local folder")
+    options.add_argument("--example", type=int, choices=range(1, 8), help="which example; without it, a menu")
+    options.add_argument(
+        "--bridge", help="folder or hub id of a bridge, `fresh` or `random`; default: the family's own"
+    )
+    options.add_argument(
+        "--strength", type=float, default=1.0, help="strength of the bridge; 0 is the stock pipeline"
+    )
+    options.add_argument("--steps", type=int, help="denoising steps; default: the family's")
+    options.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA for baseline and enhanced edits: a safetensors file of any trainer, a folder, a hub "
+        "id, or owner/name/file.safetensors; may be repeated",
+    )
+    options.add_argument(
+        "--fast",
+        type=int,
+        choices=(4, 8),
+        help="edit in so many steps without guidance, by the editor's few-step LoRA",
+    )
+    options.add_argument("--fast-lora", metavar="FILE", help="another few-step LoRA, for --fast")
+    options.add_argument("--load-in-8bit", action="store_true", help="quantise to 8 bits (CUDA)")
+    options.add_argument("--load-in-4bit", action="store_true", help="quantise to 4 bits (CUDA)")
+    options.add_argument(
+        "--offload", choices=["model", "group", "sequential"], help="keep weights in CPU memory (CUDA)"
+    )

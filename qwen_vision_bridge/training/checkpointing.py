@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..io import read_json, write_json
+from ..io import read_json, usual_mode, write_json
 from .run_folder import STATE, TrainingRun, checkpoints, run_of
 
 TENSORS = "state.safetensors"
@@ -46,6 +46,8 @@ def save_checkpoint(
         write(temporary)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary / TENSORS)
+        for file in temporary.iterdir():
+            usual_mode(file)
         data = {"run": run.run_id, "fingerprint": run.fingerprint, **state, "step": step}
         write_json(temporary / STATE, data)
         if path.exists():
@@ -83,7 +85,7 @@ def save_result(folder: str | Path, write: Callable[[Path], None], run: Training
         if run is not None:
             run.claim(*sorted(path.name for path in temporary.iterdir()))
         for path in sorted(temporary.iterdir()):
-            path.chmod(0o644)
+            usual_mode(path)
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

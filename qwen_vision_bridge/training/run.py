@@ -7,6 +7,7 @@ runs on the same data find again; then the towers are freed.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..loading.towers import load_processor, load_whole
 from ..pipeline import EnhancedQwenImageEdit
 from ..specs import Family, cache_home
 from .calibration import Calibration, calibrate, token_stream
+from .card import BASELINE, beside_baseline, card_texts
 from .checkpointing import save_result
 from .config import Kind, RunConfig, TrainingSettings
 from .data import Samples, Split, load_samples
@@ -156,6 +158,7 @@ class TrainingJob:
         self.run, self.settings, self.samples, self.accelerator = run, settings, samples, accelerator
         self.models = FrozenModels(run, accelerator.device)
         self.packs = self._packs()
+        self._baseline_figures: dict[str, float] | None = None
 
     def calibrate(self) -> None:
         """Calibrate a bridge and choose its gate."""
@@ -172,8 +175,8 @@ class TrainingJob:
             trainable = TrainableBridge(bridge, run.features, run.strength, settings.seed)
             figures = {"gate": choose_gate(trainable, train_data)}
             figures |= validate(trainable, train_data, self.packs.validation, run.is_world)
-            save_result(run.output_dir, trainable.save, output)
-            self._write_summary(figures, 0, output, result)
+            figures |= self._baseline(trainable, train_data)
+            self._save(trainable, figures, 0, output, result)
         self.accelerator.wait_for_everyone()
 
     def train(self, resume: str | None) -> None:
@@ -187,7 +190,8 @@ class TrainingJob:
             with trainer.averaged():
                 if "edit" in packs and accelerator.is_main_process:
                     self._save_edits(trainable, step, trainer.output)
-                return validate(trainable, train_data, self.packs.validation, run.is_world)
+                figures = validate(trainable, train_data, self.packs.validation, run.is_world)
+                return figures | self._baseline(trainable, train_data)
 
         fingerprint, overwrite = run.fingerprint(), run.overwrite_output_dir
         parts = (trainable, train_data, self.settings, accelerator, validate_step)
@@ -197,9 +201,9 @@ class TrainingJob:
         finished = trainer.run()
         accelerator.end_training()
         if finished and accelerator.is_main_process:
+            figures = trainer.figures or validate_step(trainer.step)
             with trainer.averaged():
-                save_result(run.output_dir, trainable.save, trainer.output)
-            self._write_summary(trainer.figures or validate_step(trainer.step), trainer.step, trainer.output)
+                self._save(trainable, figures, trainer.step, trainer.output)
         elif accelerator.is_main_process:
             print(f"stopped after step {trainer.step}; continue with --resume_from_checkpoint latest")
 
@@ -238,20 +242,48 @@ class TrainingJob:
             output.claim(name)
             pipeline.compare(sample.image, sample.prompt, output.folder / name, run.strength, seed=index)
 
-    def _write_summary(
-        self, figures: dict[str, float], step: int, output: TrainingRun, fit: Calibration | None = None
+    def _baseline(self, trainable: Trainable, train_data: TrainData) -> dict[str, float]:
+        """The validation's figures without a bridge, measured once."""
+        if self._baseline_figures is None:
+            stock = trainable.switched_off() if isinstance(trainable, LoraBaseline) else nullcontext()
+            with stock:
+                figures = validate(None, train_data, self.packs.validation, self.run.is_world)
+            self._baseline_figures = {f"{BASELINE}{name}": value for name, value in figures.items()}
+        return self._baseline_figures
+
+    def _save(
+        self,
+        trainable: Trainable,
+        figures: dict[str, float],
+        step: int,
+        output: TrainingRun,
+        fit: Calibration | None = None,
     ) -> None:
-        """Write `training.json`: provenance, settings and validation figures of the bridge beside it."""
+        """Write the result, with what `training.json` says in its card."""
+        run, summary = self.run, self._summary(figures, step, fit)
+        save_result(run.output_dir, partial(trainable.save, card=card_texts(summary)), output)
+        output.claim(SUMMARY)
+        write_json(run.output_dir / SUMMARY, summary)
+        print(f"{run.output_dir}: {beside_baseline({f'validation/{k}': v for k, v in figures.items()})}")
+        if not run.lora_baseline and run.features == "own":
+            print(f"Use it: uv run python example_end_to_end.py --bridge {run.output_dir}")
+
+    def _summary(self, figures: dict[str, float], step: int, fit: Calibration | None) -> dict[str, object]:
+        """Provenance, settings and validation figures, as plain data."""
         run, settings = self.run, self.settings
         device = device_name("cuda" if torch.cuda.is_available() else "cpu")
         source, target = run.family.source.name, run.family.target.name
         summary = provenance([settings.seed], device, family=run.family.name, source=source, target=target)
         summary |= {name: getattr(run, name) for name in ("method", "features", "lora_baseline", "strength")}
-        summary |= {"steps": step, "settings": asdict(settings), "validation": figures}
+        summary |= {
+            "repos": {role: getattr(run.family, role).repo for role in ("source", "target")},
+            "samples": {kind: len(parts.train) for kind, parts in self.samples.items()},
+            "held_out": {kind: len(parts.validation) for kind, parts in self.samples.items()},
+            "steps": step,
+            "settings": asdict(settings),
+            "validation": {name: value for name, value in figures.items() if BASELINE not in name},
+            "baseline": {k.removeprefix(BASELINE): v for k, v in figures.items() if BASELINE in k},
+        }
         if fit is not None:
             summary["calibration"] = {k: v for k, v in fit._asdict().items() if k != "bridge"}
-        output.claim(SUMMARY)
-        write_json(run.output_dir / SUMMARY, summary)
-        print(f"{run.output_dir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        if not run.lora_baseline and run.features == "own":
-            print(f"Use it: uv run python example_end_to_end.py --bridge {run.output_dir}")
+        return summary

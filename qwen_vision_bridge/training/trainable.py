@@ -6,6 +6,8 @@ learns inside the language model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -33,8 +35,8 @@ class Trainable(Protocol):
     def vision_features(self, pack: Pack, samples: Tensor) -> Tensor:
         """Features (B, N, D) for the language model, in float32."""
 
-    def save(self, folder: Path) -> None:
-        """Write it into a folder, so that it loads by itself."""
+    def save(self, folder: Path, card: Mapping[str, str] | None = None) -> None:
+        """Write it into a folder, so that it loads by itself; `card` holds parts of a bridge's card."""
 
 
 class TrainableBridge:
@@ -73,8 +75,9 @@ class TrainableBridge:
             samples = self._partners[id(pack)][samples]
         return [pack.rows(name, samples) for name in config.levels]
 
-    def save(self, folder: Path) -> None:
-        self.bridge.save_pretrained(folder, config=asdict(self.bridge.config))
+    def save(self, folder: Path, card: Mapping[str, str] | None = None) -> None:
+        config = asdict(self.bridge.config)
+        self.bridge.save_pretrained(folder, config=config, model_card_kwargs=dict(card or {}))
 
 
 class LoraBaseline:
@@ -108,5 +111,11 @@ class LoraBaseline:
     def vision_features(self, pack: Pack, samples: Tensor) -> Tensor:
         return pack.rows("vision", samples).float()
 
-    def save(self, folder: Path) -> None:
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """The model without its adapter."""
+        with self.model.disable_adapter():
+            yield
+
+    def save(self, folder: Path, card: Mapping[str, str] | None = None) -> None:
         self.model.save_pretrained(folder, save_embedding_layers=False)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..io import duration
+from .card import beside_baseline
 from .checkpointing import load_checkpoint, save_checkpoint
 from .config import TrainingSettings
 from .losses import Batch, TrainData
@@ -90,6 +92,7 @@ class Trainer:
         if not hasattr(self, "output"):
             self.resume(None)
         settings, logged = self.settings, (time.perf_counter(), self.step)
+        self._began = logged
         with stop_requests() as signals:
             while self.step < settings.max_train_steps and not self._any_process(bool(signals)):
                 self._training_step()
@@ -250,8 +253,16 @@ class Trainer:
             self.output.claim(LOG)
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **figures}) + "\n")
-            line = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            print(f"step {self.step}/{self.settings.max_train_steps}  {line}", flush=True)
+            line = f"step {self.step}/{self.settings.max_train_steps}  {beside_baseline(figures)}"
+            print(f"{line}  {self._time_left()}".rstrip(), flush=True)
+
+    def _time_left(self) -> str:
+        """How long the remaining steps take, with validations and checkpoints, as the ones so far did."""
+        (began, first), left = self._began, self.settings.max_train_steps - self.step
+        if left <= 0 or self.step <= first:
+            return ""
+        seconds = (time.perf_counter() - began) / (self.step - first) * left
+        return f"about {duration(seconds)} left"
 
     def _any_process(self, stop: bool) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""

@@ -53,11 +53,12 @@ class Answer(NamedTuple):
 
 
 def validate(
-    trainable: Trainable, train_data: TrainData, held_out: dict[Kind, Pack], is_world: bool
+    trainable: Trainable | None, train_data: TrainData, held_out: dict[Kind, Pack], is_world: bool
 ) -> dict[str, float]:
     """Figures on held-out samples.
 
     Args:
+        trainable: None is the baseline, which has no figures of edits.
         is_world: answer the reading questions of the synthetic world, else the first of the user's own.
     """
     figures: dict[str, float] = {}
@@ -66,7 +67,7 @@ def validate(
         figures |= answer_loss(trainable, train_data, held_out["perceive"])
         answers = answer_questions(trainable, train_data.language_model, held_out["perceive"], kind, limit)
         figures |= summarize(answers)
-    if "edit" in held_out:
+    if "edit" in held_out and trainable is not None:
         edits = TrainData(train_data.language_model, None, held_out["edit"], train_data.flow)
         figures["edit"] = edit_loss(trainable, edits)
     return figures

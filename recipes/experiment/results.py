@@ -13,7 +13,8 @@ import numpy as np
 from qwen_vision_bridge.case import GROUPS
 from qwen_vision_bridge.evaluation.metrics.registry import METRICS
 from qwen_vision_bridge.evaluation.statistics import BASELINE, Difference, compare_arms
-from qwen_vision_bridge.io import write_whole
+from qwen_vision_bridge.io import write_image
+from qwen_vision_bridge.plots import to_image
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -116,4 +117,4 @@ def draw_curve(points: Sequence[tuple[float, Row]], path: Path, name: str, log: 
         axis.minorticks_off()
         axis.tick_params(axis="x", labelrotation=30)
     axis.set(xlabel=name, ylabel="letters: points over the baseline")
-    write_whole(path, lambda file: figure.savefig(file, dpi=120))
+    write_image(path, to_image(figure))

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
-from qwen_vision_bridge.io import write_whole
+from qwen_vision_bridge.io import write_image, write_whole
 from qwen_vision_bridge.training.trainer import stop_requests
 
 from .feed import Batches
@@ -301,6 +301,8 @@ def plot_log(folder: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
+    from qwen_vision_bridge.plots import to_image
+
     lines = (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}  # a resumed run repeats unsaved steps
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -311,8 +313,7 @@ def plot_log(folder: Path) -> Path:
     axis.set(yscale="log", xlabel="step")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(Path(folder) / "loss.png", dpi=110)
-    return Path(folder) / "loss.png"
+    return write_image(Path(folder) / "loss.png", to_image(figure), {"log": str(Path(folder) / LOG)})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qwen_vision_bridge.distributed import Processes
 from qwen_vision_bridge.evaluation.record_log import RecordLog
 
 RUN = """
@@ -70,6 +71,48 @@ def results(folder: Path) -> dict[str, Any]:
     return {name: data[name] for name in ("records", "summary", "arms")}
 
 
+WORK = """
+import sys, time
+from qwen_vision_bridge.distributed import Processes
+with Processes().working_in(sys.argv[1]):
+    print("working", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_another_run_in_the_folder_is_named_until_it_dies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real process, which is killed; what is left of it is removed."""
+    other = subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path)], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"working\n"
+    with Processes().working_in(tmp_path), Processes().working_in(tmp_path):  # itself is no other
+        assert [f"process {other.pid} works in {tmp_path}" in text for text in caplog.messages] == [True] * 2
+    other.kill()
+    other.wait()
+    caplog.clear()
+    assert len(list(tmp_path.iterdir())) == 1
+    with Processes().working_in(tmp_path):
+        assert caplog.messages == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_other_processes_of_a_run_claim_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = tmp_path / ".working-elsewhere-7.json"
+    host.write_text('{"started": 1.0}')
+    with Processes().working_in(tmp_path):
+        assert "process 7 on elsewhere (if it still runs)" in caplog.text
+        assert len(list(tmp_path.iterdir())) == 2
+    caplog.clear()
+    monkeypatch.setattr(Processes, "index", 1)
+    with Processes().working_in(tmp_path):
+        assert caplog.messages == []
+        assert list(tmp_path.iterdir()) == [host]
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_record_by_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is this process, two are real ones."""
@@ -88,7 +131,9 @@ def test_two_processes_equal_one_record_by_record(tmp_path: Path, monkeypatch: p
     # Without --multi_gpu accelerate starts one process on a CPU; with this it leaves the GPUs alone.
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home-two"))
-    subprocess.run([*launch, str(script), str(tmp_path / "two")], check=True, timeout=240)
+    command = [*launch, str(script), str(tmp_path / "two")]
+    done = subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
+    assert "works in" not in done.stderr  # none of them takes the other for another run
     monkeypatch.setenv("QWEN_VISION_BRIDGE_HOME", str(tmp_path / "home-one"))  # no baselines of the other run
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
     exec(compile(RUN, str(script), "exec"), {"__name__": "__main__"})

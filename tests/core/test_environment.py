@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,23 @@ def test_this_machine_can_run_the_miniature() -> None:
     assert report.ok
     assert report.as_dict()["families"][0]["family"] == "miniature"
     assert {"Python", "torch", "diffusers", "memory"} <= {check.name for check in report.checks}
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "compiled", "noted"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_packages_compiled_at_every_start_are_noted(
+    forbidden: bool, compiled: bool, noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "torch.pyc"
+    if compiled:
+        cached.touch()
+    monkeypatch.setattr(environment, "find_spec", lambda name: SimpleNamespace(cached=str(cached)))
+    monkeypatch.setattr(environment.sys, "dont_write_bytecode", forbidden)
+    report = inspect_machine()
+    remedies = {check.name: check.remedy for check in report.checks if not check.ok}
+    assert report.ok  # slow is no failure
+    assert ("--compile-bytecode" in remedies.get("bytecode", "")) == noted
 
 
 @pytest.mark.parametrize(

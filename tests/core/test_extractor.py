@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_vision_bridge import extractor as extractor_module
 from qwen_vision_bridge.extractor import ExtractionOptions, VisionCacheExtractor
 from qwen_vision_bridge.loading.checkpoints import locate
 from qwen_vision_bridge.loading.registry import FAMILIES
+from qwen_vision_bridge.loading.token_grid import PixelLimits, pixel_limits, stated_limits, token_grid
+from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.specs import TARGET_PX
 
 FAMILY = FAMILIES["miniature"]
@@ -33,11 +41,58 @@ def test_the_documented_calls_give_the_documented_shapes(extractor: VisionCacheE
     assert qwen3.grid == qwen25.grid == (int(AREA**0.5) // PX,) * 2
 
 
-def test_a_448_px_image_gives_256_tokens_at_the_released_shapes() -> None:
+@given(
+    width=st.integers(1, 5000), height=st.integers(1, 5000), px=st.sampled_from([8, 28]), limit=st.booleans()
+)
+def test_token_grids_are_those_of_transformers(width: int, height: int, px: int, limit: bool) -> None:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    px = FAMILIES["qwen"].target.token_px
-    assert smart_resize(448, 448, px, 56 * 56, 28 * 28 * 16384) == (16 * px, 16 * px)
+    limits = PixelLimits(64**2, 64**2) if limit else PixelLimits(56 * 56, 28 * 28 * 16384)
+    if max(width, height) / min(width, height) > 200:
+        with pytest.raises(ValueError, match="crop the image"):
+            token_grid(width, height, px, limits)
+        return
+    rows, columns = token_grid(width, height, px, limits)
+    assert (rows * px, columns * px) == smart_resize(height, width, px, *limits)
+
+
+def test_a_448_px_image_gives_256_tokens_at_the_released_shapes() -> None:
+    released = PixelLimits(56 * 56, 28 * 28 * 16384)
+    assert token_grid(448, 448, FAMILIES["qwen"].target.token_px, released) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("config", "limits"),
+    [
+        ({"size": {"shortest_edge": 3136, "longest_edge": 4096}}, (3136, 4096)),
+        ({"size": {"shortest_edge": 3136, "longest_edge": 4096}, "max_pixels": 9999}, (3136, 9999)),
+        ({"min_pixels": 3136, "max_pixels": 12845056}, (3136, 12845056)),
+        ({}, (56 * 56, 28 * 28 * 1280)),
+    ],
+)
+def test_pixel_limits_are_those_of_the_processor(
+    config: dict[str, Any], limits: tuple[int, int], tmp_path: Path
+) -> None:
+    """Read from the config where it states them, else asked of transformers' processor."""
+    text = json.dumps({"image_processor_type": "Qwen2VLImageProcessor", **config})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    spec = replace(FAMILY.target, repo=str(tmp_path), processor_subfolder="")
+    size = load_processor(str(tmp_path)).size
+    assert pixel_limits(spec) == limits == (size["shortest_edge"], size["longest_edge"])
+    assert (stated_limits(tmp_path) is None) == (not config)
+
+
+def test_features_from_the_cache_import_no_transformers(tmp_path: Path) -> None:
+    """Their import takes longer than all the rest."""
+    code = (
+        "import sys; from PIL import Image; from qwen_vision_bridge import VisionCacheExtractor; "
+        f"cache = VisionCacheExtractor('miniature', feature_cache={str(tmp_path)!r}, device='cpu'); "
+        "cache.extract_qwen3_vision(Image.new('RGB', (64, 64))); "
+        "print('transformers' in sys.modules, 'torchvision' in sys.modules)"
+    )
+    command, options = [sys.executable, "-c", code], {"capture_output": True, "text": True}
+    runs = [subprocess.run(command, **options, timeout=120) for _ in range(2)]
+    assert [run.stdout.split() for run in runs] == [["True", "True"], ["False", "False"]]
 
 
 def test_levels_and_merged_are_the_stock_towers_own(

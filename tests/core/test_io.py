@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from qwen_vision_bridge.io import json_lines, parse_object, provenance, read_json
+from qwen_vision_bridge.io import json_lines, parse_object, provenance, read_json, write_image
+from tests.conftest import made_how
 
 ROWS = [{"id": "one", "prompt": "a\u2028b\u2029c\u0085d"}, {"id": "two", "prompt": "Größe 文字 😀"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -103,6 +106,21 @@ def test_provenance_says_unknown_for_a_package_without_metadata(monkeypatch: pyt
         "bitsandbytes",
         "qwen-vision-bridge",
     }
+
+
+def test_an_image_says_how_it_was_made_without_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/me/tool.py", "--image", "/home/me/secret/photo.jpg"])
+    image = Image.new("RGB", (8, 8))
+    plain = made_how(write_image(tmp_path / "plain.png", image))
+    assert plain["command"] == "tool.py --image …/photo.jpg"
+    assert plain["versions"]["torch"] == metadata.version("torch")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT.*", plain["date"])
+    full = made_how(write_image(tmp_path / "full.png", image, {"seed": 3, "bridge": "~/runs/one/bridge"}))
+    assert (full["seed"], full["bridge"]) == (3, "…/bridge")
+    assert full.keys() == plain.keys() | {"seed", "bridge"}
+    assert Image.open(write_image(tmp_path / "one.jpg", image)).size == (8, 8)  # which keeps no text
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen_vision_bridge import patches
 from qwen_vision_bridge.bridge import VisionBridge
 from qwen_vision_bridge.loading.memory import (
     MEMORY_MODES,
@@ -20,10 +21,18 @@ from qwen_vision_bridge.loading.memory import (
     find_mode,
 )
 from qwen_vision_bridge.loading.registry import EDITORS, FAMILIES
-from qwen_vision_bridge.patches import condition_size, image_sizes, mrope_positions, vae_size
+from qwen_vision_bridge.patches import (
+    condition_size,
+    image_sizes,
+    looks_like_photograph,
+    mrope_positions,
+    photo_note,
+    vae_size,
+)
 from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 from qwen_vision_bridge.specs import Family
-from tests.conftest import SMALL
+from qwen_vision_bridge.synthetic.cases import make_cases
+from tests.conftest import SMALL, made_how
 
 PROMPT = "make the suit blue"
 SHORT = {"num_inference_steps": 2}
@@ -179,6 +188,10 @@ def test_benchmark_writes_images_and_records_and_resumes(
     for row in first:
         assert all((tmp_path / name).is_file() for name in row["files"].values())
         assert row["mean_abs_difference"] > 0
+        about = {name: made_how(tmp_path / file) for name, file in row["files"].items()}
+        assert about["baseline"]["arm"] == "baseline"
+        assert about["enhanced"]["bridge"]["name"] == editor.bridge_name
+        assert (about["comparison"]["seed"], about["comparison"]["models"]) == (0, repr(editor))
     baseline = tmp_path / first[0]["files"]["baseline"]
     stamp = baseline.stat().st_mtime_ns
     again = editor.benchmark([photo], ["a", "b"], tmp_path, **SHORT)
@@ -399,3 +412,32 @@ def test_an_image_that_will_be_stretched_is_named_once(caplog: pytest.LogCapture
     editor.check_edit(Image.new("RGB", (520, 610)), PROMPT, height=128, width=128)
     assert caplog.text.count("which stretches the image") == 1
     assert "512×600 px becomes 128×128 px" in caplog.text
+
+
+def test_a_photograph_is_named_once(
+    photo: Image.Image, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the models know synthetic scenes alone; the released ones say nothing."""
+    monkeypatch.setattr(patches, "_announced", set())
+    EnhancedQwenImageEdit("qwen", bridge="fresh", device="cpu").check_edit(photo, PROMPT)
+    miniature = EnhancedQwenImageEdit("miniature", device="cpu")
+    assert "photograph" not in caplog.text
+    for _ in range(2):
+        miniature.check_edit(photo, PROMPT)
+    assert caplog.text.count("looks like a photograph") == 1
+    assert "looks like a photograph" in photo_note(miniature.family, [photo])
+
+
+def test_noise_and_gradients_look_like_photographs(photo: Image.Image) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    ramp = np.linspace(0, 255, 128)
+    gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 90.0), -1).astype(np.uint8)
+    images = [photo, Image.fromarray(noise), Image.fromarray(gradient)]
+    assert [looks_like_photograph(image) for image in images] == [True] * 3
+
+
+def test_synthetic_images_do_not_look_like_photographs() -> None:
+    cases = [case for group in ("ocr", "space", "detail") for case in make_cases(group, 20, seed=3, size=128)]
+    images = [image for case in cases for image in [*case.images, case.target]]
+    assert len(images) >= 50
+    assert not any(looks_like_photograph(image) for image in images)

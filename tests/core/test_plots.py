@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vision_bridge.plots import Known, attention_figure, comparison_sheet, preference
+from qwen_vision_bridge import plots
+from qwen_vision_bridge.plots import Known, attention_figure, comparison_sheet, drawable, preference
 
 LEVELS = ("early", "mid", "late")
+WHITE = Image.new("RGB", (96, 64), "white")
 
 
 def sheet(enhanced: Image.Image, *inputs: Image.Image, known: Known | None = None) -> np.ndarray:
@@ -63,6 +67,19 @@ def test_shares_of_the_update_are_drawn_where_they_are_known() -> None:
     width = shared.shape[1] // 4
     mid, late = shared[:, 2 * width : 3 * width].astype(int), shared[:, 3 * width :].astype(int)
     assert ((mid[..., 0] - mid[..., 2]) > 60).mean() > 2 * ((late[..., 0] - late[..., 2]) > 60).mean()
+
+
+def test_letters_that_no_font_has_are_named_not_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "fonts", lambda: ["DejaVu Sans"])
+    plots._loaded_fonts.cache_clear()
+    assert drawable('Schreibe "Größe", Θάλασσα $x$') == 'Schreibe "Größe", Θάλασσα $x$'
+    assert drawable('to "图书馆".') == 'to "[3 letters, drawn with fonts-noto-cjk]".'
+    assert drawable("नम") == "[2 letters, drawn with fonts-noto-core]"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of every box that it draws
+        comparison_sheet([WHITE], WHITE, WHITE, "把文字改成“图书馆”", 0, 1.0, "caption")
+        attention_figure(WHITE, np.full((4, 4, 3), 1 / 3), LEVELS, "नमस्ते $x")
+    plots._loaded_fonts.cache_clear()
 
 
 def test_images_of_different_sizes_are_refused() -> None:

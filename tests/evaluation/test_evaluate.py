@@ -23,6 +23,7 @@ from qwen_vision_bridge.evaluation.tasks import Run, content_key
 from qwen_vision_bridge.pairs import Edit, EditResult
 from qwen_vision_bridge.synthetic.cases import GROUPS, make_cases
 from qwen_vision_bridge.synthetic.questions import Question, questions_of
+from tests.conftest import made_how
 
 SHORT = {"num_inference_steps": 2}
 
@@ -82,6 +83,19 @@ def test_a_run_writes_everything_and_a_second_one_does_nothing(
     assert {record["level"] for record in data["records"]} == {"edit", "perception"}
     assert all((tmp_path / record["image"]).is_file() for record in edits)
     assert all((tmp_path / r["attention"]).is_file() for r in edits if r["arm"] != "baseline")
+    shown = next(record for record in edits if record["arm"] == "bridge")
+    stem = f"{shown['group']}/{shown['case_id']}"
+    for name, arm in {
+        shown["image"]: "bridge",
+        shown["attention"]: "bridge",
+        f"{stem}_input.png": "input",
+        f"{stem}_target.png": "target",
+    }.items():
+        about = made_how(tmp_path / name)
+        assert (about["arm"], about["seed"], about["case"]) == (arm, shown["seed"], shown["case_id"])
+        assert about["models"] == ["miniature-editor", "miniature-source"]
+        assert {"command", "versions", "date"} <= about.keys()
+        assert len(json.dumps(about)) < 1000  # a run has thousands
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         assert set(METRICS) <= next(csv.DictReader(file)).keys()
     assert "not resolved by this sample" in (tmp_path / "summary.md").read_text(encoding="utf-8")

@@ -24,6 +24,7 @@ from qwen_vision_bridge.evaluation.report.html import write_page
 from qwen_vision_bridge.evaluation.report.overview import MOST, evenly, write_overview
 from qwen_vision_bridge.evaluation.report.tables import OUTSIDE, as_table, headline_rows, write_results
 from qwen_vision_bridge.evaluation.statistics import by_case, compare_arms
+from tests.conftest import made_how
 
 FIGURES = ("differences", "wins", "expectations", "gains_by_case")
 CHROMIUM = shutil.which("chromium")
@@ -117,6 +118,7 @@ def test_the_page_is_one_file_and_escapes_every_prompt(run_folder: Path) -> None
 def test_every_figure_of_the_page_lies_beside_it_as_png(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text(encoding="utf-8")
     made = {path.name for path in run_folder.glob("*.png")}
+    assert {made_how(run_folder / name)["family"] for name in made} == {"miniature"}
     assert {f"{name}.png" for name in FIGURES} <= made
     for words in (
         "Paired differences",
@@ -280,6 +282,7 @@ def test_the_overview_shows_every_arm_of_up_to_24_cases(tmp_path: Path) -> None:
     few = evaluation(judged(tmp_path, WON, BOTH))
     path = write_overview(tmp_path, few)
     assert path == tmp_path / "overview.png"
+    assert made_how(path)["family"] == "qwen"
     small = Image.open(path).size
     write_overview(tmp_path, evaluation(judged(tmp_path, *[WON] * 40)))
     large = Image.open(tmp_path / "overview.png").size

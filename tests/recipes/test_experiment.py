@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import made_how
+
 NAMES = {f"{name}.{seed}": (name, seed) for name in ("perceive", "shuffled") for seed in range(3)}
 
 
@@ -106,6 +108,7 @@ def test_a_curve_is_drawn(tmp_path: Path) -> None:
     row = {"diff": 0.1, "ci_low": 0.05, "ci_high": 0.2}
     draw_curve([(1.0, row), (0.5, {**row, "diff": 0.15})], tmp_path / "curve.png", "strength")
     assert np.ptp(np.asarray(Image.open(tmp_path / "curve.png").convert("L"))) > 100
+    assert {"command", "versions", "date"} == made_how(tmp_path / "curve.png").keys()
 
 
 @pytest.mark.slow

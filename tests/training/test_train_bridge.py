@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_bridge
@@ -45,7 +46,9 @@ def refused(arguments: list[str], capsys: Any) -> str:
 
 
 @pytest.mark.slow
-def test_the_script_trains_calibrates_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_trains_calibrates_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(FAMILIES, "miniature", replace(conftest.SMALL, steps=2))  # the edits that it saves
     places = ["--cache_dir", str(tmp_path / "packs"), "--output_dir"]
     train_bridge.main(
@@ -56,7 +59,16 @@ def test_the_script_trains_calibrates_and_continues(tmp_path: Path, monkeypatch:
     assert about["method"] == "perceive"
     assert about["settings"]["train_batch_size"] == 3
     assert {"answered/read", "loss", "right"} == set(about["validation"])
+    assert about["baseline"].keys() == about["validation"].keys()
+    for line in [line for line in capsys.readouterr().out.splitlines() if "validation/loss" in line]:
+        assert f"(baseline {about['baseline']['loss']:.4g})" in line
     first = VisionBridge.from_pretrained(tmp_path / "one")
+    card = ModelCard.load(tmp_path / "one" / "README.md")
+    assert card.data.library_name == "qwen-vision-bridge"  # the front matter parses
+    assert 'family="miniature"' in card.text
+    assert "method `perceive`: 6 samples of the kind `perceive`, 2 steps of 3" in card.text
+    loss = f"{about['baseline']['loss']:.4f} | {about['validation']['loss']:.4f}"
+    assert f"| cross-entropy of the answers (lower is better) | {loss} |" in card.text
     continued = ["--bridge", str(tmp_path / "one"), "--features", "shuffled", "--learning-rate", "1e-9"]
     train_bridge.main([*SMALL, *places, str(tmp_path / "two"), *continued])
     second = VisionBridge.from_pretrained(tmp_path / "two")
@@ -73,6 +85,7 @@ def test_the_script_trains_calibrates_and_continues(tmp_path: Path, monkeypatch:
     about = json.loads((tmp_path / "four" / "training.json").read_text())
     assert about["calibration"]["tokens"] == 6 * 64
     assert VisionBridge.from_pretrained(tmp_path / "four").config.blend == "replace"
+    assert "in closed form, seed 0." in (tmp_path / "four" / "README.md").read_text()
 
 
 def test_a_dry_run_plans_released_models_and_downloads_nothing(

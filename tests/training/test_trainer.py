@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_vision_bridge.bridge import BridgeConfig, VisionBridge, bridge_digest
+from qwen_vision_bridge.features import FeatureCache
+from qwen_vision_bridge.io import atomic_save, write_image
 from qwen_vision_bridge.loading.towers import load_processor
 from qwen_vision_bridge.specs import MAX_SEED, step_seed
 from qwen_vision_bridge.training import checkpointing as checkpointing
@@ -26,7 +31,7 @@ from qwen_vision_bridge.training.flow_matching import FlowMatching
 from qwen_vision_bridge.training.frozen_lm import FrozenLanguageModel
 from qwen_vision_bridge.training.losses import Batch, TrainData
 from qwen_vision_bridge.training.packs import Pack, build_pack
-from qwen_vision_bridge.training.run_folder import checkpoints, find_checkpoint
+from qwen_vision_bridge.training.run_folder import TrainingRun, checkpoints, find_checkpoint
 from qwen_vision_bridge.training.trainable import LoraBaseline, TrainableBridge
 from qwen_vision_bridge.training.trainer import NotFiniteError, Trainer
 from qwen_vision_bridge.training.validation import (
@@ -150,6 +155,20 @@ def test_each_loss_reaches_every_part_of_a_bridge(train_data: TrainData, kind: s
     for name, parameter in trainable.parameters().items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_each_validation_shows_the_baseline_and_the_time_left(
+    tmp_path: Path, questions: TrainData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = TrainingSettings(**{**vars(SETTINGS), "validation_steps": 2})
+    figures = {"letters": 0.75, "gate": 1.0, "baseline/letters": 0.5}
+    Trainer(tmp_path, bridge(), questions, settings, alone(), lambda step: figures).run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "validation/" in line]
+    shown = "validation/letters 0.75 (baseline 0.5)  validation/gate 1"
+    assert re.fullmatch(rf"step 2/4  {re.escape(shown)}  about \d+ (s|min) left", lines[0])
+    assert lines[1] == f"step 4/4  {shown}"  # nothing is left
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["validation/baseline/letters"] for row in rows if "validation/letters" in row] == [0.5] * 2
 
 
 def test_a_fresh_bridge_costs_what_the_baseline_costs(train_data: TrainData) -> None:
@@ -280,6 +299,28 @@ def test_a_result_replaces_another_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_written_files_have_the_mode_that_the_umask_says(umask: int, tmp_path: Path) -> None:
+    """A group that shares a folder reads the checkpoints in it; safetensors alone would write 0600."""
+    run, learner = TrainingRun(tmp_path, "0123456789ab", {}), bridge()
+    before = os.umask(umask)
+    try:
+        run.write()
+        checkpointing.save_checkpoint(run, 1, learner.save, {"one": torch.ones(2)}, {})
+        checkpointing.save_result(tmp_path, learner.save, run)
+        learner.bridge.save_pretrained(tmp_path / "plain")
+        atomic_save({"one": torch.ones(2)}, tmp_path / "one.safetensors")
+        write_image(tmp_path / "one.png", Image.new("RGB", (8, 8)))
+        FeatureCache(tmp_path / "cache").put({"key": "1"}, {"one": torch.ones(1, 2)})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 14
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~umask) for path in files
+    }
+
+
 def test_old_checkpoints_are_removed_and_others_refused(tmp_path: Path, questions: TrainData) -> None:
     settings = TrainingSettings(
         **vars(SETTINGS) | {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "use_ema": True}
@@ -354,6 +395,8 @@ def test_a_lora_learns_in_the_language_model_and_is_as_large(
     Trainer(tmp_path, lora, train_data, SETTINGS, alone()).run()
     after = answer_loss(lora, train_data, train_data.perceive)
     assert after["loss"] < before["loss"]
+    with lora.switched_off():
+        assert answer_loss(None, train_data, train_data.perceive) == pytest.approx(before, abs=1e-5)
     loaded = PeftModel.from_pretrained(target_copy(), tmp_path / "checkpoint-4")
     again = TrainData(FrozenLanguageModel(loaded.base_model.model, processor, FAMILY), questions.perceive)
     assert answer_loss(None, again, questions.perceive) == pytest.approx(after, abs=1e-5)

@@ -48,7 +48,7 @@ def write_page(folder: str | Path, evaluation: Evaluation) -> Path:
     for name in FIGURES:  # an earlier run of the folder may have had more cases
         (folder / name).unlink(missing_ok=True)
     for name, (_, figure) in figures.items():
-        write_image(folder / name, figure)
+        write_image(folder / name, figure, evaluation.provenance)
     cases, bridges = edits_by_case(evaluation), bridges_of(evaluation)
     examples, others = case_cards(folder, evaluation)
     here = Path(__file__).parent

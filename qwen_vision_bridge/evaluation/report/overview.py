@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ...io import write_image
-from ...plots import DPI, to_image
+from ...plots import DPI, drawable, fonts, to_image
 from ..evaluate import Evaluation
 from ..metrics.registry import verdict_of
 from ..statistics import BASELINE, Cases
@@ -26,8 +24,6 @@ MOST = 24  # cases on a sheet
 ABREAST = 6  # cases from which on two stand side by side
 PANEL_INCHES = 1.5
 PROMPT_WIDTH = 26  # characters a line
-FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari")
-"""Of Debian, for prompts in other writing, where they are installed."""
 INK = {"✓": "#0b5a9c", "✗": "#a84300", "–": "0.4"}
 
 
@@ -42,7 +38,8 @@ def write_overview(folder: str | Path, evaluation: Evaluation) -> Path | None:
     if not cases:
         return None
     chosen = evenly([cases[name] for name in sorted(cases, key=lambda name: (_group(cases[name]), name))])
-    return write_image(folder / "overview.png", overview_sheet(folder, chosen, arms, _title(cases, arms)))
+    sheet = overview_sheet(folder, chosen, arms, _title(cases, arms))
+    return write_image(folder / "overview.png", sheet, evaluation.provenance)
 
 
 def evenly(cases: Sequence[Any], most: int = MOST) -> list[Any]:
@@ -84,9 +81,7 @@ def overview_sheet(
             axis = line[1 + columns.index(name)]
             axis.imshow(image, interpolation="nearest")
             axis.set_title(f"{name} {sign} {word}".strip(), fontsize=8, color=INK.get(sign, "black"))
-    with warnings.catch_warnings():  # letters that no font here has are drawn as boxes
-        warnings.filterwarnings("ignore", "Glyph")
-        return to_image(figure)
+    return to_image(figure)
 
 
 def _panels(
@@ -119,11 +114,9 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _write_prompt(axis: Axes, record: Mapping[str, Any]) -> None:
-    lines = textwrap.wrap(record["prompt"], PROMPT_WIDTH)
+    lines = textwrap.wrap(drawable(record["prompt"]), PROMPT_WIDTH)
     shown = "\n".join(lines[:6]) + (" …" if len(lines) > 6 else "")
-    installed = set(font_manager.get_font_names())
-    fonts = ["DejaVu Sans", *(font for font in FONTS if font in installed)]
-    style: Any = {"family": fonts, "transform": axis.transAxes, "parse_math": False}
+    style: Any = {"family": fonts(), "transform": axis.transAxes, "parse_math": False}
     axis.text(0, 0.95, shown, fontsize=8.5, va="top", **style)
     axis.text(0, 0.0, f"{record['group']} · {record['kind']}", fontsize=7, color="0.4", va="bottom", **style)
 
