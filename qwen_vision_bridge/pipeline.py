@@ -177,7 +177,7 @@ class EnhancedQwenImageEdit(LoraMixin):
         """Run the same edit without and with the bridge: same seed, steps, guidance and prompt.
 
         Args:
-            save_comparison: where to write a sheet of the images and their difference; the rest as `generate`.
+            save_comparison: where to write a sheet of images and difference; the rest as `generate`.
         """
         edit = self.check_edit(image, prompt, seed, strength, **options)
         check_writable(edit.options, save_comparison)

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qwen_vision_bridge.io import write_whole
 from qwen_vision_bridge.loading.editors import few_step_scheduler
 from qwen_vision_bridge.loading.registry import FAMILIES
 
@@ -101,8 +102,7 @@ def save_lora(transformer: nn.Module, rank: int, path: Path) -> None:
 
     tensors = get_peft_model_state_dict(transformer, adapter_name="default")
     kept = {f"transformer.{key}": value.to(torch.bfloat16).cpu() for key, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kept, path)
+    write_whole(path, lambda file: save_file(kept, file))
     print(f"{path}: rank {rank}, {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -53,7 +53,7 @@ def test_a_fresh_student_is_its_teacher_and_learns(parts: tuple[Any, Any, Any], 
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(value))
+        losses.append(value.item())
     assert losses[-1] < 0.9 * losses[0]
     save_lora(editor.transformer, RANK, tmp_path / "few.safetensors")
     pipe = type("Pipe", (), {"transformer": teacher, "text_encoder": None, "hf_device_map": None})()
