@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qwen_vision_bridge.case import Case
     from qwen_vision_bridge.evaluation.arms import Arm
     from qwen_vision_bridge.pairs import Comparison
+    from qwen_vision_bridge.pipeline import EnhancedQwenImageEdit
 
 PROMPT = 'Change the text to "FOX".'
 STRIPED = "Of 29 such cases (test split, 3 training seeds) the baseline gets 52 % right, the bridge 95 %."
@@ -33,16 +35,13 @@ MENU = """
 7. Run all - a quick tour: 1, then 5 with two cases a group (which covers 2, 3 and 4), then 6
 q. Quit
 """
-HOW_LONG = """5 takes about {quick} quick (2 cases a group, 8 steps: shows that all runs), {full} in full
+HOW_LONG = """5 takes about {quick} quick (2 cases a group, few steps: shows that all runs), {full} in full
 (enough cases to see a difference of 5 points). [q]uick, [f]ull or [b]ack: """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one example, or ask which."""
-    options = parser(__doc__, PROMPT)
-    add_edit_options(options)
-    add_evaluation_options(options)
-    arguments = options.parse_args(argv)
+    arguments = parse(argv)
     check_inputs(arguments)
     check_combination(arguments)
     session = Session(arguments)
@@ -55,6 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\nStopped; what was finished is kept. Back to the menu.")
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command line."""
+    options = parser(__doc__, PROMPT)
+    add_edit_options(options)
+    add_evaluation_options(options)
+    return options.parse_args(argv)
 
 
 def check_combination(arguments: argparse.Namespace) -> None:
@@ -121,16 +128,16 @@ class Session:
         self.options: dict[str, Any] = {}
         if arguments.steps is not None:
             self.options["num_inference_steps"] = check_steps(arguments.steps)
-        self.pipeline = EnhancedQwenImageEdit(
+        self.load = partial(
+            EnhancedQwenImageEdit,
             choose_models(arguments),
             bridge=arguments.bridge,
             load_in_8bit=arguments.load_in_8bit,
             load_in_4bit=arguments.load_in_4bit,
             offload=arguments.offload,
             device=Processes().device,
-            fast=arguments.fast,
-            fast_lora=arguments.fast_lora,
         )
+        self.pipeline = self.load(fast=arguments.fast, fast_lora=arguments.fast_lora)
         for text in arguments.lora:
             self.pipeline.load_lora(*parse_lora(text))
         self.prompt = arguments.prompt or PROMPT
@@ -240,7 +247,10 @@ class Session:
         print(f"\n=== {' · '.join(TITLES[group] for group in groups)} ===")
         path, arguments, options = self.output / folder, self.arguments, self.common()
         cases, notes, arms = self.cases(groups, quick)
-        if quick:
+        pipeline = (self.few_step_pipeline() if quick else None) or self.pipeline
+        if pipeline is not self.pipeline:
+            print("Quick: edits in 4 steps without guidance, by the few-step LoRA.")
+        elif quick and not arguments.fast:
             options.setdefault("num_inference_steps", 8)
         run_options = EvaluationOptions(
             batch_arms=arguments.batch_arms,
@@ -249,10 +259,8 @@ class Session:
             notes=notes,
             announce=print,
         )
-        perception = not arguments.no_questions
-        result = evaluate(
-            self.pipeline, cases, path, arms, perception=perception, options=run_options, **options
-        )
+        options |= {"perception": not arguments.no_questions, "options": run_options}
+        result = evaluate(pipeline, cases, path, arms, **options)
         if result is not None:  # the first process alone has the result
             write_results(path, result)
             write_page(path, result)
@@ -261,6 +269,14 @@ class Session:
             tasks = sum(record["level"] != "agreement" for record in result.records)
             print(f"Took {result.seconds:.0f} s, {result.done_before} of {tasks} tasks done before.")
         print(f"Saved: {path}/")
+
+    def few_step_pipeline(self) -> EnhancedQwenImageEdit | None:
+        """A pipeline for quick evaluations, where a second one costs little and no argument forbids it."""
+        given, family = self.arguments, self.pipeline.family
+        is_small = family.synthetic_only and 4 in dict(family.editor.few_steps)
+        if not is_small or given.fast or given.fast_lora or given.steps or given.lora:
+            return None
+        return self.load(fast=4)
 
     def cases(self, groups: Sequence[str], quick: bool) -> tuple[list[Case], list[str], list[Arm] | None]:
         """The cases of these groups, what they leave out, and the arms; the user's own where given."""

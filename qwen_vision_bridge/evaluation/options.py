@@ -14,7 +14,9 @@ def add_evaluation_options(options: argparse.ArgumentParser) -> None:
         help="synthetic cases a group in examples 2 to 5; default: enough "
         "to see 5 points in example 5, else 4",
     )
-    options.add_argument("--quick", action="store_true", help="2 cases a group, 8 steps: shows that all runs")
+    options.add_argument(
+        "--quick", action="store_true", help="2 cases a group, few steps: shows that all runs"
+    )
     options.add_argument(
         "--case-folder", type=Path, help="cases of your own for example 5, see docs/evaluation.md"
     )

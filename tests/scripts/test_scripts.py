@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import check_environment
 import example_end_to_end
@@ -145,6 +146,10 @@ def test_a_number_runs_its_example(folder: Path, monkeypatch: pytest.MonkeyPatch
         (["--example", "1", "--case-folder", "x"], "examples 2 to 5"),
         (["--example", "6", "--arm", "r=random"], "examples 2 to 5"),
         (["--example", "6", "--image", "a.png", "--image", "a.png"], "one --image"),
+        (["--example", "1", "--lora", "absent.safetensors:0.5"], "absent.safetensors"),
+        (["--example", "1", "--lora", "a.pt"], "pickled"),
+        (["--example", "1", "--fast", "8"], "no LoRA for 8 steps"),
+        (["--example", "5", "--arm", "x=none,lora=absent.safetensors"], "absent.safetensors"),
     ],
 )
 def test_arguments_that_would_be_ignored_are_refused(
@@ -154,6 +159,29 @@ def test_arguments_that_would_be_ignored_are_refused(
     code, error = outcome(example_end_to_end.main, ["--models", "miniature", *arguments], capsys)
     assert code == 2
     assert says in error
+
+
+def test_loras_of_a_command_line_are_loaded(folder: Path) -> None:
+    """Each with its weight, on baseline and enhanced edits; a quick evaluation then keeps to that pipeline."""
+    name = "transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.ones(1, 192), f"{name}.lora_B.weight": torch.ones(192, 1)}
+    for file in ("one", "two"):
+        save_file(tensors, folder / f"{file}.safetensors")
+    arguments = ["--models", "miniature", "--lora", "one.safetensors:0.5", "--lora", "two.safetensors"]
+    parsed = example_end_to_end.parse(arguments)
+    session = example_end_to_end.Session(parsed)
+    assert session.pipeline.loras == {"one": 0.5, "two": 1.0}
+    assert session.few_step_pipeline() is None
+
+
+def test_a_quick_evaluation_edits_in_four_steps(folder: Path) -> None:
+    session = example_end_to_end.Session(example_end_to_end.parse(["--models", "miniature", "--quick"]))
+    quick = session.few_step_pipeline()
+    assert quick is not None
+    assert (quick.family.steps, quick.family.true_cfg_scale) == (4, 1.0)
+    assert session.pipeline.family.steps == 20
+    given = example_end_to_end.parse(["--models", "miniature", "--quick", "--steps", "9"])
+    assert example_end_to_end.Session(given).few_step_pipeline() is None
 
 
 def test_the_menu_comes_back_after_ctrl_c(
