@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -334,7 +335,9 @@ def _quiet_loader() -> Iterator[None]:
     try:
         for each in loaders:
             each.setLevel(logging.CRITICAL)
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            yield
     finally:
         for each, level in zip(loaders, levels, strict=True):
             each.setLevel(level)

@@ -162,7 +162,7 @@ def test_arguments_that_would_be_ignored_are_refused(
 
 
 def test_loras_of_a_command_line_are_loaded(folder: Path) -> None:
-    """Each with its weight, on baseline and enhanced edits; a quick evaluation then keeps to that pipeline."""
+    """Each with its weight, for both arms; a quick evaluation then keeps to that pipeline."""
     name = "transformer_blocks.0.attn.to_q"
     tensors = {f"{name}.lora_A.weight": torch.ones(1, 192), f"{name}.lora_B.weight": torch.ones(192, 1)}
     for file in ("one", "two"):
