@@ -104,12 +104,14 @@ def hub_files(repo: str, suffix: str) -> list[str]:
         OSError: no such repository, or no connection and no copy.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     with hub_errors(repo):
         try:
             names = HfApi().list_repo_files(repo)
-        except OfflineModeIsEnabled:
+        except HfHubHTTPError:
+            raise
+        except (OfflineModeIsEnabled, HfHubHTTPError.__bases__[0]):  # no connection
             folder = Path(snapshot_download(repo, local_files_only=True))
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return sorted(name for name in names if name.endswith(suffix))

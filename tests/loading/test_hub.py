@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from qwen_vision_bridge.loading.checkpoints import HubCheckpoint, open_checkpoint
 from qwen_vision_bridge.loading.families import resolve_family
+from qwen_vision_bridge.loading.lora_files import find_lora
 from qwen_vision_bridge.loading.registry import MODELS
 from qwen_vision_bridge.loading.towers import load_tower
 
@@ -76,10 +77,18 @@ seen["whole"] = caught(lambda: load("Org/Whole"))
 seen["missing"] = caught(lambda: load("Org/Absent"))
 seen["unregistered"] = resolve_family("miniature", source="Org/Single").source.name
 seen["unregistered_missing"] = caught(lambda: resolve_family("miniature", source="Org/Absent"))
+loras = {"only": ("Org/Style",), "named": ("Org/Angles", "b.safetensors")}
+loras |= {"path": ("Org/Angles/sub/a.safetensors",)}
+found = {name: find_lora(*where).read_text() for name, where in loras.items()}
+seen["loras"] = found | {"several": caught(lambda: find_lora("Org/Angles"))}
+seen["loras"] |= {"absent": caught(lambda: find_lora("Org/Angles", "c.safetensors"))}
+seen["loras"] |= {"nothing": caught(lambda: find_lora("Org/Absent"))}
 print(json.dumps(seen))
 sys.stdout.flush()
 sys.stdin.readline()  # the hub goes away
-print(json.dumps({"offline": load("Org/Sharded"), "lost": caught(lambda: load("Org/Faulty"))}))
+gone = {"offline": load("Org/Sharded"), "lost": caught(lambda: load("Org/Faulty"))}
+gone |= {"lora": find_lora("Org/Style").read_text(), "no lora": caught(lambda: find_lora("Org/Other"))}
+print(json.dumps(gone))
 """
 
 
@@ -110,6 +119,11 @@ def visit(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Visi
         index = {"weight_map": dict.fromkeys(weight_map, f"{name}.safetensors")}
         (folders[f"Org/{name}"] / "model.safetensors.index.json").write_text(json.dumps(index))
     (folders["Org/Lost"] / "Lost.safetensors").unlink()
+    for file in ("Style/style.safetensors", "Angles/b.safetensors", "Angles/sub/a.safetensors"):
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(file)
+        folders |= {f"Org/{name}": root / name for name in ("Style", "Angles")}
     with LoopbackHub(folders) as hub:
         hub.truncate["Cut.safetensors"] = 5000
         hub.ignore_ranges.add("Whole.safetensors")
@@ -207,6 +221,18 @@ def test_a_server_without_ranges_is_asked_once_and_not_again(visit: Visit) -> No
         path for method, path, _ in visit.hub.requests if method == "GET" and "Whole.safetensors" in path
     ]
     assert len(asked) == 1
+
+
+def test_a_lora_is_found_in_its_repository(visit: Visit) -> None:
+    """The only file, a named one, one in a folder; later from the cache without the hub."""
+    loras = visit.seen["loras"]
+    assert loras["only"] == "Style/style.safetensors"
+    assert (loras["named"], loras["path"]) == ("Angles/b.safetensors", "Angles/sub/a.safetensors")
+    assert "2 LoRAs (b.safetensors, sub/a.safetensors)" in loras["several"]["says"]
+    assert loras["absent"]["kind"] == "FileNotFoundError"
+    assert "the hub has no such model" in loras["nothing"]["says"]
+    assert visit.gone["lora"] == "Style/style.safetensors"
+    assert "not in the local cache" in visit.gone["no lora"]["says"]
 
 
 def test_without_network_and_cache_the_error_is_quick(visit: Visit) -> None:
