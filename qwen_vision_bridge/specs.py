@@ -14,6 +14,8 @@ TARGET_PX = 64  # a side of what the miniature's target tower takes, however far
 LEVEL_NAMES = ("early", "mid", "late")
 SOURCE_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TARGET_TYPES = ("qwen2_5_vl",)
+VISION_SIZES = {"depth", "hidden_size", "patch_size", "spatial_merge_size", "out_hidden_size"}
+TEXT_SIZE, TAPS = "num_hidden_layers", "deepstack_visual_indexes"
 TEMPLATE_TOKEN = re.compile(r"<\|\w+\|>")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 STOCK_CONDITION_AREA, STOCK_AREA = 384 * 384, 1024 * 1024  # px², diffusers' own for the tower and the output
@@ -83,9 +85,12 @@ class ModelSpec:
     def from_config(cls, config: dict[str, Any], **where: str) -> ModelSpec:
         """Read the shapes from a checkpoint's `config.json`; `where` gives name, repo and the folders.
 
+        A field that the file leaves out has the default of transformers' config class, as when a model is
+        loaded: releases from 4.49 on do not write what equals it.
+
         Raises:
-            ValueError: the config is not that of a supported vision-language model, or a field of it is
-                missing or no size; file and field are named.
+            ValueError: the config is not that of a supported vision-language model, or a field of it is no
+                size; file and field are named.
         """
         vision = config.get("vision_config")
         if config.get("model_type") not in SOURCE_TYPES + TARGET_TYPES:
@@ -97,6 +102,11 @@ class ModelSpec:
         if not isinstance(vision, dict):
             raise ValueError(f"{file}: vision_config is {vision!r}; needed: an object with the tower's sizes")
         text = config if flat else config["text_config"]  # Qwen2.5-VL's hub config is flat
+        stated = VISION_SIZES | ({TAPS} if config["model_type"] in SOURCE_TYPES else set())
+        if not vision.keys() >= stated or (isinstance(text, dict) and TEXT_SIZE not in text):
+            defaults = _class_defaults(config["model_type"])
+            vision = defaults["vision_config"] | vision
+            text = defaults["text_config"] | text if isinstance(text, dict) else text
         depth = _size(vision, "depth", f"{file}: vision_config")
         return cls(
             model_type=config["model_type"],
@@ -105,7 +115,7 @@ class ModelSpec:
             patch_size=_size(vision, "patch_size", f"{file}: vision_config"),
             merge_size=_size(vision, "spatial_merge_size", f"{file}: vision_config"),
             out_dim=_size(vision, "out_hidden_size", f"{file}: vision_config"),
-            language_layers=_size(text, "num_hidden_layers", f"{file}: text_config"),
+            language_layers=_size(text, TEXT_SIZE, f"{file}: text_config"),
             levels=_levels(vision, depth, file) if config["model_type"] in SOURCE_TYPES else (),
             **where,
         )
@@ -125,6 +135,13 @@ class ModelSpec:
             raise ValueError(f"{other.repo} is not {self.name}: its config says {', '.join(wrong)}")
 
 
+def _class_defaults(model_type: str) -> dict[str, Any]:
+    """The config of a kind of model that says nothing itself."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]().to_dict()
+
+
 def _size(section: object, field: str, where: str) -> int:
     """A size that a section of a config states."""
     value = section.get(field) if isinstance(section, dict) else None
@@ -136,7 +153,7 @@ def _size(section: object, field: str, where: str) -> int:
 
 def _levels(vision: dict[str, Any], depth: int, file: str) -> tuple[int, ...]:
     """The blocks after which DeepStack taps a tower, each one of its blocks."""
-    field, value = "deepstack_visual_indexes", vision.get("deepstack_visual_indexes")
+    field, value = TAPS, vision.get(TAPS)
     blocks = value if isinstance(value, list | tuple) else ()
     whole = [block for block in blocks if isinstance(block, int) and not isinstance(block, bool)]
     levels = tuple(block for block in whole if 0 <= block < depth)

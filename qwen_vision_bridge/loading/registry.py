@@ -34,6 +34,7 @@ MODELS: dict[str, ModelSpec] = {
         _qwen3("8B", 27, 1152, _DEEP, 4096, 36, "qwen3_vl"),
         _qwen3("32B", 27, 1152, _DEEP, 5120, 64, "qwen3_vl"),
         _qwen3("30B-A3B", 27, 1152, _DEEP, 2048, 48, "qwen3_vl_moe"),
+        _qwen3("235B-A22B", 27, 1152, _DEEP, 4096, 94, "qwen3_vl_moe"),
         _qwen25("3B", 2048, 36),
         _qwen25("7B", 3584, 28),
         _qwen25("32B", 5120, 64),
