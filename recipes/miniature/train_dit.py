@@ -86,7 +86,16 @@ def loss(editor: Editor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     noise = torch.randn_like(after)
     noisy = torch.lerp(after, noise, time[:, None, None])
     predicted = editor.velocity(noisy, references, states, real, time).float()
-    errors = (predicted - (noise - after)).square().mean(-1)  # (B, N)
+    return weighted(predicted - (noise - after), after, references)
+
+
+def weighted(difference: Tensor, after: Tensor, references: Tensor) -> dict[str, Tensor]:
+    """Squared error over the tokens of an edit, those that it changes counting more.
+
+    Args:
+        difference: (B, N, C). after: latents of the edited image (B, N, C). references: (B, shown·N, C).
+    """
+    errors = difference.square().mean(-1)  # (B, N)
     moved = (after - references[:, -after.shape[1] :]).abs().mean(-1) > 0.2
     few = (USUAL * moved.shape[1] / moved.sum(1, keepdim=True).clamp(min=1)).sqrt()  # (B, 1)
     weight = torch.where(moved, CHANGED * few, 1.0)

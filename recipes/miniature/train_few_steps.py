@@ -29,7 +29,7 @@ from .editor import Editor
 from .feed import Batches, alternating
 from .flags import add_prompt_flags, stage_parser
 from .loop import Loop, Settings, plot_log, start
-from .train_dit import CHANGED, USUAL, _make, load
+from .train_dit import _make, load, weighted
 
 LAYERS = (
     "to_q",
@@ -179,16 +179,7 @@ def loss(editor: Editor, sigmas: Tensor, batch: dict[str, Tensor]) -> dict[str, 
     for now, following in pairwise(sigmas):
         velocity = editor.velocity(latents, references, batch["states"], batch["real"], now.expand(count))
         latents = latents + (following - now) * velocity.float()
-    errors = (latents - batch["drawn"]).square().mean(-1)  # (B, N)
-    moved = (batch["drawn"] - references[:, -latents.shape[1] :]).abs().mean(-1) > 0.2
-    few = (USUAL * moved.shape[1] / moved.sum(1, keepdim=True).clamp(min=1)).sqrt()  # (B, 1)
-    weight = torch.where(moved, CHANGED * few, 1.0)
-    weight = weight / weight.mean()
-    return {
-        "loss": (errors * weight).mean(),
-        "changed": (errors * moved).sum() / moved.sum().clamp(min=1),
-        "kept": (errors * ~moved).sum() / (~moved).sum().clamp(min=1),
-    }
+    return weighted(latents - batch["drawn"], batch["drawn"], references)
 
 
 if __name__ == "__main__":
