@@ -34,6 +34,7 @@ MENU = """
 6. Attention visualization - which level the bridge draws on, and where
 7. Run all - a quick tour: 1, then 5 with two cases a group (which covers 2, 3 and 4), then 6
 q. Quit
+Miniature, two CPU cores: 1 and 6 take about half a minute, 2, 3 and 4 two minutes each, 7 one minute.
 """
 HOW_LONG = """5 takes about {quick} quick (2 cases a group, few steps: shows that all runs), {full} in full
 (enough cases to see a difference of 5 points). [q]uick, [f]ull or [b]ack: """
@@ -98,7 +99,7 @@ def ask() -> int | None:
 
 def ask_quick(is_small: bool) -> bool | None:
     """Whether example 5 is to be quick; None goes back to the menu."""
-    quick, full = ("3 minutes", "10 hours on two CPU cores") if is_small else ("an hour", "2 days on a GPU")
+    quick, full = ("a minute", "10 hours on two CPU cores") if is_small else ("an hour", "2 days on a GPU")
     while True:
         try:
             answer = input(HOW_LONG.format(quick=quick, full=full)).strip().lower()
