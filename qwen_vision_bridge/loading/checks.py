@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,22 @@ def without_loading_reports() -> Iterator[None]:
     finally:
         for each in loggers:
             each.removeFilter(_drop)
+
+
+@contextmanager
+def without_adapter_reports() -> Iterator[None]:
+    """Silence what diffusers and peft say of an adapter while they load it; the caller checks what landed."""
+    loaders = [logging.getLogger(name) for name in ("diffusers.loaders.peft", "diffusers.utils.peft_utils")]
+    levels = [each.level for each in loaders]
+    try:
+        for each in loaders:
+            each.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            yield
+    finally:
+        for each, level in zip(loaders, levels, strict=True):
+            each.setLevel(level)
 
 
 def _drop(_record: logging.LogRecord) -> bool:

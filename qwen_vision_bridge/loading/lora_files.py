@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from numbers import Real
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..io import folder_digest, read_json
+from ..io import folder_digest, parse_object, read_json
 from .checkpoints import locate
 from .checks import PICKLE_SUFFIXES
 from .hub import hub_file, hub_files, is_hub_id
@@ -101,7 +100,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} holds no tensors")
     config: dict[str, Any] = {}
     if "lora_adapter_metadata" in metadata:  # diffusers' save_lora_weights
-        stated = json.loads(metadata["lora_adapter_metadata"])
+        stated = parse_object(metadata["lora_adapter_metadata"].encode(), f"{path}: its metadata")
         config = {name.removeprefix("transformer."): value for name, value in stated.items()}
     elif (path.parent / "adapter_config.json").is_file():
         config = read_json(path.parent / "adapter_config.json")

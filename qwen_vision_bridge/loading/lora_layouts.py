@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,19 @@ class LoraTensors:
         """Every layer and parameter that it changes."""
         return [*self.pairs, *self.additions]
 
+    def check(self) -> None:
+        """Refuse a LoRA that cannot have been trained.
+
+        Raises:
+            ValueError: NaN or infinity, or nothing but zeros where its updates come from.
+        """
+        changes = [*(b for _, b in self.pairs.values()), *self.additions.values()]
+        tensors = [*(a for a, _ in self.pairs.values()), *changes]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("it holds NaN or infinity: download it again, or train it anew")
+        if not any(tensor.any() for tensor in changes):
+            raise ValueError("its B matrices are all zero: it was never trained")
+
     def peft_config(self) -> dict[str, Any]:
         """The arguments of peft's `LoraConfig`, every layer with its own rank and alpha.
 
@@ -154,7 +167,11 @@ def canonical(tensors: Mapping[str, Tensor], model: nn.Module, config: Mapping[s
         )
     lora = LoraTensors()
     for module, group in groups.items():
-        _convert(lora, module, dict(group), _layer(model, module), config)
+        try:
+            _convert(lora, module, dict(group), _layer(model, module), config)
+        except (RuntimeError, IndexError) as error:  # torch's, of matrices that cannot be multiplied
+            sizes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in group.items())
+            raise ValueError(f"{module}: its tensors do not fit together ({sizes})") from error
     return lora
 
 
@@ -325,8 +342,3 @@ def _check_shapes(module: str, a: Tensor, b: Tensor, layer: nn.Module) -> None:
             f"{module}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a layer from {sizes[0]} to "
             f"{sizes[1]}: it was trained for another model"
         )
-
-
-def largest(tensors: Iterable[Tensor]) -> float:
-    """The largest absolute value of some tensors."""
-    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)

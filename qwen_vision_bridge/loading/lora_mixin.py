@@ -60,10 +60,7 @@ class LoraMixin:
         Raises:
             ValueError: no LoRA of that name, or no finite weight.
         """
-        weights = self.loras
-        if name not in weights:
-            raise ValueError(f"no LoRA is named {name!r}; loaded: {', '.join(weights) or 'none'}")
-        self.lora_set.set_weights({**weights, name: check_weight(weight)})
+        self.lora_set.set_weights({**self.lora_set.named([name]), name: check_weight(weight)})
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take one LoRA off, or with None all but the few-step LoRA; what is left is as it was before.

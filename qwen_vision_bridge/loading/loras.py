@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checks import without_adapter_reports
 from .fingerprint import tensors_digest
 from .locks import exclusive
 from .lora_files import check_weight, find_lora, read_lora
-from .lora_layouts import LoraTensors, canonical, largest, module_name, split
+from .lora_layouts import LoraTensors, canonical, module_name, split
 from .lora_probe import probe_inputs
 
 logger = logging.getLogger(__name__)
@@ -109,7 +108,8 @@ class LoraSet:
             layer.requires_grad_(False)
             for name in here:
                 layer.set_scale(name, weights[name])
-            layer.lora_magnitude_vector.train().eval()  # forgets norms of old weights (DoRA)
+            if magnitudes := getattr(layer, "lora_magnitude_vector", None):
+                magnitudes.train().eval()  # forgets norms of old weights
         self._weights = {name: weights.get(name, 0.0) for name in self._weights}
         self._add_differences()
 
@@ -120,13 +120,22 @@ class LoraSet:
         Raises:
             ValueError: a name that no LoRA has.
         """
+        weights = {name: weight for name, weight in self.named(names).items() if name not in names}
+        for name in names:
+            self._remove(name)
+        self.set_weights(weights)
+
+    def named(self, names: Iterable[str]) -> dict[str, float]:
+        """The weights, where every one of these names is that of a LoRA.
+
+        Raises:
+            ValueError: one that is not.
+        """
         weights = self.weights()
         for name in names:
             if name not in weights:
                 raise ValueError(f"no LoRA is named {name!r}; loaded: {', '.join(weights) or 'none'}")
-            self._remove(name)
-            del weights[name]
-        self.set_weights(weights)
+        return weights
 
     @exclusive
     @torch.no_grad()
@@ -154,9 +163,10 @@ class LoraSet:
         """Weight and digest of the tensors of every LoRA, for keys and results files."""
         parts: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in self.weights()}
         for path, layer in self._layers():
-            for name in layer.scaling:
-                kept = {kind: getattr(layer, kind) for kind in ("lora_A", "lora_B") if name in layer.lora_A}
-                parts[name] += [(f"{path}.{kind}", group[name].weight) for kind, group in kept.items()]
+            for kind in layer.adapter_layer_names:  # of any kind of adapter that peft knows
+                for name, held in getattr(layer, kind, {}).items():
+                    tensor = held.weight if isinstance(held, nn.Module) else held
+                    parts[name].append((f"{path}.{kind}", tensor))
         for name, added in self._additions.items():
             parts[name] += list(added.items())
         weights = self.weights()
@@ -187,8 +197,7 @@ class LoraSet:
             if some:
                 parts[component] = canonical(some, model, config)
         for lora in parts.values():
-            if not largest([b for _, b in lora.pairs.values()]) and not largest(lora.additions.values()):
-                raise ValueError("its B matrices are all zero: it was never trained")
+            lora.check()
         if encoder := parts.get("text_encoder"):
             if not vision_tower and any(IN_THE_TOWER.search(name) for name in encoder.names):
                 raise ValueError(
@@ -217,7 +226,7 @@ class LoraSet:
         for module, magnitude in lora.magnitudes.items():
             tensors[f"{module}.lora_magnitude_vector"] = magnitude
         config = lora.peft_config()
-        with _quiet_loader():
+        with without_adapter_reports():
             if component == "transformer":
                 model.load_lora_adapter(
                     tensors, prefix=None, adapter_name=name, metadata=config, _pipeline=self.pipe
@@ -305,9 +314,10 @@ def _equal(kept: Tensor, expected: Tensor) -> bool:
 
 
 def _unit(layer: Any, name: str) -> float:
-    """The scaling of a layer's LoRA at weight 1: alpha / r, or alpha / √r for rsLoRA."""
-    rank = layer.r[name]
-    return float(layer.lora_alpha[name]) / (math.sqrt(rank) if layer.use_rslora.get(name) else rank)
+    """The scaling of a layer's adapter at weight 1: alpha / r, or alpha / √r for rsLoRA."""
+    rank, alphas = layer.r[name], getattr(layer, "lora_alpha", None) or layer.alpha  # LyCORIS: alpha
+    has_root = getattr(layer, "use_rslora", {}).get(name)
+    return float(alphas[name]) / (math.sqrt(rank) if has_root else rank)
 
 
 def _inject(model: nn.Module, tensors: dict[str, Tensor], name: str, config: Mapping[str, Any]) -> None:
@@ -325,19 +335,3 @@ def _is_group_offloaded(model: nn.Module) -> bool:
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
     return _is_group_offload_enabled(model)
-
-
-@contextmanager
-def _quiet_loader() -> Iterator[None]:
-    """Hide what the libraries log while they load: failures raise, and `_verify` checks the rest."""
-    loaders = [logging.getLogger(name) for name in ("diffusers.loaders.peft", "diffusers.utils.peft_utils")]
-    levels = [each.level for each in loaders]
-    try:
-        for each in loaders:
-            each.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            yield
-    finally:
-        for each, level in zip(loaders, levels, strict=True):
-            each.setLevel(level)

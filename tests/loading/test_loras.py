@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoKrConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -374,6 +375,25 @@ def test_adapters_loaded_by_hand_are_seen(
     assert loras.weights() == {"mine": 0.0, "lora": 0.0}
 
 
+def test_other_adapters_loaded_by_hand_are_seen(
+    family: str, stock: dict[str, nn.Module], loras: LoraSet
+) -> None:
+    """A LoKr that peft put there has a weight and a digest, and can be weighted and unloaded."""
+    model = stock[family]
+    before = _output(model)
+    torch.manual_seed(0)
+    target = [LAYERS[family]["attn.q"][0]]
+    model.add_adapter(LoKrConfig(r=2, alpha=4, target_modules=target, init_weights=False), "kron")
+    assert loras.weights() == {"kron": 1.0}
+    digest = loras.describe()["kron"]["digest"]
+    loras.set_weights({"kron": 0.5})
+    assert loras.weights() == {"kron": 0.5}
+    assert not torch.equal(_output(model), before)
+    assert loras.describe()["kron"] == {"weight": 0.5, "digest": digest}
+    loras.set_weights({"kron": 0.0})
+    assert torch.equal(_output(model), before)
+
+
 def _bad_files(name: str, a: Tensor, b: Tensor) -> dict[str, dict[str, Tensor]]:
     pair = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     return {
@@ -390,6 +410,13 @@ def _bad_files(name: str, a: Tensor, b: Tensor) -> dict[str, dict[str, Tensor]]:
         "half a loha": {f"{name}.hada_w1_a": b},
         "dora along inputs": {**pair, f"{name}.dora_scale": torch.ones(1, 7)},
         "bias": {**pair, f"{name}.diff_b": torch.ones(3)},
+        "nan": {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": float("nan") * b},
+        "flat": {f"{name}.lora_A.weight": a[0], f"{name}.lora_B.weight": b[0]},
+        "loha of two sizes": {
+            **{f"{name}.hada_w1_{part}": matrix for part, matrix in (("a", b), ("b", a))},
+            **{f"{name}.hada_w2_{part}": matrix for part, matrix in (("a", b[:-1]), ("b", a))},
+        },
+        "two alphas": {**pair, f"{name}.alpha": torch.ones(2)},
         "oft": {f"{name}.oft_blocks": torch.ones(2, 2, 2)},
         "text encoder": {**pair, "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight": a},
     }
